@@ -1,0 +1,33 @@
+# `make up` and `make test` are all one needs: each makes .venv and installs the hash-locked requirements first.
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+
+.PHONY: up down test lint bench lock
+
+up: $(STAMP)  ## start the whole stack on this machine; ARGS are `gateway up`'s
+	$(VENV)/bin/gateway up $(ARGS)
+
+down: $(STAMP)  ## stop a stack started with ARGS=--detach
+	$(VENV)/bin/gateway down $(ARGS)
+
+test: $(STAMP) lint  ## the test suite, on real Redis, PostgreSQL and Traefik
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+bench: $(STAMP)  ## requests/s per core, added latency, memory; by hand
+	$(VENV)/bin/python -m loadtest.bench $(ARGS)
+
+$(STAMP): requirements-dev.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+lock:  ## after changing dependencies; the lock files name no host
+	uv pip compile --universal --generate-hashes --no-header --no-annotate --no-emit-index-url --python-version 3.11 pyproject.toml -o requirements.lock
+	uv pip compile --universal --generate-hashes --no-header --no-annotate --no-emit-index-url --python-version 3.11 pyproject.toml --group dev -o requirements-dev.lock

@@ -1,0 +1,1 @@
+"""The LLM gateway. Read `Gateway.serve` in `gateway.py` first."""

@@ -1,0 +1,73 @@
+"""Clock, chance and ids: the only home of time, random, uuid and secrets. Tests pass their own."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+import time
+from datetime import UTC, datetime
+
+_KEY_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
+
+
+class Ambient:
+    """The world outside the process, as far as it is not I/O."""
+
+    def now(self) -> float:
+        """Unix time in seconds."""
+        return time.time()
+
+    def monotonic(self) -> float:
+        """Seconds of a clock that never jumps, for durations."""
+        return time.perf_counter()
+
+    def random(self) -> float:
+        """Uniform in [0, 1)."""
+        return random.random()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    def event_id(self, now: float) -> str:
+        """A UUIDv7 (RFC 9562): 48 bits of unix milliseconds, then chance; sorts by time."""
+        value = int(now * 1000) << 80 | random.getrandbits(80)
+        value = value & ~(0xF << 76) | 0x7 << 76
+        value = value & ~(0x3 << 62) | 0x2 << 62
+        text = f"{value:032x}"
+        return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+    def trace_id(self) -> int:
+        """128 random bits, never zero (W3C trace context)."""
+        return random.getrandbits(128) or 1
+
+    def span_id(self) -> int:
+        """64 random bits, never zero (W3C trace context)."""
+        return random.getrandbits(64) or 1
+
+    def key_id(self) -> str:
+        """The public part of a service key: 12 characters of [a-z0-9]."""
+        return "".join(secrets.choice(_KEY_ALPHABET) for _ in range(12))
+
+    def key_secret(self) -> str:
+        """The secret part of a service key: 32 random bytes as 43 url-safe characters."""
+        return secrets.token_urlsafe(32)
+
+
+_second = (0, "")
+
+
+def timestamp(now: float) -> str:
+    """Unix seconds as RFC 3339 in UTC with microseconds: `2026-06-07T14:32:01.123456Z`."""
+    global _second  # the last second's text: every call asks twice, and formatting it costs more than the rest
+    micros = int(now * 1_000_000)
+    whole, fraction = divmod(micros, 1_000_000)
+    if _second[0] != whole:
+        _second = whole, datetime.fromtimestamp(whole, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    return f"{_second[1]}.{fraction:06d}Z"
+
+
+def same(left: bytes, right: bytes) -> bool:
+    """Equality in constant time."""
+    return secrets.compare_digest(left, right)
+

@@ -1,0 +1,307 @@
+"""The front door: HTTP in, `Call` made, the reply sent by our own loop, hang-ups noticed."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import re
+from collections.abc import Mapping
+from contextlib import aclosing
+
+import msgspec
+from litestar import Litestar, MediaType, Request, Response, asgi, get
+from litestar.exceptions import HTTPException
+from litestar.types import ASGIApp, Receive, Scope, Send
+
+from app.ambient import Ambient
+from app.auth import authorize, identify
+from app.config import NAME, Config, ConfigSource, ServiceKey
+from app.core import Call, Cut, Exchange
+from app.dialects import openai_chat
+from app.errors import (
+    Draining,
+    GatewayError,
+    InternalError,
+    InvalidApiKey,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    RequestTooLarge,
+)
+from app.gateway import Gateway, retry_headers
+
+log = logging.getLogger("gateway")
+
+UPLOAD_SECONDS = 300.0
+"""A request body that takes longer than this to arrive is given up."""
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_USER_HASH = re.compile(r"[A-Za-z0-9:._-]{1,128}")
+_VERSION = re.compile(r"[\x20-\x7e]{1,128}")
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
+
+
+class FrontDoor:
+    """Reception and departure. `in_flight` holds every call that is being served, by its task."""
+
+    def __init__(self, source: ConfigSource, gateway: Gateway, ambient: Ambient) -> None:
+        self.source = source
+        self.gateway = gateway
+        self.ambient = ambient
+        self.in_flight: dict[asyncio.Task[None], Exchange] = {}
+        self.draining = False
+
+    async def chat(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """POST /v1/chat/completions, from the first byte in to the last byte out."""
+        started, received_at = self.ambient.monotonic(), self.ambient.now()
+        config = self.source.current
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        if scope["method"] != "POST":
+            await self._refuse(send, MethodNotAllowed("This route takes POST."))
+            return
+        try:
+            key = identify(config, headers.get(b"authorization"), headers.get(b"x-api-key"), received_at)
+        except InvalidApiKey as error:
+            self.gateway.telemetry.unidentified(error)
+            await self._refuse(send, error)
+            return
+        fault: GatewayError | None = None
+        body: bytes | None = b""
+        try:
+            body = await _body(headers, receive, config.settings.max_body_bytes)
+        except GatewayError as error:
+            fault = error
+        call = self._call(config, key, headers, body or b"", fault, started, received_at)
+        exchange = Exchange(call=call)
+        if body is None:
+            exchange.cut = "client_closed"
+            self.gateway.settle(exchange)
+            return
+        await self._send(exchange, receive, send)
+
+    async def _send(self, exchange: Exchange, receive: Receive, send: Send) -> None:
+        """The sending loop. A hang-up or the drain's limit cancels this task; `exchange.cut` says which."""
+        task = asyncio.current_task()
+        self.in_flight[task] = exchange
+        watcher = asyncio.ensure_future(_watch(receive, exchange, task))
+        streaming = False
+        try:
+            async with self.gateway.serve(exchange) as reply, aclosing(reply.frames) as frames:
+                if self.draining or exchange.call.fault is not None:
+                    reply.headers.append((b"connection", b"close"))
+                await send({"type": "http.response.start", "status": reply.status, "headers": reply.headers})
+                streaming = True
+                async for frame in frames:
+                    await send({"type": "http.response.body", "body": frame, "more_body": True})
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except asyncio.CancelledError:
+            if exchange.cut is None:
+                raise
+            task.uncancel()
+            if exchange.cut == "drain":
+                await self._send_drained(exchange, send, streaming)
+        except Exception:
+            log.exception("defect in request %s", exchange.call.request_id)
+            if not streaming:
+                error = InternalError("The gateway has a defect; its log has it under this request id.")
+                await self._refuse(send, error, exchange.call.request_id)
+        finally:
+            watcher.cancel()
+            del self.in_flight[task]
+
+    async def _send_drained(self, exchange: Exchange, send: Send, streaming: bool) -> None:
+        """What a call gets that the drain's limit cut: an error event in a stream, else an error."""
+        error = Draining("This gateway replica stops. Send the request again.", retry_after_seconds=1.0)
+        if not streaming:
+            await self._refuse(send, error, exchange.call.request_id)
+        elif exchange.event is None or exchange.event.stream:
+            await send({"type": "http.response.body", "body": openai_chat.error_frames(error), "more_body": False})
+
+    def cut(self, why: Cut) -> int:
+        """Ends every call in flight that has no row yet; returns how many."""
+        cut = 0
+        for task, exchange in self.in_flight.items():
+            if exchange.event is None and exchange.cut is None:
+                exchange.cut = why
+                task.cancel()
+                cut += 1
+        return cut
+
+    def _call(
+        self,
+        config: Config,
+        key: ServiceKey,
+        headers: Mapping[bytes, str],
+        body: bytes,
+        fault: GatewayError | None,
+        started: float,
+        received_at: float,
+    ) -> Call:
+        """The call, with what its headers say. A header that cannot be used is a fault, never dropped in silence."""
+        event_id = self.ambient.event_id(received_at)
+        request_id = headers.get(b"x-request-id", "")
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = "req_" + event_id.replace("-", "")
+        feature = headers.get(b"x-feature-id") or None
+        user_hash = headers.get(b"x-user-id-hash") or None
+        prompt_version = headers.get(b"x-prompt-version") or None
+        hint = headers.get(b"x-est-tokens") or "0"
+        for name, value, pattern in (
+            ("X-Feature-Id", feature, NAME),
+            ("X-User-Id-Hash", user_hash, _USER_HASH),
+            ("X-Prompt-Version", prompt_version, _VERSION),
+        ):
+            if value is not None and not pattern.fullmatch(value):
+                fault = fault or InvalidRequest(f"{name} must match {pattern.pattern}.", param=name)
+        if not (hint.isascii() and hint.isdigit() and len(hint) < 10):
+            fault = fault or InvalidRequest("X-Est-Tokens must be a whole number of tokens.", param="X-Est-Tokens")
+            hint = "0"
+        if (user := headers.get(b"x-user-id")) and user_hash is None:
+            salt = config.settings.user_id_salt.reveal()
+            user_hash = "sha256:" + hashlib.sha256(f"{salt}:{user}".encode()).hexdigest()
+        parent = _TRACEPARENT.fullmatch(headers.get(b"traceparent", ""))
+        return Call(
+            event_id=event_id,
+            request_id=request_id,
+            received_at=received_at,
+            started=started,
+            config=config,
+            key=key,
+            body=body,
+            fault=fault,
+            tenant_claimed=(headers.get(b"x-tenant-id") or "")[:128] or None,
+            feature_id=feature if feature and NAME.fullmatch(feature) else None,
+            user_id_hash=user_hash if user_hash and _USER_HASH.fullmatch(user_hash) else None,
+            prompt_version=prompt_version if prompt_version and _VERSION.fullmatch(prompt_version) else None,
+            tokens_hint=int(hint),
+            trace_id=int(parent[1], 16) if parent and int(parent[1], 16) else self.ambient.trace_id(),
+            parent_span_id=int(parent[2], 16) or None if parent else None,
+            sampled=(
+                bool(int(parent[3], 16) & 1) if parent else self.ambient.random() < config.settings.trace_sample_ratio
+            ),
+        )
+
+    async def _refuse(self, send: Send, error: GatewayError, request_id: str | None = None) -> None:
+        """An error outside a call's journey."""
+        body = openai_chat.error_body(error)
+        request_id = request_id or "req_" + self.ambient.event_id(self.ambient.now()).replace("-", "")
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(body)),
+            (b"x-request-id", request_id.encode()),
+            *retry_headers(error, error.status),
+        ]
+        await send({"type": "http.response.start", "status": error.status, "headers": headers})
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+async def _body(headers: Mapping[bytes, str], receive: Receive, max_bytes: int) -> bytes | None:
+    """The request body, up to `max_bytes`; None when the client hung up. Raises RequestTooLarge, InvalidRequest.
+
+    Of a body that is too large as much again is read and dropped: closing on a sender that still writes would reset
+    the connection, and it would never see why.
+    """
+    length = headers.get(b"content-length", "")
+    if length.isdigit() and int(length) > 2 * max_bytes:
+        raise _too_large(max_bytes)
+    message = await receive()
+    parts = [message.get("body", b"")]
+    size = len(parts[0])
+    if message.get("more_body"):
+        try:
+            async with asyncio.timeout(UPLOAD_SECONDS):
+                while message.get("more_body") and size <= 2 * max_bytes:
+                    message = await receive()
+                    part = message.get("body", b"")
+                    size += len(part)
+                    if size <= max_bytes:
+                        parts.append(part)
+                    else:
+                        parts.clear()
+        except TimeoutError:
+            raise InvalidRequest(f"The body did not arrive within {UPLOAD_SECONDS:g} s.") from None
+    if message["type"] == "http.disconnect":
+        return None
+    if size > max_bytes:
+        raise _too_large(max_bytes)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _too_large(max_bytes: int) -> RequestTooLarge:
+    return RequestTooLarge(f"The body is above {max_bytes} bytes. Send less, or ask for a higher limit.")
+
+
+async def _watch(receive: Receive, exchange: Exchange, task: asyncio.Task[None]) -> None:
+    """Waits for the client to hang up, and ends the call then, unless its row is written already."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    if exchange.event is None and exchange.cut is None:
+        exchange.cut = "client_closed"
+        task.cancel()
+
+
+def app(door: FrontDoor) -> ASGIApp:
+    """The routes of the main port."""
+
+    @asgi("/v1/chat/completions", copy_scope=False)
+    async def chat_completions(scope: Scope, receive: Receive, send: Send) -> None:
+        await door.chat(scope, receive, send)
+
+    @get("/v1/models", media_type=MediaType.JSON, sync_to_thread=False)
+    def models(request: Request) -> Response:
+        """The aliases that the tenant may use, in OpenAI's shape."""
+        config, now = door.source.current, door.ambient.now()
+        try:
+            key = identify(config, request.headers.get("authorization"), request.headers.get("x-api-key"), now)
+        except InvalidApiKey as error:
+            door.gateway.telemetry.unidentified(error)
+            raise
+        headers = {name: value.decode("latin-1") for name, value in request.scope["headers"]}
+        tenant = authorize(door._call(config, key, headers, b"", None, door.ambient.monotonic(), now))
+        listed = [
+            {"id": name, "object": "model", "created": 0, "owned_by": "gateway"}
+            for name in config.aliases
+            if tenant.allows(name)
+        ]
+        return Response(msgspec.json.encode({"object": "list", "data": listed}), media_type=MediaType.JSON)
+
+    @get(["/health", "/health/live"], media_type=MediaType.TEXT, sync_to_thread=False)
+    def health() -> str:
+        """Alive: touches no dependency."""
+        return "ok"
+
+    @get("/health/ready", media_type=MediaType.TEXT, sync_to_thread=False)
+    def ready() -> Response[str]:
+        """False while draining. A replica without a valid configuration does not start."""
+        if door.draining:
+            return Response("draining", status_code=503)
+        return Response("ok")
+
+    return Litestar(
+        [chat_completions, models, health, ready],
+        exception_handlers={GatewayError: answer_error, HTTPException: answer_http_error, Exception: _defect},
+        openapi_config=None,
+        logging_config=None,
+    )
+
+
+def answer_error(_: Request, error: GatewayError) -> Response:
+    return Response(
+        openai_chat.error_body(error),
+        status_code=error.status,
+        media_type=MediaType.JSON,
+        headers={name.decode(): value.decode() for name, value in retry_headers(error, error.status)},
+    )
+
+
+def answer_http_error(request: Request, error: HTTPException) -> Response:
+    if error.status_code == 404:
+        return answer_error(request, NotFound(f"There is no route {request.url.path}."))
+    if error.status_code == 405:
+        return answer_error(request, MethodNotAllowed(f"{request.url.path} does not take {request.method}."))
+    return answer_error(request, InvalidRequest("The request cannot be read."))
+
+
+def _defect(request: Request, error: Exception) -> Response:
+    log.error("defect in %s", request.url.path, exc_info=error)
+    return answer_error(request, InternalError("The gateway has a defect; its log has the traceback."))

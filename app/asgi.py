@@ -1,0 +1,318 @@
+"""The composition root: a replica is one process with one event loop, made, run and drained here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+import msgspec
+import uvicorn
+import uvloop
+from litestar.types import ASGIApp
+from msgspec import Struct
+from uvicorn.lifespan.off import LifespanOff
+
+from app import admin, api
+from app.ambient import Ambient
+from app.config import ConfigError, ConfigSource, Secret
+from app.gateway import Gateway
+from app.ledger import Spool
+from app.limits import Limits
+from app.redis_pipe import RedisPipe
+from app.telemetry import JsonLog, Lines, Telemetry, open_spans
+from app.upstream import engine
+
+log = logging.getLogger("gateway")
+
+RELOAD_SECONDS = 2.0
+"""How often the configuration's files are looked at: with the load itself, every replica follows within 5 s."""
+SHIP_SECONDS = 10.0
+"""How long the drain waits for the shipper; what remains is adopted by a living replica."""
+CUT_SECONDS = 5.0
+"""How long calls that the drain's limit cut may take to leave."""
+
+
+class Options(Struct, frozen=True):
+    """`gateway serve`'s options. `name` tells this replica's segments from others' on the same disk."""
+
+    host: str
+    port: int
+    admin_port: int
+    config: Path
+    environment: str
+    overlays: tuple[Path, ...]
+    spool_dir: Path
+    name: str
+    redis_url: str | None
+    database_url: str | None
+    admin_token: Secret | None
+
+
+class ShipperStatus(Struct):
+    """The shipper's last word: a line of JSON on its standard output."""
+
+    postgres: str = "down"
+    shipped_rows: int = 0
+    dead_letters: int = 0
+    backlog_bytes: int = 0
+    lag_seconds: float = 0.0
+    adopted_segments: int = 0
+    error: str | None = None
+
+
+class Shipper:
+    """Keeps `ledger_shipper` running as a child, so that PostgreSQL never shares the hot loop."""
+
+    def __init__(self, options: Options, ambient: Ambient) -> None:
+        self.status = ShipperStatus()
+        self._options = options
+        self._ambient = ambient
+        self._process: asyncio.subprocess.Process | None = None
+        self._stopping = False
+
+    async def run(self) -> None:
+        while not self._stopping:
+            await self.run_once()
+            if not self._stopping:
+                self.status = ShipperStatus(error="the shipper process ended")
+                log.error("the shipper process ended; it is started again")
+                await self._ambient.sleep(1.0)
+
+    async def run_once(self) -> int:
+        """One life of the child: returns how many status lines it wrote."""
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "app.ledger_shipper",
+            "--spool-dir", str(self._options.spool_dir), "--replica", self._options.name,
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+            start_new_session=True,
+        )  # fmt: skip
+        lines = 0
+        async for line in self._process.stdout:
+            with contextlib.suppress(msgspec.DecodeError):
+                self.status = msgspec.json.decode(line, type=ShipperStatus)
+                lines += 1
+        await self._process.wait()
+        return lines
+
+    async def stop(self) -> None:
+        """Closes its standard input: it ships what it can and exits; past the limit it is ended."""
+        self._stopping = True
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        process.stdin.close()
+        try:
+            async with asyncio.timeout(SHIP_SECONDS + 1):
+                await process.wait()
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+
+class Replica:
+    """One replica, from its first to its last breath."""
+
+    def __init__(self, options: Options, source: ConfigSource, ambient: Ambient, lines: Lines) -> None:
+        settings = source.current.settings
+        self.options = options
+        self.source = source
+        self.ambient = ambient
+        self.spans = open_spans(ambient)
+        self.telemetry = Telemetry(lines, self.spans, ambient)
+        self.pipe = RedisPipe(
+            options.redis_url or "redis://127.0.0.1:6379/0",
+            ambient,
+            timeout_ms=settings.redis.timeout_ms,
+            probe_seconds=settings.redis.probe_seconds,
+        )
+        self.spool = Spool(options.spool_dir, options.name, settings.spool, ambient)
+        self.upstream = engine(ambient)
+        self.shipper = Shipper(options, ambient) if options.database_url else None
+        self.gateway = Gateway(
+            limits=Limits(self.pipe, ambient),
+            spool=self.spool,
+            upstream=self.upstream,
+            telemetry=self.telemetry,
+            ambient=ambient,
+        )
+        self.door = api.FrontDoor(source, self.gateway, ambient)
+        self.stop = asyncio.Event()
+        self.hurry = asyncio.Event()
+        self._started = ambient.monotonic()
+        self._config_fault: str | None = None
+        self._gauges()
+
+    async def run(self) -> None:
+        """Serves until SIGTERM or SIGINT, then drains. A second signal ends open streams at once."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled)
+        self.spool.open()
+        main = _server(api.app(self.door), self.options.host, self.options.port)
+        control = _server(
+            admin.app(self.options.admin_token, self.telemetry, self.status), self.options.host, self.options.admin_port
+        )
+        loops = [
+            asyncio.ensure_future(run())
+            for run in (self.pipe.run, self.spool.run, self.reload, *([self.shipper.run] if self.shipper else []))
+        ]
+        await control.startup()
+        await main.startup()
+        self.telemetry.config_loaded(self.source.current.version)
+        log.info("serving on %s:%s, admin on %s", self.options.host, self.options.port, self.options.admin_port)
+        await self.stop.wait()
+        await self._drain(main)
+        for task in loops[:3]:
+            task.cancel()
+        await asyncio.gather(*loops[:3], return_exceptions=True)
+        self.spool.close()
+        if self.shipper:
+            await self.shipper.stop()
+        await self.upstream.close()
+        await control.shutdown()
+        if self.spans:
+            await asyncio.to_thread(self.spans.close)
+        log.info("stopped")
+
+    def _signalled(self) -> None:
+        if self.stop.is_set():
+            self.hurry.set()
+        self.stop.set()
+
+    async def _drain(self, main: uvicorn.Server) -> None:
+        """Readiness off, accept for a while, close the listener, let calls finish, cut what outlasts the limit."""
+        drain = self.source.current.settings.drain
+        self.door.draining = True
+        log.info("draining: still accepting for %g s", drain.delay_seconds)
+        await self._unless_hurried(self.ambient.sleep(drain.delay_seconds), drain.delay_seconds)
+        closing = asyncio.ensure_future(main.shutdown())
+        await self._unless_hurried(asyncio.shield(closing), drain.limit_seconds)
+        if not closing.done():
+            log.warning("the drain's limit cut %d calls", self.door.cut("drain"))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CUT_SECONDS):
+                    await asyncio.shield(closing)
+            main.force_exit = True
+            await closing
+
+    async def _unless_hurried(self, work: object, seconds: float) -> None:
+        hurry = asyncio.ensure_future(self.hurry.wait())
+        done = asyncio.ensure_future(work)
+        await asyncio.wait({hurry, done}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        for task in (hurry, done):
+            task.cancel()
+
+    async def reload(self) -> None:
+        while True:
+            await self.ambient.sleep(RELOAD_SECONDS)
+            await self.reload_once()
+
+    async def reload_once(self) -> int:
+        """1 when a new snapshot took effect, else 0. An invalid configuration is logged once and changes nothing."""
+        if not self.source.changed():
+            return 0
+        try:
+            swapped = await asyncio.to_thread(self.source.reload)
+        except ConfigError as error:
+            self._config_fault = str(error)
+            self.telemetry.config_refused()
+            log.error("configuration refused, %s keeps serving: %s", self.source.current.version, error)
+            return 0
+        self._config_fault = None
+        if not swapped:
+            return 0
+        settings = self.source.current.settings
+        self.pipe.timeout_ms = settings.redis.timeout_ms
+        self.pipe.probe_seconds = settings.redis.probe_seconds
+        self.telemetry.config_loaded(self.source.current.version)
+        log.info("configuration %s took effect", self.source.current.version)
+        return 1
+
+    def status(self) -> dict[str, object]:
+        """What the admin port's /status says."""
+        now = self.ambient.monotonic()
+        return {
+            "replica": self.options.name,
+            "environment": self.source.current.environment,
+            "config_version": self.source.current.version,
+            "config_fault": self._config_fault,
+            "uptime_seconds": round(now - self._started, 1),
+            "draining": self.door.draining,
+            "in_flight": len(self.door.in_flight),
+            "redis": "up" if self.pipe.up else "down",
+            "postgres": self.shipper.status.postgres if self.shipper else "not configured",
+            "resting_targets": sorted(self.gateway.cooldowns.resting(now)),
+            "spool": {
+                "available": self.spool.available,
+                "open_intents": self.spool.open_intents,
+            },
+            "shipper": msgspec.to_builtins(self.shipper.status) if self.shipper else None,
+        }
+
+    def _gauges(self) -> None:
+        gauge, shipper = self.telemetry.gauge, self.shipper
+        gauge("gateway_inflight", "Calls being served.", lambda: len(self.door.in_flight))
+        gauge("gateway_draining", "1 while this replica drains.", lambda: self.door.draining)
+        gauge("gateway_dependency_up", "1 when the dependency answers.", lambda: self.pipe.up, name="redis")
+        gauge("gateway_dependency_changes", "Turns between up and down.", lambda: self.pipe.changes, name="redis")
+        gauge("gateway_spool_available", "0 when the spool cannot take rows.", lambda: self.spool.available)
+        gauge("gateway_spool_open_intents", "Calls at a vendor.", lambda: self.spool.open_intents)
+        gauge("gateway_spool_rows", "Rows written by this process.", lambda: self.spool.rows)
+        gauge("gateway_spool_write_failures", "Rows that could not be written.", lambda: self.spool.write_failures)
+        if shipper is None:
+            return
+        gauge(
+            "gateway_dependency_up", "1 when the dependency answers.", lambda: shipper.status.postgres == "up",
+            name="postgres",
+        )  # fmt: skip
+        gauge("gateway_spool_bytes", "Bytes not shipped yet.", lambda: shipper.status.backlog_bytes)
+        gauge("gateway_ledger_lag_seconds", "Age of the oldest unshipped row.", lambda: shipper.status.lag_seconds)
+        gauge("gateway_ledger_shipped_rows", "Rows shipped.", lambda: shipper.status.shipped_rows)
+        gauge("gateway_ledger_dead_letters", "Undecodable lines set aside.", lambda: shipper.status.dead_letters)
+
+
+def _server(app: ASGIApp, host: str, port: int) -> uvicorn.Server:
+    """uvicorn under our own signals and lifespan: hang-ups and the drain are ours to decide."""
+    config = uvicorn.Config(
+        app, host=host, port=port, loop="none", http="httptools", ws="none", lifespan="off", interface="asgi3",
+        proxy_headers=False, server_header=False, date_header=False, access_log=False, log_config=None,
+        timeout_keep_alive=75, backlog=4096,
+    )  # fmt: skip
+    config.load()
+    server = uvicorn.Server(config)
+    server.lifespan = LifespanOff(config)
+    return server
+
+
+def serve(options: Options) -> int:
+    """Runs a replica to its end: 0 after a drain, 1 when it could not start (the reason is on standard error)."""
+    ambient = Ambient()
+    try:
+        source = ConfigSource(options.config, options.environment, options.overlays, os.environ)
+    except ConfigError as error:
+        sys.stderr.write(f"The configuration is not valid:\n{error}\n")
+        return 1
+    lines = Lines()
+    logging.basicConfig(
+        level=os.environ.get("LOG_LEVEL", "INFO").upper(), handlers=[JsonLog(lines, ambient)], force=True
+    )
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+    async def run() -> None:
+        await Replica(options, source, ambient, lines).run()
+
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(run())
+    except OSError as error:
+        sys.stderr.write(f"The replica cannot start: {error}\n")
+        return 1
+    finally:
+        lines.close()
+    return 0

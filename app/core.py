@@ -1,0 +1,345 @@
+"""The words of a call: what travels (`Call`, `Reply`), what is noted (`Exchange`), what remains (`LedgerEvent`)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Literal
+
+from msgspec import Raw, Struct, field
+
+from app.ambient import timestamp
+from app.config import Config, Price, ServiceKey, Target, Tenant
+from app.errors import GatewayError
+from app.wire import ChatRequest
+
+Status = Literal["success", "error", "refused", "rate_limited", "blocked", "client_closed", "interrupted", "timeout"]
+Purpose = Literal["client", "shadow", "reverify", "judge", "embedding"]
+GATEWAY_TENANT = "_gateway"
+"""The reserved tenant of calls whose purpose is not `client`; no configured name can equal it."""
+
+
+class Usage(Struct, frozen=True, gc=False):
+    """Tokens of one call in disjoint classes; their sum is the vendor's total."""
+
+    input: int = 0
+    cache_read: int = 0
+    cache_write: int = 0
+    audio_input: int = 0
+    image_input: int = 0
+    output: int = 0
+    reasoning: int = 0
+    audio_output: int = 0
+    embedding: int = 0
+
+    @property
+    def total_input(self) -> int:
+        return self.input + self.cache_read + self.cache_write + self.audio_input + self.image_input
+
+    @property
+    def total_output(self) -> int:
+        return self.output + self.reasoning + self.audio_output
+
+    @property
+    def total(self) -> int:
+        return self.total_input + self.total_output + self.embedding
+
+
+class Cost(Struct, frozen=True, gc=False):
+    """Nano-dollars (1e-9 USD) of one call. `priced` is False where the ceiling price stood in for a missing one."""
+
+    input_nanos: int = 0
+    output_nanos: int = 0
+    priced: bool = True
+
+    @property
+    def total_nanos(self) -> int:
+        return self.input_nanos + self.output_nanos
+
+
+def _charge(tokens: int, nanos_per_million: int) -> int:
+    """Nano-dollars of one usage class, rounded once, half to even."""
+    whole, rest = divmod(tokens * nanos_per_million, 1_000_000)
+    if rest > 500_000 or (rest == 500_000 and whole & 1):
+        whole += 1
+    return whole
+
+
+def cost(usage: Usage, price: Price, priced: bool = True) -> Cost:
+    """What `usage` costs by `price`: each class rounded once, the total is the sum of the classes."""
+    input_nanos = _charge(usage.input, price.input)
+    output_nanos = _charge(usage.output, price.output)
+    if usage.total != usage.input + usage.output:
+        input_nanos += (
+            _charge(usage.cache_read, price.cache_read)
+            + _charge(usage.cache_write, price.cache_write)
+            + _charge(usage.audio_input, price.audio_input)
+            + _charge(usage.image_input, price.image_input)
+            + _charge(usage.embedding, price.input)
+        )
+        output_nanos += _charge(usage.reasoning, price.reasoning) + _charge(usage.audio_output, price.audio_output)
+    return Cost(input_nanos, output_nanos, priced)
+
+
+_ZERO = Raw(b"0")
+
+
+def usd(nanos: int) -> Raw:
+    """Nano-dollars as a JSON number in dollars with at most nine decimals, without passing through a float."""
+    if nanos == 0:
+        return _ZERO
+    sign, nanos = ("-", -nanos) if nanos < 0 else ("", nanos)
+    whole, rest = divmod(nanos, 1_000_000_000)
+    if not rest:
+        return Raw(b"%s%d" % (sign.encode(), whole))
+    return Raw(f"{sign}{whole}.{rest:09d}".rstrip("0").encode())
+
+
+# --- the ledger's event: schema cost-ledger-v1 ------------------------------------------------------------------
+
+
+class EventUsage(Struct, frozen=True, gc=False):
+    """`input_tokens` and `output_tokens` are the vendor's totals; `classes` splits them without overlap."""
+
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+    embedding_tokens: int
+    classes: Usage
+
+
+class EventCost(Struct, frozen=True):
+    """USD as JSON numbers with at most nine decimals."""
+
+    input: Raw
+    output: Raw
+    total: Raw
+    price_table_version: str
+
+
+class EventLatency(Struct, frozen=True, gc=False):
+    """Milliseconds. `gateway` is what we added: total less the cache's and the vendor's time."""
+
+    gateway: float
+    cache_lookup: float
+    provider: float
+    total: float
+
+
+class Attempt(Struct, frozen=True, gc=False):
+    """One request to a vendor: `outcome` is `success`, a `VendorError.fault`, or what cut it short."""
+
+    target: str
+    provider: str
+    outcome: str
+    status: int | None
+    started_ms: float
+    duration_ms: float
+    vendor_request_id: str | None = None
+
+
+class LedgerEvent(Struct, frozen=True, kw_only=True):
+    """One call, whatever became of it. The guide's fields first, with its names and nesting; ours after them."""
+
+    schema: str = field(default="cost-ledger-v1", name="$schema")
+    event_id: str
+    timestamp: str
+    request_id: str
+    trace_id: str
+    tenant_id: str | None
+    feature_id: str | None
+    user_id_hash: str | None
+    model_alias: str | None
+    model_resolved: str | None
+    provider: str | None
+    region: str | None
+    cache_hit: bool = False
+    usage: EventUsage
+    cost_usd: EventCost
+    latency_ms: EventLatency
+    status: Status
+    fallback_chain: tuple[str, ...] = ()
+    fallback_used: bool = False
+    rate_limit_tier: str | None
+    prompt_version: str | None
+    guardrail_blocked: bool = False
+    purpose: Purpose = "client"
+    tenant_claimed: str | None = None
+    key_id: str
+    environment: str
+    config_version: str
+    stream: bool
+    ttft_ms: float | None = None
+    finish_reason: str | None = None
+    vendor_request_id: str | None = None
+    attempts: tuple[Attempt, ...] = ()
+    usage_source: Literal["vendor", "estimated", "none"]
+    cost_status: Literal["priced", "unpriced", "none"]
+    cache_kind: str | None = None
+    similarity: float | None = None
+    saved_usd: Raw = _ZERO
+    error_code: str | None = None
+    limit_tripped: str | None = None
+
+
+class Intent(Struct, frozen=True, array_like=True, gc=False):
+    """What is known before the first vendor byte: enough for a row if the process dies in mid-call."""
+
+    event_id: str
+    timestamp: str
+    request_id: str
+    trace_id: str
+    tenant_id: str
+    feature_id: str | None
+    user_id_hash: str | None
+    alias: str
+    model: str
+    provider: str
+    region: str | None
+    tier: str | None
+    prompt_version: str | None
+    key_id: str
+    environment: str
+    config_version: str
+    stream: bool
+    input_tokens: int
+    output_tokens: int
+    input_nanos: int
+    output_nanos: int
+    priced: bool
+    price_version: str
+    chain: tuple[str, ...]
+
+
+def interrupted(intent: Intent) -> LedgerEvent:
+    """The row of a call whose process died: charged at the estimate that was reserved for it."""
+    usage = Usage(input=intent.input_tokens, output=intent.output_tokens)
+    return LedgerEvent(
+        event_id=intent.event_id,
+        timestamp=intent.timestamp,
+        request_id=intent.request_id,
+        trace_id=intent.trace_id,
+        tenant_id=intent.tenant_id,
+        feature_id=intent.feature_id,
+        user_id_hash=intent.user_id_hash,
+        model_alias=intent.alias,
+        model_resolved=intent.model,
+        provider=intent.provider,
+        region=intent.region,
+        usage=event_usage(usage),
+        cost_usd=event_cost(Cost(intent.input_nanos, intent.output_nanos, intent.priced), intent.price_version),
+        latency_ms=EventLatency(0.0, 0.0, 0.0, 0.0),
+        status="interrupted",
+        fallback_chain=intent.chain,
+        rate_limit_tier=intent.tier,
+        prompt_version=intent.prompt_version,
+        key_id=intent.key_id,
+        environment=intent.environment,
+        config_version=intent.config_version,
+        stream=intent.stream,
+        usage_source="estimated",
+        cost_status="priced" if intent.priced else "unpriced",
+        error_code="process_died",
+    )
+
+
+def event_usage(usage: Usage) -> EventUsage:
+    return EventUsage(usage.total_input, usage.total_output, usage.total, usage.embedding, usage)
+
+
+def event_cost(cost: Cost, price_version: str) -> EventCost:
+    return EventCost(usd(cost.input_nanos), usd(cost.output_nanos), usd(cost.total_nanos), price_version)
+
+
+# --- the call -----------------------------------------------------------------------------------------------------
+
+
+class Call(Struct, frozen=True, kw_only=True):
+    """One call with a valid credential, made once at reception; the configuration snapshot is pinned in it.
+
+    `fault` is what reception found wrong (a body too large, a forged header): it travels in the call, so that it
+    leaves a row like any other outcome. `received_at` is unix seconds, `started` the monotonic clock.
+    """
+
+    event_id: str
+    request_id: str
+    received_at: float
+    started: float
+    config: Config
+    key: ServiceKey
+    body: bytes
+    fault: GatewayError | None = None
+    tenant_claimed: str | None = None
+    feature_id: str | None = None
+    user_id_hash: str | None = None
+    prompt_version: str | None = None
+    tokens_hint: int = 0
+    trace_id: int
+    parent_span_id: int | None = None
+    sampled: bool = False
+
+
+class Reply(Struct, frozen=True):
+    """What goes back: a status line, headers, and frames; a unary answer is a stream of one frame."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    frames: AsyncIterator[bytes]
+
+
+class Reservation(Struct, frozen=True, gc=False):
+    """What `limits.reserve` holds for a call until `limits.settle`. `None` stands for a limit that is not set.
+
+    `remaining_*` are the values after this reservation; `reset_*_seconds` the time until the limit is whole again.
+    `held` is False when Redis was away and the policy let the call pass unmetered.
+    """
+
+    call_id: str
+    tenant_id: str
+    tokens: int
+    held: bool = True
+    limit_requests: int | None = None
+    remaining_requests: int | None = None
+    reset_requests_seconds: float = 0.0
+    limit_tokens: int | None = None
+    remaining_tokens: int | None = None
+    reset_tokens_seconds: float = 0.0
+
+
+Cut = Literal["client_closed", "drain"]
+
+
+class Exchange(Struct, kw_only=True, eq=False):
+    """The notes on one call: the only mutable record. Written along the journey, read once at settlement.
+
+    `cut` says who ended the call before its answer did; whoever cancels the task sets it first.
+    `text_bytes` is the size of the answer's text, for an estimate where the vendor reported no usage.
+    """
+
+    call: Call
+    request: ChatRequest | None = None
+    tenant: Tenant | None = None
+    reservation: Reservation | None = None
+    input_tokens_estimate: int = 0
+    output_tokens_estimate: int = 0
+    target: Target | None = None
+    attempts: list[Attempt] = []
+    chain: tuple[str, ...] = ()
+    authorized: float = 0.0
+    dispatched: float = 0.0
+    first_token: float = 0.0
+    vendor_done: float = 0.0
+    provider_seconds: float = 0.0
+    model_resolved: str | None = None
+    vendor_request_id: str | None = None
+    finish_reason: str | None = None
+    usage: Usage | None = None
+    text_bytes: int = 0
+    error: GatewayError | None = None
+    status: Status = "success"
+    cut: Cut | None = None
+    event: LedgerEvent | None = None
+
+
+def occurred_at(call: Call) -> str:
+    """The event's time: when the call was received. Intent and event carry the same."""
+    return timestamp(call.received_at)

@@ -1,0 +1,99 @@
+"""The front door's OpenAI dialect: chat requests in, errors and error events out.
+
+Source: OpenAI API reference. The official SDKs raise on `data: {"error": …}` in mid-stream.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeVar
+
+import msgspec
+from msgspec import Meta, Raw
+
+from app.config import NAME
+from app.errors import GatewayError, InvalidRequest, LimitError, VendorRefused
+from app.sse import frame
+from app.wire import ChatRequest, StreamOptions
+
+T = TypeVar("T")
+_encode = msgspec.json.encode
+_members = msgspec.json.Decoder(dict[str, Raw])
+DONE = b"data: [DONE]\n\n"
+MAX_OUTPUT_TOKENS = 100_000_000
+MAX_CHOICES = 128
+"""OpenAI's bound. What a call asks for is reserved, so figures that no vendor serves are refused before they count."""
+_text = msgspec.json.Decoder(str)
+_flag = msgspec.json.Decoder(bool | None)
+_options = msgspec.json.Decoder(StreamOptions | None)
+_tokens = msgspec.json.Decoder(Annotated[int, Meta(ge=0, le=MAX_OUTPUT_TOKENS)] | None)
+_choices = msgspec.json.Decoder(Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None)
+
+
+def read(body: bytes) -> ChatRequest:
+    """The request in `body`; the members we do not act on stay as the client wrote them.
+
+    Raises InvalidRequest.
+    """
+    try:
+        body.decode()
+        fields = _members.decode(body)
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"The body is not UTF-8 at byte {error.start}.") from None
+    except msgspec.ValidationError:
+        raise InvalidRequest("The body must be a JSON object.") from None
+    except msgspec.DecodeError as error:
+        raise InvalidRequest(f"The body is not JSON: {error}.") from None
+    except RecursionError:
+        raise InvalidRequest("The body is nested too deeply.") from None
+    if "model" not in fields:
+        raise InvalidRequest("`model` is required: the name of an alias from GET /v1/models.", param="model")
+    if memoryview(fields.get("messages", b""))[:1] != b"[":
+        raise InvalidRequest("`messages` must be a list.", param="messages")
+    alias = _member(fields, "model", _text)
+    if not NAME.fullmatch(alias):
+        raise InvalidRequest(f"`model` must name an alias: {NAME.pattern}.", param="model")
+    stream = _member(fields, "stream", _flag) or False
+    options = _member(fields, "stream_options", _options) if stream else None
+    output = _member(fields, "max_completion_tokens", _tokens)
+    if output is None:
+        output = _member(fields, "max_tokens", _tokens)
+    choices = _member(fields, "n", _choices)
+    return ChatRequest(
+        alias=alias,
+        fields=fields,
+        stream=stream,
+        include_usage=bool(options and options.include_usage),
+        max_output_tokens=output,
+        choices=1 if choices is None else choices,
+    )
+
+
+def _member(fields: dict[str, Raw], name: str, shape: msgspec.json.Decoder[T]) -> T | None:
+    written = fields.get(name)
+    if written is None:
+        return None
+    try:
+        return shape.decode(written)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InvalidRequest(f"`{name}`: {error}.", param=name) from None
+
+
+def error_body(error: GatewayError) -> bytes:
+    """OpenAI's error envelope; a limit that tripped is named in `limit`."""
+    inside: dict[str, object] = {
+        "message": error.message,
+        "type": error.type,
+        "param": error.param,
+        "code": error.code,
+    }
+    if isinstance(error, VendorRefused):
+        inside["type"] = error.kind or "invalid_request_error"
+        inside["code"] = error.vendor_code or "invalid_request"
+    if isinstance(error, LimitError):
+        inside["limit"] = error.limit
+    return _encode({"error": inside})
+
+
+def error_frames(error: GatewayError) -> bytes:
+    """The one error event that ends a stream, and the terminator that clients wait for."""
+    return frame(error_body(error)) + DONE

@@ -1,0 +1,601 @@
+"""THE JOURNEY. Every call goes through `Gateway.serve`; read it first."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from app.ambient import Ambient
+from app.auth import allow, authorize
+from app.config import Alias, Target
+from app.core import (
+    Attempt,
+    Cost,
+    EventLatency,
+    Exchange,
+    Intent,
+    LedgerEvent,
+    Reply,
+    Usage,
+    cost,
+    event_cost,
+    event_usage,
+    occurred_at,
+)
+from app.dialects import openai_chat
+from app.errors import (
+    GatewayError,
+    LedgerUnavailable,
+    LimitError,
+    VendorBroke,
+    VendorError,
+    VendorMisconfigured,
+    VendorRefused,
+    VendorTimeout,
+)
+from app.ledger import Spool
+from app.limits import Limits
+from app.providers import PROVIDERS
+from app.providers.translator import Answer, Kind, StreamScan
+from app.routing import Cooldowns, after, plan, sum_up
+from app.sse import FrameSplitter
+from app.telemetry import Telemetry
+from app.upstream import Upstream, VendorAnswer
+
+BYTES_PER_TOKEN = 4
+"""What a token is taken to be where the vendor has not counted yet (OpenAI's rule of thumb for English)."""
+BLOB_TOKENS = 1024
+"""What an image or file inside a request is taken to be: base64 is not text, so its length says nothing."""
+MAX_ANSWER_BYTES = 67_108_864
+"""A vendor's unary answer beyond this is broken: it would be held in memory whole."""
+MAX_ERROR_BYTES = 65_536
+MAX_FRAME_BYTES = 4_194_304
+"""One event of a stream beyond this is broken. Images come as one event of a few MB at most."""
+KEPT_BYTES = 65_536
+"""How much of a stream's frames is kept to estimate its tokens if the client hangs up; beyond it, extrapolated."""
+
+
+class Gateway:
+    """The rooms of a replica, and the way of a call through them."""
+
+    def __init__(
+        self, *, limits: Limits, spool: Spool, upstream: Upstream, telemetry: Telemetry, ambient: Ambient
+    ) -> None:
+        self.limits = limits
+        self.spool = spool
+        self.upstream = upstream
+        self.telemetry = telemetry
+        self.ambient = ambient
+        self.cooldowns = Cooldowns()
+
+    @asynccontextmanager
+    async def serve(self, exchange: Exchange) -> AsyncIterator[Reply]:
+        """One call from its authorisation to its row. The body is sent inside the context.
+
+        Success, refusal, vendor failure, hang-up and drain all reach `settle`, which never waits and so cannot be
+        cancelled. The last frame of an answer is released only after its row is in the spool.
+        """
+        call = exchange.call
+        answer: VendorAnswer | None = None
+        try:
+            try:
+                if call.fault is not None:
+                    raise call.fault
+                self.spool.admit()
+                exchange.tenant = tenant = authorize(call)  # 2 permission
+                exchange.request = request = openai_chat.read(call.body)
+                alias = allow(call.config, tenant, request.alias)
+                exchange.authorized = self.ambient.monotonic()
+                tokens = self._estimate(exchange, alias)
+                exchange.reservation = await self.limits.reserve(  # 3 budget
+                    call.event_id, tenant, tokens, call.config.global_tpm, call.config.settings.redis
+                )
+                answer, relay = await self._dialogue(exchange, alias)  # 5 plan, 6 dialogue
+                if request.stream:
+                    reply = self._streamed(exchange, alias, answer, relay)
+                else:
+                    reply = self._unary(exchange, relay)
+            except GatewayError as error:
+                reply = self._refused(exchange, error)
+            yield reply  # 7 departure
+        finally:
+            if answer is not None:
+                await answer.close()
+            self.settle(exchange)  # 8 settlement, where it has not been
+
+    # --- 3 budget ---------------------------------------------------------------------------------------------------
+
+    def _estimate(self, exchange: Exchange, alias: Alias) -> int:
+        """Tokens to reserve: the request by its size, the answer by its own limit. A hint can only raise it."""
+        request, call = exchange.request, exchange.call
+        text, blobs = len(call.body), 0
+        if b";base64," in call.body:
+            first, *rest = call.body.split(b";base64,")
+            text, blobs = len(first), len(rest)
+            text += sum(len(part) - max(0, part.find(b'"')) for part in rest)
+        exchange.input_tokens_estimate = text // BYTES_PER_TOKEN + 1 + blobs * BLOB_TOKENS
+        output = alias.default_output_tokens if request.max_output_tokens is None else request.max_output_tokens
+        exchange.output_tokens_estimate = output * request.choices
+        return max(exchange.input_tokens_estimate + exchange.output_tokens_estimate, call.tokens_hint)
+
+    # --- 5 plan, 6 dialogue -------------------------------------------------------------------------------------------
+
+    async def _dialogue(self, exchange: Exchange, alias: Alias) -> tuple[VendorAnswer, _Stream | bytes]:
+        """The first good answer of the chain: a whole body, or a stream up to its first content.
+
+        Retries and fallbacks happen here, before anything is sent. Raises VendorRefused, UpstreamError,
+        LedgerUnavailable.
+        """
+        targets = plan(alias, self.cooldowns.resting(self.ambient.monotonic()))
+        retry = exchange.call.config.settings.retry
+        deadline = exchange.call.started + alias.timeouts.total
+        exchange.chain = alias.chain
+        if targets[0] is not alias.targets[0]:
+            self.telemetry.fell_back(exchange, alias.chain[0], targets[0].name, "resting")
+        errors: list[VendorError] = []
+        index = tries_here = 0
+        while True:
+            target = targets[index]
+            tries_here += 1
+            try:
+                return await self._attempt(exchange, alias, target, deadline)
+            except VendorRefused:
+                raise
+            except VendorError as error:
+                errors.append(error)
+            now = self.ambient.monotonic()
+            error = errors[-1]
+            if isinstance(error, VendorMisconfigured):
+                self.cooldowns.rest(target.name, now + retry.cooldown_seconds)
+                self.telemetry.target_misconfigured(target.name, error)
+            step = after(
+                error,
+                index=index,
+                targets=len(targets),
+                attempts=len(errors),
+                tries_here=tries_here,
+                retry=retry,
+                chance=self.ambient.random(),
+            )
+            late = now + (step.wait_seconds if step else 0.0) >= deadline
+            if step is None or late:
+                raise sum_up(errors, late)
+            if step.wait_seconds:
+                await self.ambient.sleep(step.wait_seconds)
+            if step.index != index:
+                self.telemetry.fell_back(exchange, target.name, targets[step.index].name, error.fault)
+                index, tries_here = step.index, 0
+
+    async def _attempt(
+        self, exchange: Exchange, alias: Alias, target: Target, deadline: float
+    ) -> tuple[VendorAnswer, _Stream | bytes]:
+        """One request to one target. Raises VendorError; the attempt is noted whatever becomes of it."""
+        translator = PROVIDERS[target.provider.kind]
+        request, limits = exchange.request, alias.timeouts
+        outgoing = translator.chat(request, target)
+        exchange.target = target
+        self.spool.intend(self._intent(exchange))
+        started = self.ambient.monotonic()
+        if not exchange.dispatched:
+            exchange.dispatched = started
+        limit = limits.first_token if request.stream else limits.answer
+        answer: VendorAnswer | None = None
+        outcome = "cancelled"
+        try:
+            async with asyncio.timeout(min(limit, deadline - started)):
+                answer = await self.upstream.open(outgoing, limits.connect)
+                if not 200 <= answer.status < 300:
+                    raise translator.error(answer.status, answer.headers, await answer.read(MAX_ERROR_BYTES))
+                exchange.vendor_request_id = answer.headers.get(translator.request_id_header)
+                if request.stream:
+                    stream = _Stream(translator.stream(), exchange.call.config.settings.start_buffer_bytes)
+                    await stream.begin(answer)
+                    exchange.first_token = self.ambient.monotonic()
+                    exchange.model_resolved = stream.scan.model
+                    outcome = "success"
+                    return answer, stream
+                body = await answer.read(MAX_ANSWER_BYTES)
+                self._note_answer(exchange, translator.response(body))
+                outcome = "success"
+                return answer, body
+        except TimeoutError:
+            outcome = VendorTimeout.fault
+            raise VendorTimeout("the vendor did not answer in time") from None
+        except VendorError as error:
+            outcome = error.fault
+            self.telemetry.vendor_error(target.provider.name, error)
+            raise
+        finally:
+            ended = self.ambient.monotonic()
+            exchange.provider_seconds += ended - started
+            exchange.attempts.append(
+                Attempt(
+                    target=target.name,
+                    provider=target.provider.name,
+                    outcome=outcome,
+                    status=None if answer is None else answer.status,
+                    started_ms=_ms(started - exchange.call.started),
+                    duration_ms=_ms(ended - started),
+                    vendor_request_id=None if answer is None else answer.headers.get(translator.request_id_header),
+                )
+            )
+            if outcome != "success" and answer is not None:
+                await answer.close()
+
+    def _note_answer(self, exchange: Exchange, answer: Answer) -> None:
+        exchange.model_resolved = answer.model
+        exchange.finish_reason = answer.finish_reason
+        exchange.usage = answer.usage
+        exchange.text_bytes = answer.text_bytes
+
+    # --- 7 departure --------------------------------------------------------------------------------------------------
+
+    def _unary(self, exchange: Exchange, body: bytes) -> Reply:
+        """A whole answer: its row first, then its only frame. Raises LedgerUnavailable."""
+        event = self.settle(exchange)
+        headers = self._headers(exchange, b"application/json")
+        headers += [
+            (b"content-length", b"%d" % len(body)),
+            (b"x-usage-total-tokens", b"%d" % event.usage.total_tokens),
+            (b"x-gateway-cost-usd", bytes(event.cost_usd.total)),
+            (
+                b"server-timing",
+                b"gateway;dur=%.3f, provider;dur=%.3f" % (event.latency_ms.gateway, event.latency_ms.provider),
+            ),
+        ]
+        return Reply(200, headers, _once(body))
+
+    def _streamed(self, exchange: Exchange, alias: Alias, answer: VendorAnswer, stream: _Stream) -> Reply:
+        headers = self._headers(exchange, b"text/event-stream; charset=utf-8")
+        overhead = exchange.first_token - exchange.call.started - exchange.provider_seconds
+        headers += [
+            (b"cache-control", b"no-cache"),
+            (b"server-timing", b"gateway;dur=%.3f" % (overhead * 1000)),
+        ]
+        return Reply(200, headers, self._relay(exchange, alias, answer, stream))
+
+    async def _relay(
+        self, exchange: Exchange, alias: Alias, answer: VendorAnswer, stream: _Stream
+    ) -> AsyncIterator[bytes]:
+        """The stream's frames as the vendor sent them, each chunk at once; a failure is one error event.
+
+        The frames that end the stream are released after the row is in the spool.
+        """
+        deadline = exchange.call.started + alias.timeouts.total
+        withhold = not exchange.request.include_usage
+        relay_started = self.ambient.monotonic()
+        try:
+            while True:
+                ready, done = stream.take(withhold)
+                if done:
+                    self._end_stream(exchange, stream, relay_started)
+                    yield ready
+                    return
+                if ready:
+                    yield ready
+                wait = min(alias.timeouts.idle, deadline - self.ambient.monotonic())
+                async with asyncio.timeout(wait):
+                    await stream.more(answer)
+        except TimeoutError:
+            if self.ambient.monotonic() >= deadline:
+                error: GatewayError = sum_up([], True)
+            else:
+                error = sum_up([VendorTimeout("the vendor fell silent in mid-stream")], False)
+        except VendorError as fault:
+            self.telemetry.vendor_error(exchange.target.provider.name, fault)
+            error = sum_up([fault], False)
+        except LedgerUnavailable as fault:
+            error = fault
+        except BaseException:  # hang-up or drain: what was relayed is charged
+            if exchange.event is None:
+                self._note_stream(exchange, stream, relay_started)
+            raise
+        exchange.error = error
+        tail = stream.ready()
+        if exchange.event is None:
+            self._end_stream(exchange, stream, relay_started)
+        yield tail + openai_chat.error_frames(error)
+
+    def _end_stream(self, exchange: Exchange, stream: _Stream, relay_started: float) -> None:
+        """Notes what the stream told, and settles. Raises LedgerUnavailable."""
+        self._note_stream(exchange, stream, relay_started)
+        self.settle(exchange)
+
+    def _note_stream(self, exchange: Exchange, stream: _Stream, relay_started: float) -> None:
+        exchange.usage = stream.scan.usage
+        exchange.finish_reason = stream.scan.finish_reason
+        exchange.text_bytes = 0 if stream.scan.usage else stream.text_bytes()
+        exchange.provider_seconds += self.ambient.monotonic() - relay_started
+
+    def _refused(self, exchange: Exchange, error: GatewayError) -> Reply:
+        """An error in the client's dialect, its row written before."""
+        exchange.error = error
+        try:
+            self.settle(exchange)
+        except LedgerUnavailable as fault:
+            error = fault
+        body = openai_chat.error_body(error)
+        status = error.vendor_status if isinstance(error, VendorRefused) else error.status
+        headers = self._headers(exchange, b"application/json")
+        headers.append((b"content-length", b"%d" % len(body)))
+        headers += retry_headers(error, status)
+        return Reply(status, headers, _once(body))
+
+    def _headers(self, exchange: Exchange, content_type: bytes) -> list[tuple[bytes, bytes]]:
+        """What every answer says of itself."""
+        call = exchange.call
+        headers = [
+            (b"content-type", content_type),
+            (b"x-request-id", call.request_id.encode()),
+            (b"x-gateway-config-version", call.config.version.encode()),
+        ]
+        if exchange.target is not None:
+            model = exchange.model_resolved or exchange.target.model
+            headers += [
+                (b"x-gateway-model-resolved", model.encode("latin-1", "replace")),
+                (b"x-gateway-provider", exchange.target.provider.name.encode()),
+                (b"x-gateway-attempts", b"%d" % len(exchange.attempts)),
+                (b"x-gateway-fallback", b"true" if _fell_back(exchange) else b"false"),
+            ]
+        held = exchange.reservation
+        if held is not None:
+            if held.limit_requests is not None:
+                headers += [
+                    (b"x-ratelimit-limit-requests", b"%d" % held.limit_requests),
+                    (b"x-ratelimit-remaining-requests", b"%d" % held.remaining_requests),
+                    (b"x-ratelimit-reset-requests", _duration(held.reset_requests_seconds)),
+                ]
+            if held.limit_tokens is not None:
+                headers += [
+                    (b"x-ratelimit-limit-tokens", b"%d" % held.limit_tokens),
+                    (b"x-ratelimit-remaining-tokens", b"%d" % held.remaining_tokens),
+                    (b"x-ratelimit-reset-tokens", _duration(held.reset_tokens_seconds)),
+                ]
+        return headers
+
+    # --- 8 settlement -------------------------------------------------------------------------------------------------
+
+    def settle(self, exchange: Exchange) -> LedgerEvent:
+        """The one place that builds a ledger event: spool, limits and telemetry read the same. Never waits.
+
+        Raises LedgerUnavailable when the spool cannot take the row; the intent then stands for it.
+        """
+        if exchange.event is not None:
+            return exchange.event
+        exchange.event = event = self._event(exchange)
+        try:
+            self.spool.append(event)  # → 9 archive: ledger_shipper.py
+        finally:
+            if exchange.reservation is not None:
+                self.limits.settle(exchange.reservation, event.usage.total_tokens)
+            self.telemetry.record(exchange, event)
+        return event
+
+    def _event(self, exchange: Exchange) -> LedgerEvent:
+        call, request, tenant, target = exchange.call, exchange.request, exchange.tenant, exchange.target
+        error = exchange.error
+        if error is not None:
+            status = error.outcome
+        elif exchange.cut is not None:
+            status = "client_closed" if exchange.cut == "client_closed" else "interrupted"
+        else:
+            status = "success" if exchange.attempts else "interrupted"
+        usage, source = self._usage(exchange)
+        charged = Cost() if target is None else cost(usage, target.price, target.priced)
+        total = self.ambient.monotonic() - call.started
+        return LedgerEvent(
+            event_id=call.event_id,
+            timestamp=occurred_at(call),
+            request_id=call.request_id,
+            trace_id=f"{call.trace_id:032x}",
+            tenant_id=None if tenant is None else tenant.id,
+            feature_id=call.feature_id,
+            user_id_hash=call.user_id_hash,
+            model_alias=None if request is None else request.alias,
+            model_resolved=None if target is None else exchange.model_resolved or target.model,
+            provider=None if target is None else target.provider.name,
+            region=None if target is None else target.provider.region,
+            usage=event_usage(usage),
+            cost_usd=event_cost(charged, call.config.price_version),
+            latency_ms=EventLatency(
+                gateway=_ms(max(0.0, total - exchange.provider_seconds)),
+                cache_lookup=0.0,
+                provider=_ms(exchange.provider_seconds),
+                total=_ms(total),
+            ),
+            status=status,
+            fallback_chain=exchange.chain,
+            fallback_used=_fell_back(exchange),
+            rate_limit_tier=None if tenant is None else tenant.tier,
+            prompt_version=call.prompt_version,
+            tenant_claimed=call.tenant_claimed if tenant is None else None,
+            key_id=call.key.id,
+            environment=call.config.environment,
+            config_version=call.config.version,
+            stream=request is not None and request.stream,
+            ttft_ms=_ms(exchange.first_token - call.started) if exchange.first_token else None,
+            finish_reason=exchange.finish_reason,
+            vendor_request_id=exchange.vendor_request_id,
+            attempts=tuple(exchange.attempts),
+            usage_source=source,
+            cost_status="none" if source == "none" else "priced" if charged.priced else "unpriced",
+            error_code=None if error is None else _error_code(error),
+            limit_tripped=error.limit if isinstance(error, LimitError) else None,
+        )
+
+    def _usage(self, exchange: Exchange) -> tuple[Usage, str]:
+        """The vendor's figures; else, where a vendor worked for this call, an estimate; else nothing.
+
+        A vendor that answered with an error has charged nothing. One that was cut off had read the prompt, and had
+        written what was relayed.
+        """
+        if exchange.usage is not None:
+            return exchange.usage, "vendor"
+        worked = exchange.attempts and exchange.attempts[-1].outcome in ("success", "cancelled", VendorTimeout.fault)
+        if not worked:
+            return Usage(), "none"
+        return Usage(
+            input=exchange.input_tokens_estimate, output=-(-exchange.text_bytes // BYTES_PER_TOKEN)
+        ), "estimated"
+
+    def _intent(self, exchange: Exchange) -> Intent:
+        call, request, tenant, target = exchange.call, exchange.request, exchange.tenant, exchange.target
+        reserved = cost(
+            Usage(input=exchange.input_tokens_estimate, output=exchange.output_tokens_estimate),
+            target.price,
+            target.priced,
+        )
+        return Intent(
+            event_id=call.event_id,
+            timestamp=occurred_at(call),
+            request_id=call.request_id,
+            trace_id=f"{call.trace_id:032x}",
+            tenant_id=tenant.id,
+            feature_id=call.feature_id,
+            user_id_hash=call.user_id_hash,
+            alias=request.alias,
+            model=target.model,
+            provider=target.provider.name,
+            region=target.provider.region,
+            tier=tenant.tier,
+            prompt_version=call.prompt_version,
+            key_id=call.key.id,
+            environment=call.config.environment,
+            config_version=call.config.version,
+            stream=request.stream,
+            input_tokens=exchange.input_tokens_estimate,
+            output_tokens=exchange.output_tokens_estimate,
+            input_nanos=reserved.input_nanos,
+            output_nanos=reserved.output_nanos,
+            priced=reserved.priced,
+            price_version=call.config.price_version,
+            chain=exchange.chain,
+        )
+
+
+class _Stream:
+    """A vendor's stream between its chunks: what is ready to relay, and what it told so far."""
+
+    def __init__(self, scan: StreamScan, start_buffer_bytes: int) -> None:
+        self.scan = scan
+        self._kept: list[bytes] = []
+        self._kept_bytes = self._relayed_bytes = 0
+        self._splitter = FrameSplitter()
+        self._start_buffer_bytes = start_buffer_bytes
+        self._frames: list[bytes] = []
+        self._ready: list[bytes] = []
+        self._ended = False
+
+    async def begin(self, answer: VendorAnswer) -> None:
+        """Reads up to the first content, or until the start buffer is full. Raises VendorError."""
+        size = 0
+        while True:
+            chunk = await answer.chunk()
+            if chunk is None:
+                raise VendorBroke("the vendor's stream ended before any content")
+            size += len(chunk)
+            self._frames += self._split(chunk)
+            if self._scan_start() or size > self._start_buffer_bytes:
+                return
+
+    def _scan_start(self) -> bool:
+        """Moves the frames before the first content to `_ready`; True once there is content."""
+        for position, frame in enumerate(self._frames):
+            kind = self.scan.scan(frame)
+            if kind is Kind.CONTENT:
+                self._frames = self._frames[position:]
+                return True
+            if kind is Kind.DONE:
+                raise VendorBroke("the vendor's stream is empty")
+            self._ready.append(frame)
+        self._frames = []
+        return False
+
+    async def more(self, answer: VendorAnswer) -> None:
+        """Waits for the next bytes. Raises VendorBroke when the stream was cut."""
+        chunk = await answer.chunk()
+        if chunk is None:
+            self._ended = True
+        else:
+            self._frames = self._split(chunk)
+
+    def take(self, withhold_usage: bool) -> tuple[bytes, bool]:
+        """What may be sent now, and whether it ends the stream. Raises VendorError; `ready()` has what came before."""
+        scan, out = self.scan.scan, self._ready
+        for frame in self._frames:
+            kind = scan(frame)
+            if kind is Kind.DONE:
+                out.append(frame)
+                self._frames = []
+                return self.ready(), True
+            if kind is not Kind.USAGE or not withhold_usage:
+                out.append(frame)
+                self._relayed_bytes += len(frame)
+                if self._kept_bytes < KEPT_BYTES:
+                    self._kept.append(frame)
+                    self._kept_bytes += len(frame)
+        self._frames = []
+        if self._ended:
+            if not self.scan.finished:
+                raise VendorBroke("the vendor cut its stream")
+            out.append(openai_chat.DONE)
+            return self.ready(), True
+        return self.ready(), False
+
+    def text_bytes(self) -> int:
+        """Size of the text relayed so far: read from the frames that were kept, extrapolated beyond them."""
+        kept = sum(self.scan.text_bytes(frame) for frame in self._kept)
+        return kept * self._relayed_bytes // self._kept_bytes if self._kept_bytes else 0
+
+    def ready(self) -> bytes:
+        """What has been taken and not sent."""
+        out = self._ready
+        data = out[0] if len(out) == 1 else b"".join(out)
+        self._ready = []
+        return data
+
+    def _split(self, chunk: bytes) -> list[bytes]:
+        frames = self._splitter.feed(chunk)
+        if len(self._splitter.rest) > MAX_FRAME_BYTES:
+            raise VendorBroke("the vendor sent an event without end")
+        return frames
+
+
+async def _once(frame: bytes) -> AsyncIterator[bytes]:
+    yield frame
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 3)
+
+
+def _fell_back(exchange: Exchange) -> bool:
+    return exchange.target is not None and exchange.target.name != exchange.chain[0]
+
+
+def _error_code(error: GatewayError) -> str:
+    return (error.vendor_code or error.code) if isinstance(error, VendorRefused) else error.code
+
+
+def retry_headers(error: GatewayError, status: int) -> list[tuple[bytes, bytes]]:
+    """When to try again, for the client's SDK: every 429 and 503 says so."""
+    headers = []
+    if status in (429, 503):
+        wait = max(1, -int(-(error.retry_after_seconds or 1.0) // 1))
+        headers.append((b"retry-after", b"%d" % wait))
+    if error.should_retry is not None:
+        headers.append((b"x-should-retry", b"true" if error.should_retry else b"false"))
+    return headers
+
+
+def _duration(seconds: float) -> bytes:
+    """OpenAI's form: `120ms`, `1s`, `6m0s`, `2h3m4s`."""
+    if seconds < 1:
+        return b"%dms" % round(seconds * 1000)
+    whole = round(seconds)
+    hours, rest = divmod(whole, 3600)
+    minutes, rest = divmod(rest, 60)
+    if hours:
+        return b"%dh%dm%ds" % (hours, minutes, rest)
+    return b"%dm%ds" % (minutes, rest) if minutes else b"%ds" % rest

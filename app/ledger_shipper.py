@@ -1,0 +1,410 @@
+"""From the spool to PostgreSQL: a child process of the replica, so that the database never shares the hot loop.
+
+    python -m app.ledger_shipper --spool-dir DIR --replica NAME        with DATABASE_URL in the environment
+
+It ships the events of its replica's segments as they are written, and of every segment whose lock is free: those are
+complete, or their process is dead. Then an intent without its event becomes an `interrupted` row. The ledger ignores
+a row that it has, so shipping anything twice changes nothing; that is why a crash at any line here is harmless.
+
+Standard input is a pipe from the replica. Its end means that the replica drains or is dead: the shipper ships what it
+can in 10 seconds and exits. SIGINT and SIGTERM are ignored, for they reach whole process groups while the replica
+still has calls to finish. Each second a JSON line on standard output tells how things are (`Report`).
+
+Everything here is asynchronous for the sake of deadlines: a frozen PostgreSQL holds no await for longer than
+`archive.DEADLINE_SECONDS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import stat
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from app.ambient import Ambient
+from app.archive import Archive, ArchiveError
+from app.core import Intent, interrupted
+from app.ledger import parse_segment_name, read_lines, take_lock
+
+BATCH_ROWS = 2000
+BATCH_BYTES = 4_194_304
+"""About 3,000 rows: large enough that the round trip vanishes, small enough for PostgreSQL to take in a moment."""
+POLL_SECONDS = 0.1
+BACKOFF_SECONDS = 5.0
+
+_NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
+_encode = msgspec.json.Encoder().encode
+_decode_intent = msgspec.json.Decoder(Intent).decode
+
+
+class _EventId(Struct, gc=False):
+    event_id: str
+
+
+_decode_event_id = msgspec.json.Decoder(_EventId).decode
+
+
+class Report(Struct):
+    """How the shipper is. `lag_seconds`: for how long something has been waiting. `error` holds no secret."""
+
+    postgres: str = "down"
+    shipped_rows: int = 0
+    dead_letters: int = 0
+    backlog_bytes: int = 0
+    lag_seconds: float = 0.0
+    adopted_segments: int = 0
+    error: str | None = None
+
+
+class _Batch(Struct):
+    """What was read up to byte `end`: events as the archive takes them, and lines that cannot be a row."""
+
+    events: list[str] = []
+    damaged: list[bytes] = []
+    end: int = 0
+
+
+def _row(event: bytes) -> str:
+    """An event as the archive takes it. PostgreSQL's text holds no NUL character: U+FFFD stands for it."""
+    text = event.decode()
+    return _NUL.sub(r"\1\\ufffd", text) if "\\u0000" in text else text
+
+
+class _Segment:
+    """A segment being read. Everything before byte `shipped` is in the ledger or in the dead-letter file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # writable: some file systems lock only such
+        self.checkpoint = path.with_name(path.name + ".offset")
+        self.shipped = self._read_checkpoint()
+        self.intents: dict[str, Intent] = {}
+        self.sealed = False
+
+    def _read_checkpoint(self) -> int:
+        try:
+            shipped = int(self.checkpoint.read_bytes())
+        except (FileNotFoundError, ValueError):
+            return 0  # not yet, or torn by a power loss: from the start, which changes nothing
+        return shipped if 0 <= shipped <= self.size else 0
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self.fd).st_size
+
+    def read(self, start: int, *, final: bool) -> _Batch:
+        """From byte `start`, as far as the lines are complete or a batch is full; `final` when nothing will follow.
+
+        With `final`, `intents` follows along; without, it is not kept: the adopter reads from the beginning.
+        """
+        wanted = BATCH_BYTES
+        while True:
+            data = os.pread(self.fd, wanted, start)
+            if len(data) < wanted or b"\n" in data:
+                break
+            wanted *= 2
+        batch = _Batch(end=start)
+        for line in read_lines(data, start, final=final and len(data) < wanted):
+            batch.end = line.end
+            news = line.start >= self.shipped
+            try:
+                if line.kind == "E":
+                    self.intents.pop(_decode_event_id(line.payload).event_id, None)
+                    if news:
+                        batch.events.append(_row(line.payload))
+                elif line.kind == "I" and final:
+                    intent = _decode_intent(line.payload)
+                    self.intents[intent.event_id] = intent
+                elif line.kind == "S":
+                    self.sealed = True
+                elif line.kind == "?" and news:
+                    batch.damaged.append(line.payload)
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                if news:
+                    batch.damaged.append(line.payload)
+            if len(batch.events) == BATCH_ROWS:
+                break
+        return batch
+
+    def bury(self, damaged: Sequence[bytes]) -> None:
+        """Keeps what cannot be a row. After a crash before the checkpoint it is kept twice."""
+        if damaged:
+            with self.path.with_name(self.path.name + ".dead-letter").open("ab") as file:
+                file.writelines(piece.rstrip(b"\n") + b"\n" for piece in damaged)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def advance(self, end: int) -> None:
+        """Notes that everything before `end` is done. Only ever called after the commit."""
+        if end > self.shipped:
+            self.shipped = end
+            written = self.checkpoint.with_name(self.checkpoint.name + ".new")
+            written.write_bytes(b"%d" % end)
+            written.replace(self.checkpoint)
+
+    def remove(self) -> None:
+        """The checkpoint first: left behind alone, it would be wrong about a segment of that name."""
+        self.checkpoint.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Also gives the lock back, if it was taken."""
+        os.close(self.fd)
+
+
+class Shipper:
+    """Moves rows from `spool_dir` to the archive. `report` is up to date after each `run_once`."""
+
+    def __init__(
+        self, spool_dir: Path, replica: str, archive: Archive, ambient: Ambient, adopt_seconds: float = 10.0
+    ) -> None:
+        self.report = Report()
+        self._spool_dir = spool_dir
+        self._replica = replica
+        self._archive = archive
+        self._ambient = ambient
+        self._adopt_seconds = adopt_seconds
+        self._adopt_at = 0.0
+        self._tails: dict[str, _Segment] = {}
+        self._orphan_bytes = 0
+        self._faults: list[str] = []
+        self._caught_up_at = ambient.monotonic()
+
+    async def run(self, draining: asyncio.Event) -> None:
+        """Ships until `draining` is set and nothing of this replica is left; then returns."""
+        failures = 0
+        while True:
+            if draining.is_set():
+                self._adopt_at = 0.0
+            shipped = 0
+            try:
+                shipped = await self.run_once()
+                failures = 0
+                if draining.is_set() and not self._own():
+                    return
+            except ArchiveError as error:
+                self.report.postgres = "down"
+                self.report.error = str(error)
+                self._adopt_at = 0.0  # begins by seeing whether PostgreSQL answers
+                failures += 1
+            except OSError as error:
+                self.report.error = f"the spool cannot be read: {error}"
+                failures += 1
+            if failures:
+                backoff_seconds = min(BACKOFF_SECONDS, POLL_SECONDS * 2**failures)
+                await self._pause(backoff_seconds * (0.5 + self._ambient.random() / 2), draining)
+            elif not shipped:
+                await self._pause(POLL_SECONDS, draining)
+
+    async def run_once(self) -> int:
+        """Ships what there is; adopts when that is due. Returns the rows that were new to the ledger.
+
+        Raises `ArchiveAway`: nothing is lost, call again. Raises `OSError` where the spool cannot be listed; a single
+        segment that cannot be read is left where it is, and reported.
+        """
+        before = self.report.shipped_rows
+        self._faults.clear()
+        self._open_tails()
+        try:
+            if self._ambient.monotonic() >= self._adopt_at:
+                await self._adopt()
+                self._adopt_at = self._ambient.monotonic() + self._adopt_seconds
+            if await self._follow():
+                self._caught_up_at = self._ambient.monotonic()
+        finally:
+            self._measure()
+        self.report.error = next(iter(self._faults), self._archive.warning)
+        return self.report.shipped_rows - before
+
+    async def _pause(self, seconds: float, draining: asyncio.Event) -> None:
+        if draining.is_set():
+            await self._ambient.sleep(min(seconds, POLL_SECONDS))
+            return
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(draining.wait(), seconds)
+
+    @contextlib.contextmanager
+    def _noting(self, path: Path) -> Iterator[None]:
+        """One segment that the disk refuses does not keep the others from being shipped."""
+        try:
+            yield
+        except FileNotFoundError:
+            pass  # shipped and deleted by another replica
+        except OSError as error:
+            self._faults.append(f"{path.name} stays in the spool: {error.strerror or error}")
+
+    def _names(self) -> list[str]:
+        """Segments in the order in which they were written."""
+        found = [(parsed, name) for name in os.listdir(self._spool_dir) if (parsed := parse_segment_name(name))]
+        return [name for _, name in sorted(found)]
+
+    def _own(self) -> list[str]:
+        return [name for name in self._names() if name.rpartition("-")[0] == self._replica]
+
+    def _measure(self) -> None:
+        tails = sum(max(0, tail.size - tail.shipped) for tail in self._tails.values())
+        self.report.backlog_bytes = self._orphan_bytes + tails
+        if not self.report.backlog_bytes:
+            self._caught_up_at = self._ambient.monotonic()
+        waited = self._ambient.monotonic() - self._caught_up_at
+        self.report.lag_seconds = round(waited, 3) if waited > POLL_SECONDS else 0.0
+
+    # --- this replica's segments, while it writes them ---
+
+    async def _follow(self) -> bool:
+        """Ships a batch of each own segment. True when everything that stood there has been shipped."""
+        self._open_tails()
+        caught_up = True
+        for tail in self._tails.values():
+            with self._noting(tail.path):
+                size = tail.size
+                batch = tail.read(tail.shipped, final=False)
+                await self._ship(tail, batch)
+                caught_up = caught_up and len(batch.events) < BATCH_ROWS and size - batch.end < BATCH_BYTES
+                if tail.sealed and tail.shipped == tail.size:
+                    tail.remove()
+        return caught_up
+
+    def _open_tails(self) -> None:
+        names = self._own()
+        for name in self._tails.keys() - set(names):
+            self._tails.pop(name).close()
+        for name in names:
+            path = self._spool_dir / name
+            if name not in self._tails:
+                with self._noting(path):
+                    self._tails[name] = _Segment(path)
+
+    async def _ship(self, segment: _Segment, batch: _Batch) -> None:
+        new, unfit = await self._archive.insert(batch.events)
+        damaged = batch.damaged + [batch.events[place].encode() for place in unfit]
+        segment.bury(damaged)
+        segment.advance(batch.end)
+        self.report.shipped_rows += new
+        self.report.dead_letters += len(damaged)
+        if batch.events:
+            self.report.postgres = "up"
+
+    # --- segments that nobody writes any more ---
+
+    async def _adopt(self) -> None:
+        """Ships and deletes every segment whose lock is free, this replica's own included.
+
+        Rows of interrupted calls come last, after the events of all segments: a call whose intent stands in an
+        unsealed segment may have ended in the next one, and of two rows with one id the ledger keeps the first. Among
+        them the newest segment is first, for it has a call's last intent.
+        """
+        with contextlib.ExitStack() as taken:
+            orphans = list(self._take(taken))
+            foreign = [segment for segment in orphans if segment.path.name not in self._tails]
+            self._orphan_bytes = sum(max(0, segment.size - segment.shipped) for segment in foreign)
+            await self._archive.prepare()
+            self.report.postgres = "up"
+            unsealed: list[_Segment] = []
+            for segment in orphans:
+                with self._noting(segment.path):
+                    await self._ship_whole(segment)
+                    if segment.sealed:
+                        segment.remove()
+                        self.report.adopted_segments += 1
+                    else:
+                        unsealed.append(segment)
+            for segment in reversed(unsealed):
+                with self._noting(segment.path):
+                    intents = list(segment.intents.values())
+                    for start in range(0, len(intents), BATCH_ROWS):
+                        rows = [_row(_encode(interrupted(intent))) for intent in intents[start : start + BATCH_ROWS]]
+                        await self._ship(segment, _Batch(rows, end=segment.shipped))
+                    segment.remove()
+                    self.report.adopted_segments += 1
+            self._orphan_bytes = 0
+
+    async def _ship_whole(self, segment: _Segment) -> None:
+        """Reads from the beginning, for the intents; ships from the checkpoint on."""
+        place = 0
+        while (batch := segment.read(place, final=True)).end > place:
+            await self._ship(segment, batch)
+            place = batch.end
+
+    def _take(self, taken: contextlib.ExitStack) -> Iterator[_Segment]:
+        names = self._names()
+        for path in self._spool_dir.glob("*.spool.offset*"):
+            if path.name.partition(".spool")[0] + ".spool" not in names:
+                path.unlink(missing_ok=True)
+        for name in names:
+            path = self._spool_dir / name
+            with self._noting(path):
+                segment = _Segment(path)
+                if take_lock(segment.fd):
+                    taken.callback(segment.close)
+                    yield segment
+                else:
+                    segment.close()
+
+
+async def _tell(report: Report, ambient: Ambient) -> None:
+    """A line a second. A replica that does not read them misses some; it does not hold the shipper up."""
+    while True:
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):
+            os.write(1, _encode(report) + b"\n")
+        await ambient.sleep(1.0)
+
+
+def _watch_replica(loop: asyncio.AbstractEventLoop, draining: asyncio.Event, drain_seconds: float) -> None:
+    """In a thread: waits for the end of standard input. The process then ends in time, whatever holds it up."""
+    while os.read(0, 4096):
+        pass
+    loop.call_soon_threadsafe(draining.set)
+    threading.Event().wait(drain_seconds)
+    os._exit(0)
+
+
+async def _main(options: argparse.Namespace, archive: Archive, ambient: Ambient) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if stat.S_ISFIFO(os.fstat(1).st_mode):
+        os.set_blocking(1, False)
+    draining = asyncio.Event()
+    shipper = Shipper(options.spool_dir, options.replica, archive, ambient, options.adopt_seconds)
+    watched = (asyncio.get_running_loop(), draining, options.drain_seconds)
+    threading.Thread(target=_watch_replica, args=watched, daemon=True).start()
+    telling = asyncio.create_task(_tell(shipper.report, ambient))
+    try:
+        await shipper.run(draining)
+    finally:
+        telling.cancel()
+        await archive.close()
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):
+            os.write(1, _encode(shipper.report) + b"\n")
+
+
+def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
+    """0 after a drain; 2 with a sentence on standard error when it cannot start."""
+    parser = argparse.ArgumentParser(prog="python -m app.ledger_shipper", description="Ships the spool to PostgreSQL.")
+    parser.add_argument("--spool-dir", type=Path, required=True)
+    parser.add_argument("--replica", required=True, help="whose segments to follow while they are written")
+    parser.add_argument("--adopt-seconds", type=float, default=10.0, help="how often to look for orphaned segments")
+    parser.add_argument("--drain-seconds", type=float, default=10.0, help="how long to go on after standard input ends")
+    options = parser.parse_args(arguments)
+    ambient = Ambient()
+    try:
+        archive = Archive(environ.get("DATABASE_URL", ""), ambient)
+    except ArchiveError as error:
+        print(error, file=sys.stderr)
+        return 2
+    asyncio.run(_main(options, archive, ambient))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))

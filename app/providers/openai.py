@@ -1,0 +1,276 @@
+"""OpenAI chat completions, and everything that speaks its shape: the body is relayed, not rewritten.
+
+Source: OpenAI API reference; behaviours that differ from it are noted where they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+from msgspec import Raw
+
+from app.config import Target
+from app.core import Usage
+from app.errors import (
+    VendorBroke,
+    VendorError,
+    VendorFailed,
+    VendorMisconfigured,
+    VendorRefused,
+    VendorThrottled,
+)
+from app.providers.translator import Answer, Kind, Outgoing, StreamScan, Translator
+from app.sse import data_of, event_of
+from app.wire import ChatRequest, OpenAIChunk, OpenAICompletion, OpenAIErrorBody, OpenAIUsage
+
+_completion = msgspec.json.Decoder(OpenAICompletion)
+_chunk = msgspec.json.Decoder(OpenAIChunk)
+_error = msgspec.json.Decoder(OpenAIErrorBody)
+_members = msgspec.json.Decoder(dict[str, Raw])
+_encode = msgspec.json.encode
+_EMPTY = (b"", b"null", b'""', b"[]")
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises on bytes that are not the JSON it was told to expect."""
+MAX_TOKENS = 1_000_000_000
+"""A count beyond this is no count; taken at its word it would not fit the ledger."""
+_INCLUDE_USAGE = b'{"include_usage":true}'
+
+
+def chat(request: ChatRequest, target: Target) -> Outgoing:
+    """The client's members as they came; `model` becomes the target's, and a stream is asked for its usage."""
+    parts = []
+    for name, value in request.fields.items():
+        if name == "model":
+            value = _encode(target.model)
+        elif name == "stream_options" and request.stream and not request.include_usage:
+            continue
+        parts.append(b"%b:%b" % (_encode(name), value))
+    if request.stream and not request.include_usage:
+        parts.append(b'"stream_options":' + _stream_options(request.fields.get("stream_options")))
+    return Outgoing(
+        url=target.provider.base_url + "/chat/completions",
+        headers=(
+            ("authorization", "Bearer " + target.provider.api_key.reveal()),
+            ("content-type", "application/json"),
+            ("accept", "text/event-stream" if request.stream else "application/json"),
+        ),
+        body=b"{" + b",".join(parts) + b"}",
+    )
+
+
+def _stream_options(written: Raw | None) -> bytes:
+    """The client's own options with `include_usage` switched on."""
+    if written is None or bytes(written).strip() == b"null":
+        return _INCLUDE_USAGE
+    return _encode(_members.decode(written) | {"include_usage": Raw(b"true")})
+
+
+def usage_of(usage: OpenAIUsage | None) -> Usage | None:
+    """Disjoint classes: cached, written and audio tokens are inside the prompt's count, reasoning inside the answer's.
+
+    They sum to the vendor's totals, so a part never exceeds what is left of its whole: xAI has reported 161 cached
+    tokens of a prompt of 7, OpenRouter 11 reasoning tokens of an answer of 10. xAI's own API counts reasoning beside
+    the answer, which its total tells.
+    """
+    if usage is None or usage.prompt_tokens is None:
+        return None
+    prompt, completion = usage.prompt_tokens, usage.completion_tokens or 0
+    if not (0 <= prompt <= MAX_TOKENS and 0 <= completion <= MAX_TOKENS):
+        return None
+    cached = written = audio_input = reasoning = audio_output = 0
+    if details := usage.prompt_tokens_details:
+        cached, prompt = _part(details.cached_tokens, prompt)
+        written, prompt = _part(details.cache_write_tokens, prompt)
+        audio_input, prompt = _part(details.audio_tokens, prompt)
+    if details := usage.completion_tokens_details:
+        if usage.total_tokens == usage.prompt_tokens + completion + (details.reasoning_tokens or 0):
+            completion += max(details.reasoning_tokens or 0, 0)
+        reasoning, completion = _part(details.reasoning_tokens, completion)
+        audio_output, completion = _part(details.audio_tokens, completion)
+    return Usage(
+        input=prompt,
+        cache_read=cached,
+        cache_write=written,
+        audio_input=audio_input,
+        output=completion,
+        reasoning=reasoning,
+        audio_output=audio_output,
+    )
+
+
+def _part(tokens: int | None, whole: int) -> tuple[int, int]:
+    """The part, and what is left of the whole."""
+    part = min(max(tokens or 0, 0), whole)
+    return part, whole - part
+
+
+def response(body: bytes) -> Answer:
+    try:
+        answer = _completion.decode(body)
+    except _UNREADABLE as error:
+        raise VendorBroke("the vendor's answer is not a chat completion") from error
+    if bytes(answer.error) not in _EMPTY:
+        raise error_in_answer(answer.error)
+    if not answer.choices:
+        raise VendorBroke("the vendor's answer has no choices")
+    usage = usage_of(answer.usage)
+    return Answer(
+        model=answer.model,
+        usage=usage,
+        finish_reason=answer.choices[0].finish_reason,
+        text_bytes=0 if usage else sum(len(bytes(choice.message)) for choice in answer.choices),
+    )
+
+
+def error_in_answer(written: Raw) -> VendorError:
+    """An error object inside a 200: OpenRouter and Groq report a failure that way, `code` often being a status."""
+    error = _decoded_error(written)
+    code = "429" if error.code == "rate_limit_exceeded" else str(error.code)
+    if code in _STATUSES:
+        return _error_by_status(int(code), error, None)
+    return VendorFailed(
+        "the vendor reported an error inside its answer",
+        vendor_code=None if error.code is None else str(error.code),
+    )
+
+
+class OpenAIScan(StreamScan):
+    """Every frame before the first content is decoded; after it, those only that a byte scan picks out."""
+
+    __slots__ = ("finish_reason", "model", "started", "usage")
+
+    def __init__(self) -> None:
+        self.usage = None
+        self.model = None
+        self.finish_reason = None
+        self.started = False
+
+    def scan(self, frame: bytes) -> Kind:
+        if (
+            self.started
+            and frame.startswith(b"data: {")
+            and frame.endswith(b"}\n\n")
+            and frame.count(b'"usage"') == frame.count(b'"usage":null')
+            and frame.count(b'"finish_reason"') == frame.count(b'"finish_reason":null')
+            and b'"error"' not in frame
+        ):
+            return Kind.CONTENT
+        return self._decode(frame)
+
+    def _decode(self, frame: bytes) -> Kind:
+        data = data_of(frame)
+        if data == b"[DONE]":
+            return Kind.DONE
+        if event_of(frame) == "error":  # Groq: an error event inside a 200 stream
+            raise self._event_error(data)
+        if not data:  # a comment: OpenRouter's keep-alive
+            return Kind.CONTENT if self.started else Kind.START
+        try:
+            chunk = _chunk.decode(data)
+        except _UNREADABLE as error:
+            raise VendorBroke("the vendor sent an event that cannot be decoded") from error
+        if chunk.model:
+            self.model = chunk.model
+        usage = usage_of(chunk.usage)
+        if usage is not None:
+            self.usage = usage
+        if bytes(chunk.error) not in _EMPTY:  # OpenRouter reports the usage of a failed answer beside its error
+            raise error_in_answer(chunk.error)
+        for choice in chunk.choices or ():
+            if choice.finish_reason:
+                self.finish_reason = choice.finish_reason
+                self.started = True
+            elif not self.started and choice.delta is not None and _has_content(choice.delta):
+                self.started = True
+        if usage is not None and not chunk.choices:
+            return Kind.USAGE
+        return Kind.CONTENT if self.started else Kind.START
+
+    def _event_error(self, data: bytes) -> VendorError:
+        try:
+            return error_in_answer(_members.decode(data).get("error", Raw(data)))
+        except _UNREADABLE:
+            return VendorFailed("the vendor sent an error event")
+
+    def text_bytes(self, frame: bytes) -> int:
+        try:
+            chunk = _chunk.decode(data_of(frame))
+        except _UNREADABLE:
+            return 0
+        return sum(
+            len(bytes(part)) - 2
+            for choice in chunk.choices or ()
+            if choice.delta is not None
+            for part in msgspec.structs.astuple(choice.delta)
+            if bytes(part) not in _EMPTY
+        )
+
+
+def _has_content(delta: msgspec.Struct) -> bool:
+    return any(bytes(part) not in _EMPTY for part in msgspec.structs.astuple(delta))
+
+
+def error(status: int, headers: Mapping[str, str], body: bytes) -> VendorError:
+    """Status decides first, then the vendor's exact code."""
+    return _error_by_status(status, _error_body(body), retry_after(headers))
+
+
+_STATUSES = frozenset(map(str, range(400, 600)))
+
+
+def _error_by_status(status: int, written: OpenAIErrorBody, wait_seconds: float | None) -> VendorError:
+    code = None if written.code is None else str(written.code)
+    facts = {"vendor_status": status, "vendor_code": code}
+    if status in (401, 402, 403, 404) or code == "insufficient_quota":  # the latter: OpenAI's 429 of an unpaid account
+        return VendorMisconfigured(f"the vendor answered {status}", **facts)
+    if status == 429:
+        return VendorThrottled("the vendor throttled", retry_after_seconds=wait_seconds, **facts)
+    if status in (408, 409) or status >= 500 or status < 400:
+        return VendorFailed(f"the vendor answered {status}", retry_after_seconds=wait_seconds, **facts)
+    return VendorRefused(
+        written.message or f"The vendor refused the request with status {status}.",
+        kind=written.type,
+        param=written.param,
+        **facts,
+    )
+
+
+def _error_body(body: bytes) -> OpenAIErrorBody:
+    """The envelope as OpenAI writes it, or flat, or `error` as a plain string beside a `code` (xAI), or not JSON."""
+    try:
+        members = _members.decode(body)
+    except _UNREADABLE:
+        return OpenAIErrorBody()
+    inner = members.get("error", Raw(body))
+    if bytes(inner)[:1] == b'"':
+        members["message"] = inner
+        inner = Raw(_encode(members))
+    return _decoded_error(inner)
+
+
+def _decoded_error(written: Raw) -> OpenAIErrorBody:
+    try:
+        return _error.decode(written)
+    except _UNREADABLE:
+        return OpenAIErrorBody()
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds the vendor asks for. Azure sends `Retry-After: 1` with `Retry-After-Ms: 0`: the longer one stands."""
+    waits = []
+    for name, scale in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        try:
+            waits.append(float(headers[name]) * scale)
+        except (KeyError, ValueError):
+            continue
+    return max((w for w in waits if 0 <= w < 86_400), default=None)
+
+
+OPENAI = Translator(
+    chat=chat,
+    response=response,
+    stream=OpenAIScan,
+    error=error,
+    request_id_header="x-request-id",
+)

@@ -1,0 +1,265 @@
+"""One Redis connection for all calls: commands that meet in one turn of the event loop leave as one pipeline.
+
+No call waits for a Redis that is away: the oldest unanswered command has `timeout_ms`; then the connection is dropped,
+everything unanswered fails, and until a probe has succeeded every command fails at once.
+Setting the connection up (URL, TLS, AUTH, SELECT) is redis-py's part, reading and writing hiredis'.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from hiredis import HiredisError, Reader, pack_command
+from msgspec import Struct
+from redis.asyncio.connection import AbstractConnection, ConnectionPool
+from redis.exceptions import RedisError
+
+from app.ambient import Ambient
+
+log = logging.getLogger(__name__)
+
+_CONNECT_SECONDS = 2.0
+"""For TCP, TLS, AUTH and SELECT together: several round trips, and no call waits for them."""
+_GRACE_SECONDS = 0.01
+"""An overdue command gets one more look at the socket: it may be the event loop that stood still, not Redis."""
+_INCOMPLETE = object()
+
+Argument = str | bytes | int
+OnError = Callable[[Exception], None]
+
+
+class RedisAway(Exception):
+    """Redis is not there, too slow or has too much waiting. What was sent may have been executed all the same."""
+
+
+class RedisRefused(Exception):
+    """Redis answered with an error; the text is Redis's own and begins with its code (`OOM`, `WRONGTYPE`, …)."""
+
+
+class _Waiting(Struct, gc=False):
+    """A command without its answer. `since` is the event loop's time when it was handed in."""
+
+    since: float
+    arguments: tuple[Argument, ...]
+    future: asyncio.Future[Any] | None
+    on_error: OnError | None
+
+    def fail(self, error: Exception) -> None:
+        if self.future is None:
+            if self.on_error is not None:
+                self.on_error(error)
+        elif not self.future.done():
+            self.future.set_exception(error)
+
+
+class _Line(asyncio.Protocol):
+    """One connection from set-up to loss. Answers are matched by order, whether or not somebody still waits."""
+
+    def __init__(self, pipe: RedisPipe, transport: asyncio.Transport) -> None:
+        self.waiting: deque[_Waiting] = deque()
+        self.gone = asyncio.Event()
+        self._pipe = pipe
+        self._transport = transport
+        self._timeout_seconds = pipe.timeout_ms / 1000
+        self._loop = asyncio.get_running_loop()
+        self._reader = Reader(replyError=RedisRefused, notEnoughData=_INCOMPLETE)
+        self._unsent: list[bytes] = []
+        self._watch: asyncio.TimerHandle | None = None
+        self._overdue: _Waiting | None = None
+
+    def write(
+        self, arguments: tuple[Argument, ...], future: asyncio.Future[Any] | None, on_error: OnError | None
+    ) -> None:
+        packed = pack_command(arguments)
+        if not self._unsent:
+            self._loop.call_soon(self._flush)
+        self._unsent.append(packed)
+        self.waiting.append(_Waiting(self._loop.time(), arguments, future, on_error))
+
+    def _flush(self) -> None:
+        if not self.gone.is_set():
+            self._transport.write(b"".join(self._unsent))
+            if self._watch is None:
+                self._watch = self._loop.call_later(self._timeout_seconds, self._look)
+        self._unsent.clear()
+
+    def _look(self) -> None:
+        """The one timer of a connection: runs while something waits, and looks at the oldest."""
+        self._watch = None
+        if not self.waiting:
+            return
+        oldest = self.waiting[0]
+        left = oldest.since + self._timeout_seconds - self._loop.time()
+        if left <= 0:
+            if oldest is self._overdue:
+                self.lose(f"no answer within {self._timeout_seconds * 1000:g} ms")
+                return
+            self._overdue, left = oldest, _GRACE_SECONDS
+        self._watch = self._loop.call_later(left, self._look)
+
+    def data_received(self, data: bytes) -> None:
+        self._reader.feed(data)
+        try:
+            while (reply := self._reader.gets()) is not _INCOMPLETE:
+                waiting = self.waiting.popleft()
+                if type(reply) is RedisRefused:
+                    self._refused(waiting, reply)
+                elif waiting.future is not None and not waiting.future.done():
+                    waiting.future.set_result(reply)
+        except (HiredisError, IndexError) as error:
+            self.lose(f"what came is not an answer: {error}")
+
+    def _refused(self, waiting: _Waiting, error: RedisRefused) -> None:
+        if not str(error).startswith("NOSCRIPT"):
+            waiting.fail(error)
+        elif waiting.future is None or not waiting.future.done():
+            _, sha, *rest = waiting.arguments
+            self.write(("EVAL", self._pipe.scripts[sha], *rest), waiting.future, waiting.on_error)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.lose(str(error or "Redis closed the connection"))
+
+    def lose(self, reason: str) -> None:
+        if self.gone.is_set():
+            return
+        self.gone.set()
+        self._transport.abort()
+        if self._watch is not None:
+            self._watch.cancel()
+        self._pipe.lost(self, reason)
+        while self.waiting:
+            self.waiting.popleft().fail(RedisAway(reason))
+
+
+class RedisPipe:
+    """The connection as the rooms see it. `run` keeps it; `up` says whether it is there, `changes` counts the turns.
+
+    `timeout_ms` and `probe_seconds` may be set at any time and count from the next connection on. What `on_return`
+    holds is called each time Redis is there again.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        ambient: Ambient,
+        *,
+        timeout_ms: float = 250,
+        probe_seconds: float = 1.0,
+        waiting_limit: int = 20_000,
+    ) -> None:
+        # RESP2: on it nothing arrives that was not asked for.
+        self._pool = ConnectionPool.from_url(url, protocol=2, client_name="gateway")
+        self._ambient = ambient
+        self.timeout_ms = timeout_ms
+        self.probe_seconds = probe_seconds
+        self._waiting_limit = waiting_limit
+        self.on_return: list[Callable[[], None]] = []
+        self.scripts: dict[Argument, str] = {}
+        self.up = False
+        self.changes = 0
+        self._said_up: bool | None = None
+        self._line: _Line | None = None
+        self._closed = False
+
+    def script(self, text: str) -> str:
+        """The digest to `EVALSHA` a Lua script by; where Redis does not know it, its text is sent on instead."""
+        sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+        self.scripts[sha] = text
+        return sha
+
+    def execute(self, *arguments: Argument) -> asyncio.Future[Any]:
+        """Sends a command. The future gives its answer (int, bytes, None, list) or raises `RedisRefused`, `RedisAway`.
+
+        Raises `RedisAway` at once when Redis is away or too much waits. A cancelled future changes nothing for the
+        commands after it; its own is executed all the same.
+        """
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._ready().write(arguments, future, None)
+        return future
+
+    def send(self, *arguments: Argument, on_error: OnError | None = None) -> None:
+        """Sends a command whose answer nobody waits for. Raises `RedisAway` at once; `on_error` gets later errors."""
+        self._ready().write(arguments, None, on_error)
+
+    def _ready(self) -> _Line:
+        line = self._line
+        if line is None:
+            raise RedisAway("Redis is away")
+        if len(line.waiting) >= self._waiting_limit:
+            raise RedisAway(f"{self._waiting_limit} commands wait for Redis")
+        return line
+
+    async def run(self) -> None:
+        """Connects, and again after each loss, at most once per `probe_seconds`. Cancelled, it closes first."""
+        while not self._closed:
+            tried = self._ambient.monotonic()
+            try:
+                connection, line = await self._connect()
+            except (RedisError, RedisAway, RedisRefused, OSError) as error:
+                self._say(False, str(error) or f"no connection within {_CONNECT_SECONDS:g} s")
+            else:
+                try:
+                    await line.gone.wait()
+                except asyncio.CancelledError:
+                    await self.close()
+                    raise
+                finally:
+                    await connection.disconnect(nowait=True)
+            await self._ambient.sleep(max(0.0, tried + self.probe_seconds - self._ambient.monotonic()))
+
+    async def _connect(self) -> tuple[AbstractConnection, _Line]:
+        """A connection on which a PING was answered in time: a Redis that merely accepts, or still loads, is away."""
+        connection = self._pool.make_connection()
+        line = None
+        try:
+            async with asyncio.timeout(_CONNECT_SECONDS):
+                await connection.connect()
+            transport = connection._writer.transport  # redis-py has no public name for it
+            line = _Line(self, transport)
+            transport.set_protocol(line)
+            pong: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            line.write(("PING",), pong, None)
+            await pong
+        except BaseException:
+            if line is not None:
+                line.lose("no connection")
+            await connection.disconnect(nowait=True)
+            raise
+        if not line.gone.is_set():
+            self._line, self.up = line, True
+            self._say(True, "")
+            for callback in self.on_return:
+                callback()
+        return connection, line
+
+    def lost(self, line: _Line, reason: str) -> None:
+        """A connection reports its end."""
+        if line is self._line:
+            self._line, self.up = None, False
+            self._say(False, reason)
+
+    def _say(self, up: bool, reason: str) -> None:
+        """One log line per change, however often it was tried."""
+        if up is self._said_up or self._closed:
+            return
+        self._said_up = up
+        self.changes += 1
+        if up:
+            log.info("redis is there")
+        else:
+            log.warning("redis is away: %s; it is tried every %g s", reason, self.probe_seconds)
+
+    async def close(self) -> None:
+        """Lets what was sent be answered, at most `timeout_ms` long, then hangs up."""
+        if self._line is not None:
+            with suppress(RedisAway, RedisRefused):
+                await self.execute("PING")
+        self._closed = True
+        if self._line is not None:
+            self._line.lose("the gateway stops")

@@ -1,0 +1,270 @@
+"""Measures the gateway on one core against a mock vendor, with everything on, beside the bare mock, Traefik and nginx.
+
+Starts it all itself: Redis, PostgreSQL, the mock, one gateway replica (identity, limits in Redis, ledger with its
+shipper, metrics, tracing of 10 % of the calls), and, as measures of what a proxy costs on this machine at this moment,
+Traefik and nginx as plain proxies. The proxy under test has one core, everything else the others. Rounds are
+interleaved and medians of them are printed; ratios and differences are taken within a round. The absolute figures of a
+shared machine mean little, the ratios travel.
+
+Exit code: 0, or 1 when something could not be started, an answer was not whole, or the ledger's rows do not add up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import uvloop
+
+from . import bench_parts, bench_plot, bench_report
+from .bench_parts import Parts, Subject, Usage
+from .bench_report import Facts, Report, Sample
+from .load import LoadResult, request_bytes, run_load
+from .mock_vendor import AT_ONCE, STREAM_CHUNKS
+from .processes import ROOT
+from .services import StackError
+
+CASES = {
+    "unary": "1 KB chat request, 1 KB answer",
+    "stream": f"the same request streamed, {STREAM_CHUNKS} chunks one by one",
+    "burst": f"the same request streamed, {STREAM_CHUNKS} chunks at once",
+}
+SUBJECTS = ("mock", "gateway", "traefik", "nginx")
+ON = (
+    "The gateway with everything on: service key and tenant policy, limits in Redis (requests, daily tokens, global "
+    "tokens), ledger spool and shipper to PostgreSQL, metrics, access log, tracing sampled {ratio:.0%}."
+)
+WARM_UP_SECONDS = 0.5
+SHIPPING_SECONDS = 120
+REQUEST_BYTES = 1024
+
+
+def chat_request(case: str) -> bytes:
+    """The body of `case`: exactly REQUEST_BYTES of JSON, unary or streamed."""
+    body: dict[str, object] = {
+        "model": "support-fast",
+        "messages": [
+            {"role": "system", "content": "You answer customers of a parcel service, briefly and kindly."},
+            {"role": "user", "content": ""},
+        ],
+        "max_tokens": 256,
+        "temperature": 0.2,
+    }
+    if case != "unary":
+        body["stream"] = True
+    if case == "burst":
+        body["metadata"] = {"pace": AT_ONCE.decode()}
+    question = "Where is my parcel, and when will it come? "
+    room = REQUEST_BYTES - len(json.dumps(body))
+    body["messages"][1]["content"] = (question * (room // len(question) + 1))[:room]  # type: ignore[index]
+    return json.dumps(body).encode()
+
+
+class Meter:
+    """Runs one load after the other, and remembers how many calls were answered."""
+
+    def __init__(self, duration_seconds: float) -> None:
+        self._duration_seconds = duration_seconds
+        self.answered: dict[str, int] = {}
+
+    def measure(self, subject: Subject, case: str, concurrency: int, round_: int) -> Sample:
+        before = bench_parts.usage(subject)
+        load = self.load(subject, case, concurrency, self._duration_seconds)
+        after = bench_parts.usage(subject)
+        calls = max(1, load.completed + load.late + sum(load.errors.values()))
+        return Sample(
+            case=case,
+            concurrency=concurrency,
+            subject=subject.name,
+            round=round_,
+            load=load,
+            cpu_us=(after.cpu_seconds - before.cpu_seconds) / calls * 1e6,
+            children_cpu_us=(after.children_cpu_seconds - before.children_cpu_seconds) / calls * 1e6,
+        )
+
+    def load(self, subject: Subject, case: str, concurrency: int, seconds: float) -> LoadResult:
+        headers = {"content-type": "application/json", **subject.headers}
+        request = request_bytes(subject.url, headers, chat_request(case))
+        load = uvloop.run(run_load(subject.url, request, concurrency=concurrency, duration_seconds=seconds))
+        self.answered[subject.name] = self.answered.get(subject.name, 0) + load.completed + load.late
+        return load
+
+
+def interleaved(subjects: Sequence[Subject], round_: int) -> list[Subject]:
+    """The subjects in an order that differs from round to round, so that none is always measured after the same one."""
+    start = round_ % len(subjects)
+    return [*subjects[start:], *subjects[:start]]
+
+
+def run(options: argparse.Namespace) -> int:
+    cores = sorted(os.sched_getaffinity(0))
+    notes = []
+    if len(cores) < 2:
+        notes.append("Only one core here: the load and the mock run on the same one, and take from the figures.")
+    subject_core, other_cores = cores[0], set(cores[1:] or cores)
+    os.sched_setaffinity(0, other_cores)
+    folder = Path(tempfile.mkdtemp(prefix="gateway-bench-"))
+    show = Progress()
+    try:
+        with Parts(folder, options.config, subject_core, other_cores) as parts:
+            report = measure(parts, options, len(cores), notes, show)
+    except StackError as error:
+        show.clear()
+        print(error, f"\nThe logs are in {folder / 'log'}.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        show.clear()
+        print("Stopped; nothing was measured to its end.", file=sys.stderr)
+        shutil.rmtree(folder, ignore_errors=True)
+        return 1
+    finally:
+        os.sched_setaffinity(0, set(cores))
+    shutil.rmtree(folder, ignore_errors=True)
+    show.clear()
+    print(bench_report.table(report, CASES))
+    if options.json:
+        options.json.write_bytes(msgspec.json.format(msgspec.json.encode(report)))
+    if options.plot:
+        options.plot.write_text(bench_plot.page(report, CASES))
+    return 1 if bench_report.faults(report) else 0
+
+
+def measure(parts: Parts, options: argparse.Namespace, cores: int, notes: list[str], show: Progress) -> Report:
+    cases = [case for case in CASES if case in options.only] or list(CASES)
+    wanted = [name for name in SUBJECTS if name in options.only] or list(SUBJECTS)
+    for name, installed in (
+        ("traefik", bench_parts.traefik_installed()),
+        ("nginx", bench_parts.nginx_program() is not None),
+    ):
+        if name in wanted and not installed:
+            wanted.remove(name)
+            notes.append(f"{name} is not installed here and was left out.")
+    show("starting the mock vendor")
+    subjects = [parts.start_mock(options.chunk_interval_ms)]
+    gateway: Subject | None = None
+    idle: Usage | None = None
+    cold_starts: list[float] = []
+    if "gateway" in wanted:
+        show("starting Redis and PostgreSQL")
+        parts.start_backing_services()
+        show("starting the gateway")
+        gateway, cold_starts = parts.start_gateway(options.rounds)
+        subjects.append(gateway)
+        time.sleep(1)  # what it does once after its start is not part of being idle
+        idle = bench_parts.usage(gateway)
+    if "traefik" in wanted:
+        show("starting Traefik")
+        subjects.append(parts.start_traefik())
+    if "nginx" in wanted:
+        show("starting nginx")
+        subjects.append(parts.start_nginx())
+
+    meter = Meter(options.duration)
+    samples: list[Sample] = []
+    for case in cases:
+        for subject in subjects:
+            show(f"warming up {subject.name}, {case}")
+            meter.load(subject, case, 16, WARM_UP_SECONDS)
+    for round_ in range(options.rounds):
+        for case in cases:
+            for concurrency in options.concurrency:
+                for subject in interleaved(subjects, round_):
+                    show(f"round {round_ + 1} of {options.rounds}: {case}, concurrency {concurrency}, {subject.name}")
+                    samples.append(meter.measure(subject, case, concurrency, round_))
+    loaded = bench_parts.usage(gateway) if gateway else None
+    ledger_rows = None
+    if gateway:
+        show("waiting until the shipper has shipped")
+        ledger_rows = parts.ledger_rows(meter.answered["gateway"], SHIPPING_SECONDS)
+    facts = Facts(
+        on=ON.format(ratio=bench_parts.TRACE_SAMPLE_RATIO) if gateway else "The gateway was not measured.",
+        machine=machine(cores, options),
+        notes=notes,
+        versions=bench_parts.versions([subject.name for subject in subjects]),
+        cold_start_seconds=cold_starts,
+        idle_memory_mb=_megabytes(idle),
+        loaded_memory_mb=_megabytes(loaded),
+        answered_calls=meter.answered["gateway"] if gateway else None,
+        ledger_rows=ledger_rows,
+    )
+    return Report(facts, bench_report.rows(samples), samples)
+
+
+def _megabytes(usage: Usage | None) -> tuple[float, float] | None:
+    return None if usage is None else (usage.memory_bytes / 1e6, usage.children_memory_bytes / 1e6)
+
+
+def machine(cores: int, options: argparse.Namespace) -> str:
+    return (
+        f"{platform.system()} {platform.machine()}, {cores} cores, one for the proxy under test; Python "
+        f"{platform.python_version()}; {options.rounds} rounds of {options.duration:g} s, medians; chunks of streams "
+        f"{options.chunk_interval_ms:g} ms apart."
+    )
+
+
+class Progress:
+    """One line that is written over, on a terminal only."""
+
+    def __call__(self, text: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        self("")
+
+
+def _parser() -> argparse.ArgumentParser:
+    summary, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.bench",
+        description=summary,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--duration", type=float, default=2.0, metavar="SECONDS", help="of one run (default 2)")
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved; medians are printed (default 3)")
+    parser.add_argument(
+        "--concurrency", type=int, nargs="+", default=[1, 16, 64], metavar="N", help="connections (default 1 16 64)"
+    )
+    parser.add_argument("--chunk-interval-ms", type=float, default=1.0, help="between a stream's chunks (default 1)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures, each sample included")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="write an HTML page with bars")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        choices=[*CASES, *SUBJECTS],
+        metavar="NAME",
+        help=f"cases ({', '.join(CASES)}) and subjects ({', '.join(SUBJECTS)}); the mock is always measured",
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=ROOT / "config",
+        metavar="DIR",
+        help="the gateway's configuration (default ./config)",
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.duration <= 0 or options.rounds < 1 or min(options.concurrency) < 1:
+        parser.error("--duration, --rounds and --concurrency are above 0")
+    if not hasattr(os, "sched_setaffinity"):
+        parser.error("the benchmark pins processes to cores, which it can do on Linux only")
+    return run(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

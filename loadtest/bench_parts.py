@@ -1,0 +1,311 @@
+"""What the benchmark starts: real Redis and PostgreSQL, the mock vendor, and the proxies to be measured, each pinned.
+
+The proxy under test has one core for itself and all of its threads and children; everything else shares the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+import psycopg
+import yaml
+
+from . import services
+from .processes import Child, Service, family, free_port
+from .services import StackError, get
+
+TENANT = "bench"
+ENVIRONMENT = "dev"
+START_SECONDS = 60
+TRACE_SAMPLE_RATIO = 0.1
+LIMITS = {"rpm": 1_000_000_000, "daily_token_cap": 1_000_000_000_000_000}
+GLOBAL_TPM = 1_000_000_000_000
+"""Real limits, counted in Redis on every call, that no benchmark reaches."""
+_TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+
+
+class Subject(msgspec.Struct, frozen=True):
+    """One thing that is measured: where chat requests go and whose CPU time counts."""
+
+    name: str
+    url: str
+    headers: dict[str, str]
+    pid: int
+    whole_family: bool = True
+    """Whether its children do its work (nginx), and not something beside it (the gateway's shipper)."""
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Since the process began. Memory is resident, in bytes."""
+
+    cpu_seconds: float
+    children_cpu_seconds: float
+    memory_bytes: int
+    children_memory_bytes: int
+
+
+def usage(subject: Subject) -> Usage:
+    """CPU time of all threads, and memory, of the subject and of its children."""
+    own = _cpu_seconds(subject.pid), _memory_bytes(subject.pid)
+    children = [(_cpu_seconds(pid), _memory_bytes(pid)) for pid, _ in family(subject.pid)]
+    cpu, memory = sum(c for c, _ in children), sum(m for _, m in children)
+    if subject.whole_family:
+        return Usage(own[0] + cpu, 0.0, own[1] + memory, 0)
+    return Usage(own[0], cpu, own[1], memory)
+
+
+def _cpu_seconds(pid: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / _TICKS_PER_SECOND  # user and system time
+
+
+def _memory_bytes(pid: int) -> int:
+    try:
+        pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
+    except OSError:
+        return 0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Parts:
+    """A context manager: nothing runs before it and nothing is left after it. All paths are below `folder`."""
+
+    def __init__(self, folder: Path, config: Path, subject_core: int, other_cores: set[int]) -> None:
+        self._folder = folder
+        self._config = config
+        self._spawners = {
+            place: ThreadPoolExecutor(1, initializer=os.sched_setaffinity, initargs=(0, cores))
+            for place, cores in (("subject", {subject_core}), ("other", other_cores))
+        }
+        self._children: list[Child] = []
+        self._subjects: list[Child] = []
+        self._ports: set[int] = set()
+        self._redis_password = secrets.token_hex(16)
+        self._postgres_password = secrets.token_hex(16)
+        self.redis_url = ""
+        self.postgres_url = ""
+        self.mock_url = ""
+
+    def __enter__(self) -> Parts:
+        # PostgreSQL runs as another user when we are root; it passes through here, and sees nothing.
+        self._folder.chmod(0o711)
+        (self._folder / "log").mkdir()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for child in self._subjects:
+            child.end()  # a drain would only keep the terminal waiting: its spool is deleted with the folder
+        for child in reversed(self._children):
+            child.ask_to_stop()
+        for child in reversed(self._children):
+            if not child.wait(5):
+                child.end()
+        for spawner in self._spawners.values():
+            spawner.shutdown()
+
+    def start_backing_services(self) -> None:
+        redis_port, postgres_port = self._port(), self._port()
+        self._start(services.redis(self._folder / "redis", redis_port, self._redis_password))
+        self._start(services.postgres(self._folder / "postgres", postgres_port, self._postgres_password, "gateway"))
+        self.redis_url = f"redis://:{self._redis_password}@127.0.0.1:{redis_port}/0"
+        self.postgres_url = services.postgres_url(postgres_port, self._postgres_password, "gateway")
+
+    def start_mock(self, chunk_interval_ms: float) -> Subject:
+        port = self._port()
+        argv = [sys.executable, "-m", "loadtest.mock_vendor"]
+        argv += ["--port", str(port), "--chunk-interval-ms", str(chunk_interval_ms)]
+        child = self._start(_http_service("mock", argv, services.plain_environment(os.environ), port, "/"))
+        self.mock_url = f"http://127.0.0.1:{port}"
+        return Subject("mock", f"{self.mock_url}/openai/v1/chat/completions", {}, child.pid)
+
+    def start_gateway(self, starts: int) -> tuple[Subject, list[float]]:
+        """The gateway with everything on, and the seconds from each of `starts` spawns to the first 200."""
+        port, admin_port = self._port(), self._port()
+        public_id = "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz0123456789") for _ in range(12))
+        key = f"sk-gw-{public_id}-{secrets.token_urlsafe(32)}"
+        overlay = self._folder / "overlay.yaml"
+        services.write_private(overlay, yaml.safe_dump(self._overlay(public_id, key)))
+        argv = gateway_command(port, admin_port, self._config, overlay, self._folder / "spool")
+        given = {
+            "REDIS_URL": self.redis_url,
+            "DATABASE_URL": self.postgres_url,
+            "GATEWAY_ADMIN_TOKEN": secrets.token_urlsafe(32),
+            "GATEWAY_USER_SALT": secrets.token_urlsafe(32),
+            "SIMULATOR_API_KEY": "sk-mock",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": self.mock_url,
+        }
+        env = services.replica_environment(os.environ, self._config, given)
+        service = _http_service("gateway", argv, env, port, "/health/ready")
+        cold_starts = []
+        for number in range(starts):
+            child = self._start(service, "subject")
+            cold_starts.append(time.monotonic() - child.started)
+            if number < starts - 1:
+                child.end()
+        headers = {"authorization": f"Bearer {key}", "x-tenant-id": TENANT}
+        url = f"http://127.0.0.1:{port}/v1/chat/completions"
+        return Subject("gateway", url, headers, child.pid, whole_family=False), cold_starts
+
+    def _overlay(self, public_id: str, key: str) -> Mapping[str, object]:
+        digest = f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"
+        providers = services.providers_without_key(self._config, ENVIRONMENT, {})
+        return {
+            "providers": {
+                name: {"base_url": f"{self.mock_url}/{name}/v1", "api_key": "env:SIMULATOR_API_KEY"}
+                for name in providers
+            },
+            "service_keys": {public_id: {"digest": digest, "service": "bench", "tenants": [TENANT]}},
+            "tenants": {TENANT: {"plan": "internal", "allowed_models": ["*"], **LIMITS}},
+            "global": {"tpm": GLOBAL_TPM},
+            "gateway": {"trace_sample_ratio": TRACE_SAMPLE_RATIO},
+        }
+
+    def ledger_rows(self, expected: int, seconds: float) -> int:
+        """The rows in PostgreSQL once there are `expected`, or what is there when the time is up."""
+        deadline = time.monotonic() + seconds
+        try:
+            with psycopg.connect(self.postgres_url, autocommit=True) as connection:
+                while True:
+                    found = connection.execute("SELECT count(*) FROM ledger WHERE tenant_id = %s", [TENANT]).fetchone()
+                    count = found[0] if found else 0
+                    if count >= expected or time.monotonic() > deadline:
+                        return count
+                    time.sleep(0.2)
+        except psycopg.Error as error:
+            raise StackError(f"The ledger could not be counted in PostgreSQL: {error}") from error
+
+    def start_traefik(self) -> Subject:
+        """Traefik as a plain reverse proxy: one router, no middleware, no access log, no TLS."""
+        port = self._port()
+        dynamic = self._folder / "traefik-dynamic.yml"
+        dynamic.write_text(
+            yaml.safe_dump(
+                {
+                    "http": {
+                        "routers": {"all": {"rule": "PathPrefix(`/`)", "service": "mock"}},
+                        "services": {"mock": {"loadBalancer": {"servers": [{"url": self.mock_url}]}}},
+                    }
+                }
+            )
+        )
+        argv = [services.traefik_program(), f"--entrypoints.web.address=127.0.0.1:{port}"]
+        argv += [f"--providers.file.filename={dynamic}", "--providers.file.watch=false"]
+        argv += ["--global.checknewversion=false", "--global.sendanonymoususage=false", "--log.level=ERROR"]
+        # One core is what it has; told so, its scheduler does not spread over cores that it may not use.
+        env = {**services.plain_environment(os.environ), "GOMAXPROCS": "1"}
+        child = self._start(_http_service("traefik", argv, env, port, "/openai/v1/models"), "subject")
+        return Subject("traefik", f"http://127.0.0.1:{port}/openai/v1/chat/completions", {}, child.pid)
+
+    def start_nginx(self) -> Subject:
+        """nginx proxy_pass with kept-alive upstream connections, unbuffered."""
+        program = nginx_program()
+        if program is None:
+            raise StackError("nginx is not installed.")
+        port = self._port()
+        configuration = self._folder / "nginx.conf"
+        configuration.write_text(_nginx_configuration(self._folder, port, self.mock_url.removeprefix("http://")))
+        argv = [program, "-p", str(self._folder), "-c", str(configuration), "-e", str(self._folder / "log/nginx.err")]
+        child = self._start(
+            _http_service("nginx", argv, services.plain_environment(os.environ), port, "/openai/v1/models"), "subject"
+        )
+        return Subject("nginx", f"http://127.0.0.1:{port}/openai/v1/chat/completions", {}, child.pid)
+
+    def _port(self) -> int:
+        port = free_port(self._ports)
+        self._ports.add(port)
+        return port
+
+    def _start(self, service: Service, place: str = "other") -> Child:
+        """Starts it and waits until it answers; raises `StackError` with the end of its log otherwise."""
+        child = Child(service, self._folder / "log", self._spawners[place])
+        (self._subjects if place == "subject" else self._children).append(child)
+        child.start()
+        deadline = time.monotonic() + START_SECONDS
+        while not child.answers():
+            if child.exit_status is not None:
+                raise StackError(f"{service.name} ended while it was starting. Its last words:\n{child.last_words()}")
+            if time.monotonic() > deadline:
+                raise StackError(
+                    f"{service.name} did not answer within {START_SECONDS} s. Its last words:\n{child.last_words()}"
+                )
+            time.sleep(0.005)
+        return child
+
+
+def gateway_command(port: int, admin_port: int, config: Path, overlay: Path, spool: Path) -> Sequence[str]:
+    argv = [sys.executable, "-m", "app.cli", "serve", "--host", "127.0.0.1", "--port", str(port)]
+    argv += ["--admin-port", str(admin_port), "--config", str(config), "--environment", ENVIRONMENT]
+    return [*argv, "--overlay", str(overlay), "--spool-dir", str(spool)]
+
+
+def nginx_program() -> str | None:
+    """The nginx of this machine, from wherever distributions put it; None when there is none."""
+    return shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
+
+
+def traefik_installed() -> bool:
+    try:
+        services.traefik_program()
+    except StackError:
+        return False
+    return True
+
+
+def versions(names: Sequence[str]) -> dict[str, str]:
+    """What the measured programs call themselves; empty for those that do not say."""
+    commands = {"nginx": [nginx_program() or "nginx", "-v"]}
+    if "traefik" in names:
+        commands["traefik"] = [services.traefik_program(), "version"]
+    found = {}
+    for name in set(names) & commands.keys():
+        said = subprocess.run(commands[name], capture_output=True, text=True, check=False, timeout=10)
+        words = (said.stdout + said.stderr).replace("nginx/", "").split()
+        found[name] = next((word for word in words if word[:1].isdigit()), "")
+    return found
+
+
+def _http_service(name: str, argv: Sequence[str], env: Mapping[str, str], port: int, path: str) -> Service:
+    return Service(name, argv, env, lambda: get("127.0.0.1", port, path)[0] == 200)
+
+
+def _nginx_configuration(folder: Path, port: int, upstream: str) -> str:
+    temporary = "\n".join(
+        f"  {kind}_temp_path {folder}/nginx-{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    user = "user root;" if os.geteuid() == 0 else ""
+    return f"""
+{user}
+daemon off;
+worker_processes 1;
+pid {folder}/nginx.pid;
+events {{ worker_connections 4096; }}
+http {{
+{temporary}
+  access_log off;
+  keepalive_requests 1000000000;
+  upstream mock {{ server {upstream}; keepalive 256; keepalive_requests 1000000000; }}
+  server {{
+    listen 127.0.0.1:{port} backlog=1024;
+    location / {{
+      proxy_pass http://mock;
+      proxy_http_version 1.1;
+      proxy_set_header Connection "";
+      proxy_buffering off;
+    }}
+  }}
+}}
+"""

@@ -1,0 +1,262 @@
+"""A load generator that costs about 25 microseconds a request, so that it is not what is measured.
+
+Closed loop: each of `concurrency` connections sends its next request the moment the last answer is complete. The
+request is bytes, made once. An answer counts only if it is whole: status 200, every byte that its framing promised
+and, for an event stream, `data: [DONE]` at its end. Anything else is an error, counted by kind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from array import array
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import cast
+from urllib.parse import urlsplit
+
+import msgspec
+
+RECONNECT_SECONDS = 0.01
+"""Between two refused connections: time bounds a run, and 100,000 refusals a second would tell no more than 100."""
+LATE_SECONDS = 10.0
+"""How long answers under way may still take when the time is up, before they count as errors."""
+_DONE = b"data: [DONE]\n\n"
+
+
+class Latency(msgspec.Struct, frozen=True):
+    """Percentiles in microseconds; zero when nothing was measured."""
+
+    p50_us: float
+    p95_us: float
+    p99_us: float
+
+
+class LoadResult(msgspec.Struct, frozen=True):
+    """What one run saw. `completed` and the latencies are of whole answers within `seconds`; `late` came whole after
+    it. `errors` is by kind: `status 429`, `truncated`, `no [DONE]`, `malformed`, `connect`, `unfinished`.
+    `events` counts the server-sent events of all answers.
+    """
+
+    seconds: float
+    completed: int
+    late: int
+    errors: dict[str, int]
+    latency: Latency
+    first_byte: Latency
+    events: int
+
+    @property
+    def per_second(self) -> float:
+        return self.completed / self.seconds if self.seconds else 0.0
+
+
+def percentile(ordered: Sequence[float], permille: int) -> float:
+    """The nearest-rank percentile of an ascending sequence, in thousandths (950 is p95); 0 for an empty one."""
+    if not ordered:
+        return 0.0
+    return ordered[max(1, -(-len(ordered) * permille // 1000)) - 1]
+
+
+def latency(seconds: Sequence[float]) -> Latency:
+    """The percentiles of durations in seconds."""
+    ordered = sorted(seconds)
+    return Latency(*(percentile(ordered, permille) * 1e6 for permille in (500, 950, 990)))
+
+
+def request_bytes(url: str, headers: Mapping[str, str], body: bytes) -> bytes:
+    """A POST as it goes over the wire."""
+    parts = urlsplit(url)
+    lines = [f"POST {parts.path or '/'} HTTP/1.1", f"host: {parts.netloc}", f"content-length: {len(body)}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+class Tally:
+    """What the connections of one run share. `stopping` ends the sending; only answers before it are measured."""
+
+    def __init__(self, count: int | None) -> None:
+        self.latencies = array("d")
+        self.first_bytes = array("d")
+        self.errors: Counter[str] = Counter()
+        self.events = 0
+        self.late = 0
+        self.stopping = False
+        self._left = count
+
+    def take(self) -> bool:
+        """Whether one more request may be sent."""
+        if self.stopping or self._left == 0:
+            return False
+        if self._left is not None:
+            self._left -= 1
+        return True
+
+
+class Connection(asyncio.Protocol):
+    """One keep-alive connection. `over` is done when it will send nothing more: True if others may take its place."""
+
+    def __init__(self, request: bytes, tally: Tally, over: asyncio.Future[bool]) -> None:
+        self._request = request
+        self._tally = tally
+        self._over = over
+        self._transport: asyncio.Transport
+        self._waiting = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._send()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._fail("truncated")
+
+    def give_up(self) -> None:
+        """Counts the answer under way, if any, as unfinished and closes."""
+        self._fail("unfinished")
+
+    def _send(self) -> None:
+        if not self._tally.take():
+            self._end(False)
+            return
+        self._waiting = True
+        self._unread = b""
+        self._headers_read = False
+        self._left = 0  # bytes of a body with a Content-Length
+        self._tail = b""
+        self._first_at = 0.0
+        self._sent_at = time.perf_counter()
+        self._transport.write(self._request)
+
+    def _fail(self, kind: str) -> None:
+        if self._waiting:
+            self._tally.errors[kind] += 1
+        self._end(True)
+
+    def _end(self, replaceable: bool) -> None:
+        self._waiting = False
+        if not self._over.done():
+            self._over.set_result(replaceable)
+        self._transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        if not self._waiting:
+            return
+        if self._unread:
+            data = self._unread + data
+            self._unread = b""
+        try:
+            self._read(data)
+        except ValueError:
+            self._fail("malformed")
+
+    def _read(self, data: bytes) -> None:
+        if not self._headers_read:
+            end = data.find(b"\r\n\r\n")
+            if end < 0:
+                self._unread = data
+                return
+            self._read_headers(data[: end + 2].lower())
+            data = data[end + 4 :]
+        if data and not self._first_at:
+            self._first_at = time.perf_counter()
+        if self._chunked:
+            self._read_chunks(data)
+            return
+        self._left -= len(data)
+        if self._left <= 0:
+            self._finish()
+
+    def _read_headers(self, headers: bytes) -> None:
+        self._headers_read = True
+        self._status = int(headers[9:12])
+        self._closes = b"\r\nconnection: close\r\n" in headers
+        self._is_stream = b"\r\ncontent-type: text/event-stream" in headers
+        self._chunked = b"\r\ntransfer-encoding: chunked\r\n" in headers
+        if not self._chunked:
+            at = headers.index(b"\r\ncontent-length:") + len(b"\r\ncontent-length:")
+            self._left = int(headers[at : headers.index(b"\r\n", at)])
+
+    def _read_chunks(self, data: bytes) -> None:
+        at = 0
+        while (size_end := data.find(b"\r\n", at)) >= 0:
+            start = size_end + 2
+            end = start + int(data[at:size_end], 16)
+            if len(data) < end + 2:
+                break
+            if end == start:
+                self._finish()
+                return
+            if self._is_stream:
+                self._tally.events += data.count(b"data: ", start, end)
+                self._tail = (self._tail + data[start:end])[-len(_DONE) :]
+            at = end + 2
+        self._unread = data[at:]
+
+    def _finish(self) -> None:
+        now = time.perf_counter()
+        tally = self._tally
+        self._waiting = False
+        if self._status != 200:
+            tally.errors[f"status {self._status}"] += 1
+        elif self._is_stream and self._tail != _DONE:
+            tally.errors["no [DONE]"] += 1
+        elif tally.stopping:
+            tally.late += 1
+        else:
+            tally.latencies.append(now - self._sent_at)
+            tally.first_bytes.append(self._first_at - self._sent_at)
+        if self._closes:
+            self._end(True)
+        else:
+            self._send()
+
+
+async def run_load(
+    url: str, request: bytes, *, concurrency: int, duration_seconds: float | None = None, count: int | None = None
+) -> LoadResult:
+    """Sends `request` to the host of `url` for a time or a number of requests, whichever ends first.
+
+    Answers under way when the time is up are waited for, so that the server is idle afterwards.
+    """
+    host, port = urlsplit(url).hostname, urlsplit(url).port
+    if host is None or port is None or (duration_seconds is None and count is None):
+        raise ValueError("a load needs a host, a port, and a duration or a count")
+    loop = asyncio.get_running_loop()
+    tally = Tally(count)
+    live: set[Connection] = set()
+
+    async def keep_connected() -> None:
+        replaced = True
+        while replaced and not tally.stopping:
+            over: asyncio.Future[bool] = loop.create_future()
+            try:
+                _, connection = await loop.create_connection(partial(Connection, request, tally, over), host, port)
+            except OSError:
+                tally.errors["connect"] += 1
+                replaced = tally.take()
+                await asyncio.sleep(RECONNECT_SECONDS)
+                continue
+            live.add(connection)
+            replaced = await over
+            live.discard(connection)
+
+    started = time.perf_counter()
+    workers = [asyncio.ensure_future(keep_connected()) for _ in range(concurrency)]
+    _, unfinished = await asyncio.wait(workers, timeout=duration_seconds)
+    seconds = time.perf_counter() - started
+    tally.stopping = True
+    if unfinished:
+        await asyncio.wait(unfinished, timeout=LATE_SECONDS)
+    for connection in list(live):
+        connection.give_up()
+    await asyncio.gather(*workers)
+    return LoadResult(
+        seconds=seconds,
+        completed=len(tally.latencies),
+        late=tally.late,
+        errors=dict(tally.errors),
+        latency=latency(tally.latencies),
+        first_byte=latency(tally.first_bytes),
+        events=tally.events,
+    )

@@ -1,0 +1,45 @@
+"""One real stack for the whole session: Traefik with TLS, two replicas, Redis, PostgreSQL, the vendor simulator."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from loadtest.stack import Stack
+from tests.journey import OTHER_KEY, OVERLAY, VENDOR_KEY, Journey
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """The stack with the suite's overlay: short limits, and aliases and tenants made for single tests."""
+    environ = {name: value for name, value in os.environ.items() if not name.endswith("_API_KEY")}
+    folder = tmp_path_factory.mktemp("stack")
+    secret = folder / "vendor-key"
+    secret.write_text(VENDOR_KEY + "\n")
+    keys = {name: {"api_key": f"file:{secret}"} for name in ("openai", "openrouter")}
+    with Stack(folder, overlay=OVERLAY | {"providers": keys}, environ=environ, report=lambda line: None) as stack:
+        yield stack
+
+
+@pytest.fixture
+def journey(stack: Stack) -> Iterator[Journey]:
+    """Calls through Traefik, the rows they leave, and the vendor's faults, which are cleared afterwards."""
+    journey = Journey(stack)
+    journey.clear()
+    with journey:
+        yield journey
+        journey.clear()
+
+
+@pytest.fixture(scope="session")
+def other_key() -> str:
+    """A service key that may act for the tenant `tenant-b` only."""
+    return OTHER_KEY
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return Path(__file__).parent.parent

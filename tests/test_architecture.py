@@ -1,0 +1,288 @@
+"""The shape of `app/`: layers, homes of third-party packages, the error tree as it is drawn; and the lock files."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from app import errors
+from app.errors import GatewayError
+from app.providers import PROVIDERS
+
+ROOT = Path(__file__).parents[1]
+
+LAYERS = (
+    ("errors", "ambient", "sse", "sql"),
+    ("wire", "config", "core"),
+    ("providers", "dialects"),
+    ("auth", "limits", "redis_pipe", "ledger", "upstream", "http1", "telemetry"),
+    ("routing", "gateway"),
+    ("api", "admin", "ledger_shipper", "archive", "reports"),
+    ("asgi", "cli"),
+)
+"""The rooms from the ground up: a file imports only from layers before its own."""
+
+WITHIN_A_LAYER = {
+    ("core", "wire"): "a call carries its request",
+    ("core", "config"): "a call carries the snapshot it is served under",
+    ("limits", "redis_pipe"): "the pipe is the lower half of the limits",
+    ("upstream", "http1"): "the default engine of the upstream",
+    ("gateway", "routing"): "the journey asks for its way",
+    ("admin", "api"): "both doors answer errors alike",
+    ("ledger_shipper", "archive"): "the archive is the shipper's far end",
+    ("reports", "archive"): "reports read what the shipper wrote",
+    ("cli", "asgi"): "`gateway serve`",
+}
+
+HOMES = {
+    "yaml": {"config"},
+    "redis": {"redis_pipe"},
+    "hiredis": {"redis_pipe"},
+    "httpx": {"upstream"},
+    "httptools": {"http1"},
+    "opentelemetry": {"telemetry"},
+    "prometheus_client": {"telemetry"},
+    "psycopg": {"archive"},
+    "litestar": {"api", "admin", "asgi"},
+    "uvicorn": {"asgi"},
+    "uvloop": {"asgi"},
+    "time": {"ambient"},
+    "random": {"ambient"},
+    "uuid": {"ambient"},
+    "secrets": {"ambient"},
+}
+"""Where a package may be imported; every third-party package but msgspec stands here."""
+
+READS_ENVIRONMENT = {
+    "asgi": "composition root",
+    "cli": "command line",
+    "ledger_shipper": "composition root of its own process",
+    "config": "the default of `load`",
+    "telemetry": "OpenTelemetry's own variables",
+    "upstream": "the proxy variables that every HTTP client honours",
+}
+
+ALL = {
+    path.relative_to(ROOT / "app").with_suffix("").as_posix().removesuffix("/__init__"): ast.parse(path.read_text())
+    for path in sorted((ROOT / "app").rglob("*.py"))
+    if path != ROOT / "app" / "__init__.py"
+}
+"""Every module of the product by its path inside `app`: `gateway`, `providers/openai`."""
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    """Dotted names of what a module imports, deferred imports included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            if node.module == "app":
+                yield from (f"app.{name.name}" for name in node.names)
+            else:
+                yield node.module or ""
+
+
+def room(module: str) -> str:
+    return module.partition("/")[0]
+
+
+def layer(name: str) -> int:
+    return next(place for place, names in enumerate(LAYERS) if name in names)
+
+
+@pytest.mark.parametrize("module", ALL)
+def test_every_module_has_a_layer(module: str) -> None:
+    assert any(room(module) in names for names in LAYERS)
+
+
+@pytest.mark.parametrize("module", ALL)
+def test_a_module_imports_only_from_the_layers_above_it(module: str) -> None:
+    own = room(module)
+    wrong = [
+        name
+        for name in imports(ALL[module])
+        if name.startswith("app.")
+        and (other := name.split(".")[1]) != own
+        and layer(other) >= layer(own)
+        and (own, other) not in WITHIN_A_LAYER
+    ]
+    assert wrong == []
+
+
+def test_every_exception_to_the_layer_rule_is_in_use() -> None:
+    used = {(room(module), name.split(".")[1]) for module in ALL for name in imports(ALL[module]) if "app." in name}
+    assert set(WITHIN_A_LAYER) <= used
+
+
+@pytest.mark.parametrize("module", ALL)
+def test_a_package_is_imported_only_at_its_home(module: str) -> None:
+    wrong = [
+        name
+        for name in imports(ALL[module])
+        if (package := name.partition(".")[0]) in HOMES and room(module) not in HOMES[package]
+    ]
+    assert wrong == []
+
+
+def test_every_third_party_package_has_a_home() -> None:
+    packages = {name.partition(".")[0] for tree in ALL.values() for name in imports(tree)}
+    assert packages - set(sys.stdlib_module_names) - set(HOMES) == {"app", "msgspec", "loadtest"}
+
+
+@pytest.mark.parametrize("module", [name for name in ALL if "/" in name or name in ("providers", "dialects", "sse")])
+def test_pure_modules_import_msgspec_and_no_input_or_output(module: str) -> None:
+    pure = {"app", "msgspec", "collections", "enum", "re", "typing", "__future__"}
+    assert {name.partition(".")[0] for name in imports(ALL[module])} <= pure
+
+
+def test_the_product_imports_the_local_stack_only_in_the_command_line() -> None:
+    assert [module for module, tree in ALL.items() if any(n.startswith("loadtest") for n in imports(tree))] == ["cli"]
+
+
+def test_the_command_line_imports_the_local_stack_only_where_it_is_used() -> None:
+    top = [node for node in ALL["cli"].body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert not any(name.startswith("loadtest") for name in imports(ast.Module(top, [])))
+
+
+@pytest.mark.parametrize("module", ALL)
+def test_the_environment_is_read_only_where_it_is_said(module: str) -> None:
+    reads = any(
+        isinstance(node, ast.Attribute)
+        and node.attr in ("environ", "environb", "getenv")
+        and _is_name(node.value, "os")
+        for node in ast.walk(ALL[module])
+    )
+    assert reads == (module in READS_ENVIRONMENT)
+
+
+def _is_name(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name
+
+
+@pytest.mark.parametrize("module", [module for module in ALL if room(module) != "providers"])
+def test_no_branch_on_a_vendor_outside_the_providers(module: str) -> None:
+    names = set(PROVIDERS) | {"openrouter", "azure", "anthropic", "bedrock", "gemini"}
+    compared = [
+        constant.value
+        for node in ast.walk(ALL[module])
+        if isinstance(node, (ast.Compare, ast.MatchValue))
+        for constant in ast.walk(node)
+        if isinstance(constant, ast.Constant) and constant.value in names
+    ]
+    assert compared == []
+
+
+@pytest.mark.parametrize("module", ALL)
+def test_importing_a_module_starts_nothing(module: str) -> None:
+    """No statement at the top that is a bare call, except registrations on a class of this module."""
+    calls = [ast.unparse(node) for node in ALL[module].body if isinstance(node, ast.Expr) and _calls(node.value)]
+    assert [call for call in calls if not call.startswith("_Loader.add_constructor")] == []
+
+
+def _calls(node: ast.AST) -> bool:
+    return isinstance(node, (ast.Call, ast.Await))
+
+
+# --- the error tree -------------------------------------------------------------------------------------------------
+
+
+def _classes(root: type[GatewayError] = GatewayError) -> Iterator[type[GatewayError]]:
+    yield root
+    for sub in root.__subclasses__():
+        if sub.__module__ == errors.__name__:
+            yield from _classes(sub)
+
+
+def _drawn() -> Iterator[tuple[str, str | None, str]]:
+    """(class, parent, words beside it) for every line of the tree in the docstring of `errors`."""
+    path: list[str] = []
+    for line in (errors.__doc__ or "").partition("\n\n")[2].splitlines():
+        match = re.fullmatch(r"((?:│   |    )*(?:├── |└── )?)(\w+) *(.*)", line)
+        if match:
+            depth = len(match[1]) // 4
+            path = [*path[:depth], match[2]]
+            yield match[2], path[depth - 1] if depth else None, match[3]
+
+
+def test_the_drawn_error_tree_is_the_classes() -> None:
+    drawn = [(name, parent) for name, parent, _ in _drawn()]
+    assert drawn == [(c.__name__, None if c is GatewayError else c.__bases__[0].__name__) for c in _classes()]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [(name, words) for name, _, words in _drawn() if re.match(r"\d{3} \w+$", words)]
+)
+def test_the_drawn_status_and_code_are_the_class_s_own(name: str, said: str) -> None:
+    error = getattr(errors, name)
+    assert said == f"{error.status} {error.code}"
+
+
+def test_every_error_that_a_client_meets_is_drawn_with_status_and_code() -> None:
+    bare = [name for name, _, words in _drawn() if not re.match(r"\d{3} \w+$", words)]
+    leaves = {c.__name__ for c in _classes() if not c.__subclasses__() and not issubclass(c, errors.VendorError)}
+    assert leaves.isdisjoint(bare)
+
+
+@pytest.mark.parametrize("error", list(_classes()), ids=lambda error: error.__name__)
+def test_every_error_says_what_to_do_about_it(error: type[GatewayError]) -> None:
+    assert error.__dict__.get("__doc__")
+
+
+def test_all_errors_of_the_product_stand_in_the_tree() -> None:
+    elsewhere = [
+        (module, node.name)
+        for module, tree in ALL.items()
+        if module != "errors"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        and any(isinstance(base, ast.Name) and hasattr(errors, base.id) for base in node.bases)
+    ]
+    assert elsewhere == []
+
+
+# --- what is installed, and what the files say -------------------------------------------------------------------
+
+
+def test_at_most_fifteen_packages_are_needed_to_serve() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert len(project["dependencies"]) <= 15
+
+
+@pytest.mark.parametrize("name", ["requirements.lock", "requirements-dev.lock"])
+def test_lock_files_name_no_host(name: str) -> None:
+    text = (ROOT / name).read_text()
+    assert "://" not in text
+    assert "--index-url" not in text
+
+
+@pytest.mark.parametrize("name", ["requirements.lock", "requirements-dev.lock"])
+def test_every_locked_package_has_a_hash(name: str) -> None:
+    packages = re.findall(r"(?m)^\S+==.*(?:\n .*)*", (ROOT / name).read_text())
+    assert packages
+    assert [package for package in packages if "--hash=sha256:" not in package] == []
+
+
+def test_no_file_names_a_path_of_the_machine_it_was_written_on() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    machine = re.compile(rb"(?<![\w.~-])/(?:work|root|home)/\w")
+    found = [
+        f"{name}: {line!r}"
+        for name in listed.stdout.decode().split("\0")
+        if name and (ROOT / name).is_file()
+        for line in (ROOT / name).read_bytes().splitlines()
+        if machine.search(line)
+    ]
+    assert found == []

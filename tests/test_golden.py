@@ -1,0 +1,99 @@
+"""The golden table of the translators: case x provider.
+
+`tests/golden/requests/*.json` are clients' requests; `tests/golden/<kind>/` holds what a vendor of that kind sends:
+`*.json` whole answers, `*.sse` streams, `*.http` errors (status, headers, empty line, body). The fixtures are ours, in
+the shapes of recorded traffic. `tests/golden/<kind>.outcomes.json` is what becomes of each; `RECORD=1` rewrites it,
+and the difference is reviewed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from app.dialects import openai_chat
+from app.errors import VendorError, VendorRefused
+from app.providers import PROVIDERS
+from app.providers.translator import Translator
+from tests.translation import read_stream, target
+
+GOLDEN = Path(__file__).parent / "golden"
+Outcome = dict[str, Any]
+
+
+def _request(kind: str, content: bytes) -> Outcome:
+    outgoing = PROVIDERS[kind].chat(openai_chat.read(content), target(kind))
+    headers = [f"{name}: {value}" for name, value in outgoing.headers]
+    return {"url": outgoing.url, "headers": headers, "body": outgoing.body.decode()}
+
+
+def _answer(translator: Translator, content: bytes) -> Outcome:
+    try:
+        return _facts(translator.response(content), "model", "finish_reason", "usage", "text_bytes")
+    except VendorError as error:
+        return _error(error)
+
+
+def _stream(translator: Translator, content: bytes) -> Outcome:
+    outcome = read_stream(translator, [content])
+    facts = _facts(outcome, "model", "finish_reason", "usage", "text_bytes")
+    return {"kinds": " ".join(outcome.kinds)} | facts | (_error(outcome.error) if outcome.error else {})
+
+
+def _http(translator: Translator, content: bytes) -> Outcome:
+    head, _, body = content.partition(b"\n\n")
+    status, *lines = head.decode().splitlines()
+    return _error(translator.error(int(status), dict(line.split(": ", 1) for line in lines), body))
+
+
+def _error(error: VendorError) -> Outcome:
+    facts = _facts(error, "retry", "vendor_status", "vendor_code", "param", "retry_after_seconds")
+    said = _facts(error, "kind", "message") if isinstance(error, VendorRefused) else {}
+    return {"raises": type(error).__name__} | facts | said
+
+
+def _facts(of: object, *names: str) -> Outcome:
+    """Those that say something, as JSON has them."""
+    facts = {name: getattr(of, name) for name in names}
+    if facts.get("usage") is not None:
+        facts["usage"] = {name: tokens for name, tokens in msgspec.structs.asdict(facts["usage"]).items() if tokens}
+    return {name: fact for name, fact in facts.items() if fact is not None}
+
+
+READERS: dict[str, Callable[[Translator, bytes], Outcome]] = {".json": _answer, ".sse": _stream, ".http": _http}
+
+
+@cache
+def outcomes(kind: str) -> dict[str, Outcome]:
+    requests = sorted((GOLDEN / "requests").glob("*.json"))
+    answers = sorted(path for path in (GOLDEN / kind).iterdir() if path.suffix in READERS)
+    return {f"request {path.stem}": _request(kind, path.read_bytes()) for path in requests} | {
+        path.name: READERS[path.suffix](PROVIDERS[kind], path.read_bytes()) for path in answers
+    }
+
+
+@cache
+def _recorded(kind: str) -> dict[str, Outcome]:
+    path = GOLDEN / f"{kind}.outcomes.json"
+    if os.environ.get("RECORD"):
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(outcomes(kind)), indent=2) + b"\n")
+    return msgspec.json.decode(path.read_bytes())
+
+
+@pytest.mark.parametrize("kind", PROVIDERS)
+def test_every_case_has_a_recorded_outcome_and_every_outcome_a_case(kind: str) -> None:
+    assert list(_recorded(kind)) == list(outcomes(kind))
+
+
+CASES = [(kind, case) for kind in PROVIDERS for case in _recorded(kind)]
+
+
+@pytest.mark.parametrize(("kind", "case"), CASES, ids=[f"{kind}-{case}" for kind, case in CASES])
+def test_the_outcome_is_the_recorded_one(kind: str, case: str) -> None:
+    assert outcomes(kind)[case] == _recorded(kind)[case]

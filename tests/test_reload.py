@@ -1,0 +1,82 @@
+"""The configuration changes under load: whole, on every replica, within 5 s, or not at all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.journey import OTHER_KEY, Journey, chat, events, until
+
+
+@pytest.fixture
+def edit(journey: Journey) -> Iterator[Callable[[Callable[[dict[str, Any]], None]], None]]:
+    """Rewrites the overlay that both replicas read; puts the old one back afterwards, and waits for it."""
+    file = journey.stack.state_dir / "overlay.yaml"
+    before = file.read_text()
+    versions = {_version(journey, number) for number in (0, 1)}
+    assert len(versions) == 1
+
+    def change(work: Callable[[dict[str, Any]], None]) -> None:
+        document = yaml.safe_load(before)
+        work(document)
+        file.write_text(yaml.safe_dump(document))
+
+    yield change
+    file.write_text(before)
+    until(lambda: {_version(journey, number) for number in (0, 1)} == versions)
+    until(lambda: not any(journey.admin("/status", number).json()["config_fault"] for number in (0, 1)))
+
+
+def _version(journey: Journey, number: int) -> str:
+    return journey.admin("/status", number).json()["config_version"]
+
+
+def test_change_reaches_every_replica_within_five_seconds(journey: Journey, edit: Any) -> None:
+    old = _version(journey, 0)
+    edit(lambda document: document["aliases"].update(fresh={"targets": ["openai/gpt-4o-mini"]}))
+    changed = time.monotonic()
+    until(lambda: old not in {_version(journey, 0), _version(journey, 1)})
+    assert time.monotonic() - changed < 5
+    answer = journey.post(chat("tokens=2", model="fresh"))
+    assert answer.status_code == 200
+    assert answer.headers["x-gateway-config-version"] == _version(journey, 0) == _version(journey, 1)
+    assert f'gateway_config_info{{version="{_version(journey, 0)}"}} 1.0' in journey.admin("/metrics").text
+
+
+def test_call_is_served_by_one_snapshot(journey: Journey, edit: Any) -> None:
+    old = _version(journey, 0)
+    with journey.stream(chat("tokens=60 chunk_ms=100")) as answer:
+        edit(lambda document: document["aliases"].update(fresh={"targets": ["openai/gpt-4o-mini"]}))
+        until(lambda: old not in {_version(journey, 0), _version(journey, 1)}, 5)
+        events(answer)
+    assert journey.row(answer.headers["x-request-id"])["config_version"] == old
+
+
+def test_invalid_configuration_is_refused_and_the_old_one_serves(journey: Journey, edit: Any) -> None:
+    old = _version(journey, 0)
+
+    def break_it(document: dict[str, Any]) -> None:
+        document["aliases"]["broken"] = {"targets": ["nowhere/nothing"], "speed": "fast"}
+
+    edit(break_it)
+    until(lambda: all(journey.admin("/status", number).json()["config_fault"] for number in (0, 1)))
+    fault = journey.admin("/status").json()["config_fault"]
+    assert "aliases.broken.speed" in fault
+    assert _version(journey, 0) == _version(journey, 1) == old
+    assert journey.post(chat("tokens=2")).status_code == 200
+    assert "gateway_config_reload_failures_total 0.0" not in journey.admin("/metrics").text
+
+
+def test_removed_key_is_refused_within_five_seconds(journey: Journey, edit: Any) -> None:
+    def call() -> int:
+        return journey.post(authorization=f"Bearer {OTHER_KEY}", x_tenant_id="tenant-b").status_code
+
+    assert call() == 200
+    edit(lambda document: document["service_keys"].pop("otherkey0001"))
+    removed = time.monotonic()
+    until(lambda: {call() for _ in range(6)} == {401})
+    assert time.monotonic() - removed < 5

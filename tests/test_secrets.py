@@ -1,0 +1,90 @@
+"""Canary secrets: planted wherever a secret can come in, looked for wherever one could leak out."""
+
+from __future__ import annotations
+
+import msgspec
+import redis
+
+from tests.journey import VENDOR_KEY, Journey, chat, events, until
+
+USER = "canary-user@example.com"
+PROMPT = "canary-prompt"
+HEADER = "canary-header"
+
+
+def _everything_written(journey: Journey) -> dict[str, bytes]:
+    """All that the stack keeps or shows, by place."""
+    stack = journey.stack
+    places = {
+        str(file.relative_to(stack.state_dir)): file.read_bytes()
+        for folder in ("log", "spool")
+        for file in (stack.state_dir / folder).glob("*")
+        if file.name != "simulator.log"
+    }
+    rows = journey.query("SELECT to_jsonb(ledger) AS row FROM ledger")
+    places["ledger"] = msgspec.json.encode([row["row"] for row in rows])
+    with redis.Redis.from_url(stack.redis_url) as client:
+        dump = []
+        for key in client.scan_iter():
+            dump.append(key)
+            dump.append(client.dump(key) or b"")
+        places["redis"] = b"\n".join(dump)
+    for number in range(len(stack.replicas)):
+        places[f"metrics of replica {number}"] = journey.admin("/metrics", number).content
+        places[f"status of replica {number}"] = journey.admin("/status", number).content
+    return places
+
+
+def test_no_secret_is_found_in_logs_metrics_errors_ledger_or_redis(journey: Journey) -> None:
+    planted = {"x_user_id": USER, "x_canary": HEADER, "cookie": f"session={HEADER}"}
+    answers = [
+        journey.post(chat(PROMPT), **planted),
+        journey.post(chat(PROMPT, model="no-such"), **planted),
+        journey.post(b'{"' + PROMPT.encode(), **planted),
+        journey.post(chat(PROMPT), path=f"/v1/chat/completions?key={HEADER}", **planted),
+        journey.post(chat(PROMPT), authorization=f"Bearer {HEADER}"),
+    ]
+    for fault in ({"kind": "status", "status": 401}, {"kind": "reset"}, {"kind": "status", "status": 400}):
+        journey.fault("openai", **fault)
+        answers.append(journey.post(chat(PROMPT), **planted))
+    journey.fault("openai", kind="cut")
+    with journey.stream(chat(PROMPT), **planted) as stream:
+        events(stream)
+    ids = [a.headers["x-request-id"] for a in answers if a.status_code != 401] + [stream.headers["x-request-id"]]
+    journey.rows(ids)
+    secrets = [VENDOR_KEY, journey.key, journey.stack.admin_token, USER, HEADER, PROMPT]
+    for place, content in _everything_written(journey).items():
+        for secret in secrets:
+            assert secret.encode() not in content, f"{secret} in {place}"
+    for answer in answers:
+        assert not any(secret in answer.text for secret in (VENDOR_KEY, journey.key, HEADER))
+
+
+def test_vendor_gets_the_key_and_nobody_elses(journey: Journey) -> None:
+    journey.post(chat())
+    assert journey.asked()[0]["headers"]["authorization"] == f"Bearer {VENDOR_KEY}"
+
+
+def test_rotated_vendor_key_is_used_without_a_restart(journey: Journey) -> None:
+    secret = journey.stack.state_dir / "vendor-key"
+
+    def used() -> str:
+        journey.post(chat("tokens=2"))
+        return journey.asked()[-1]["headers"]["authorization"]
+
+    secret.write_text("canary-vendor-key-2\n")
+    try:
+        until(lambda: {used() for _ in range(4)} == {"Bearer canary-vendor-key-2"})
+    finally:
+        secret.write_text(VENDOR_KEY + "\n")
+    until(lambda: {used() for _ in range(4)} == {f"Bearer {VENDOR_KEY}"})
+
+
+def test_no_request_field_changes_where_we_connect(journey: Journey) -> None:
+    body = chat() | {
+        "api_base": "http://127.0.0.1:9/", "base_url": "http://127.0.0.1:9/", "api_key": "canary", "provider": "openrouter",
+    }  # fmt: skip
+    answer = journey.post(body, host="evil.example", x_forwarded_host="evil.example")
+    assert answer.status_code == 200
+    assert len(journey.asked("openai")) == 1
+    assert journey.asked()[0]["headers"]["host"].startswith("127.0.0.1:")

@@ -1,0 +1,187 @@
+"""What is seen of a call: spans at a real OTLP receiver, metrics in a scrape, one access line."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import httpx
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from loadtest.stack import Stack
+from tests.journey import OVERLAY, Journey, chat, events, until
+
+
+class Receiver:
+    """An OTLP/HTTP receiver that keeps the spans it gets."""
+
+    def __init__(self) -> None:
+        self.spans: list[Any] = []
+        receiver = self
+
+        class Take(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                request = ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["content-length"])))
+                for resource in request.resource_spans:
+                    for scope in resource.scope_spans:
+                        receiver.spans += scope.spans
+                self.send_response(200)
+                self.send_header("content-length", "0")
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Take)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self._thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self._thread.join()
+
+    def of(self, trace_id: str) -> dict[str, Any]:
+        return {span.name: span for span in self.spans if span.trace_id.hex() == trace_id}
+
+
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[Receiver]:
+    receiver = Receiver()
+    yield receiver
+    receiver.close()
+
+
+@pytest.fixture(scope="module")
+def traced(receiver: Receiver, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Journey]:
+    """A stack of one replica that exports its spans."""
+    environ = {name: value for name, value in os.environ.items() if not name.endswith("_API_KEY")}
+    environ |= {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url, "OTEL_BSP_SCHEDULE_DELAY": "100"}
+    with (
+        Stack(tmp_path_factory.mktemp("traced"), replicas=1, overlay=OVERLAY, environ=environ) as stack,
+        Journey(stack) as journey,
+    ):
+        yield journey
+
+
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+
+
+def attributes(span: Any) -> dict[str, Any]:
+    values = {}
+    for pair in span.attributes:
+        kind = pair.value.WhichOneof("value")
+        values[pair.key] = getattr(pair.value, kind)
+    return values
+
+
+def test_unary_call_has_three_spans_under_the_callers_trace(traced: Journey, receiver: Receiver) -> None:
+    traced.clear()
+    trace = "1" + TRACE[1:]
+    answer = traced.post(chat("tokens=5"), traceparent=f"00-{trace}-b7ad6b7169203331-01", x_feature_id="support")
+    spans = until(lambda: receiver.of(trace) if len(receiver.of(trace)) == 3 else None)
+    root, auth, provider = spans["gateway.request"], spans["gateway.auth"], spans["gateway.provider"]
+    assert root.parent_span_id.hex() == "b7ad6b7169203331"
+    assert auth.parent_span_id == provider.parent_span_id == root.span_id
+    assert root.start_time_unix_nano <= provider.start_time_unix_nano <= provider.end_time_unix_nano
+    assert provider.end_time_unix_nano <= root.end_time_unix_nano
+    said = attributes(provider)
+    assert said["gen_ai.provider.name"] == "openai"
+    assert said["gen_ai.operation.name"] == "chat"
+    assert said["gen_ai.response.model"] == "gpt-4o-mini-2024-07-18"
+    assert said["gen_ai.usage.output_tokens"] == 5
+    assert attributes(root)["tenant_id"] == "tenant-a"
+    assert traced.row(answer.headers["x-request-id"])["trace_id"] == trace
+
+
+def test_span_of_a_stream_ends_with_its_last_byte(traced: Journey, receiver: Receiver) -> None:
+    traced.clear()
+    trace = "2" + TRACE[1:]
+    with traced.stream(chat("tokens=20 chunk_ms=20"), traceparent=f"00-{trace}-b7ad6b7169203331-01") as answer:
+        events(answer)
+    spans = until(lambda: receiver.of(trace) if len(receiver.of(trace)) == 3 else None)
+    provider = spans["gateway.provider"]
+    assert provider.end_time_unix_nano - provider.start_time_unix_nano >= 19 * 20 * 1_000_000
+    assert 0 < attributes(provider)["gen_ai.response.time_to_first_chunk"] < 0.4
+
+
+def test_hung_up_stream_says_why_its_span_ended(traced: Journey, receiver: Receiver) -> None:
+    traced.clear()
+    trace = "3" + TRACE[1:]
+    with (
+        httpx.Client(base_url=traced.stack.url, verify=traced.stack.tls()) as client,
+        traced.stream(chat("tokens=99 chunk_ms=50"), client, traceparent=f"00-{trace}-b7ad6b7169203331-01") as answer,
+    ):
+        next(answer.iter_lines())
+    spans = until(lambda: receiver.of(trace) if len(receiver.of(trace)) == 3 else None)
+    assert attributes(spans["gateway.provider"])["abort_reason"] == "client_closed"
+
+
+def test_each_attempt_is_a_span_and_the_failed_one_says_so(traced: Journey, receiver: Receiver) -> None:
+    traced.clear()
+    trace = "4" + TRACE[1:]
+    traced.fault("openai", kind="status", status=500, times=1)
+    traced.post(chat("tokens=5"), traceparent=f"00-{trace}-b7ad6b7169203331-01")
+    until(lambda: len([s for s in receiver.spans if s.trace_id.hex() == trace]) == 4)
+    tries = [s for s in receiver.spans if s.trace_id.hex() == trace and s.name == "gateway.provider"]
+    assert [attributes(span).get("error.type") for span in tries] == ["failed", None]
+
+
+def test_caller_that_is_not_sampled_is_not_exported(traced: Journey, receiver: Receiver) -> None:
+    traced.clear()
+    silent, seen = "5" + TRACE[1:], "6" + TRACE[1:]
+    traced.post(chat("tokens=2"), traceparent=f"00-{silent}-b7ad6b7169203331-00")
+    traced.post(chat("tokens=2"), traceparent=f"00-{seen}-b7ad6b7169203331-01")
+    until(lambda: receiver.of(seen))
+    assert receiver.of(silent) == {}
+
+
+def test_spans_hold_no_prompt_and_no_answer(traced: Journey, receiver: Receiver) -> None:
+    traced.clear()
+    trace = "7" + TRACE[1:]
+    answer = traced.post(chat("canary-prompt tokens=8"), traceparent=f"00-{trace}-b7ad6b7169203331-01")
+    spans = until(lambda: receiver.of(trace) if len(receiver.of(trace)) == 3 else None)
+    written = str([attributes(span) for span in spans.values()])
+    assert "canary-prompt" not in written
+    assert answer.json()["choices"][0]["message"]["content"] not in written
+
+
+def test_access_line_is_one_line_with_the_rows_figures(journey: Journey) -> None:
+    answer = journey.post(chat("tokens=6"))
+    request_id = answer.headers["x-request-id"]
+
+    def lines() -> list[dict[str, Any]]:
+        logs = [path.read_text() for path in journey.stack.log_dir.glob("replica-*.log")]
+        return [json.loads(line) for log in logs for line in log.splitlines() if request_id in line]
+
+    (line,) = until(lines)
+    event = journey.row(request_id)
+    assert line["cost_usd"] == event["cost_usd"]["total"]
+    assert line["tokens"] == event["usage"]["total_tokens"]
+    assert line["total_ms"] == event["latency_ms"]["total"]
+
+
+def test_metrics_want_the_admin_token(journey: Journey) -> None:
+    url = journey.stack.replicas[0].admin_url
+    for path in ("/metrics", "/status"):
+        assert httpx.get(url + path).status_code == 401
+        forbidden = httpx.get(url + path, headers={"authorization": f"Bearer {journey.key}"})
+        assert (forbidden.status_code, forbidden.json()["error"]["code"]) == (403, "admin_forbidden")
+    assert httpx.get(url + "/health").text == "ok"
+
+
+def test_overhead_is_told_apart_from_the_vendors_time(journey: Journey) -> None:
+    answer = journey.post(chat("tokens=2 latency_ms=300"))
+    timing = dict(part.strip().split(";dur=") for part in answer.headers["server-timing"].split(","))
+    assert float(timing["provider"]) >= 300
+    assert float(timing["gateway"]) < 150
+    event = journey.row(answer.headers["x-request-id"])
+    assert event["latency_ms"]["provider"] == float(timing["provider"])
+    scrape = journey.admin("/metrics").text
+    assert "gateway_overhead_seconds_bucket" in scrape

@@ -1,0 +1,51 @@
+"""Parts that the translators' tests share: a target, a stream read to its end, a table of outcomes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from msgspec import Struct
+
+from app.config import Price, Provider, Secret, Target
+from app.core import Usage
+from app.errors import VendorError
+from app.providers.translator import Kind, Translator
+from app.sse import FrameSplitter
+
+PRICE = Price(1, 1, 1, 1, 1, 1, 1, 1)
+
+
+def target(kind: str, model: str = "model-2026-01-01") -> Target:
+    """A target at a vendor of that kind; its credential is `vendor-key`."""
+    provider = Provider(kind, kind, f"https://{kind.replace('_', '-')}.example/v1", Secret("vendor-key"), "eu")
+    return Target(f"{kind}/{model}", provider, model, PRICE, True)
+
+
+class StreamOutcome(Struct, frozen=True):
+    """What a relay learns from a stream: the frames' kinds up to the end or the error, and the ledger's facts."""
+
+    kinds: tuple[str, ...]
+    model: str | None
+    finish_reason: str | None
+    usage: Usage | None
+    finished: bool
+    text_bytes: int
+    error: VendorError | None
+
+
+def read_stream(translator: Translator, chunks: Iterable[bytes]) -> StreamOutcome:
+    """Splits and scans as the relay does; stops at the first error, as it does."""
+    splitter, scan = FrameSplitter(), translator.stream()
+    kinds: list[str] = []
+    text_bytes = 0
+    error = None
+    try:
+        for chunk in chunks:
+            for frame in splitter.feed(chunk):
+                kind = scan.scan(frame)
+                kinds.append(kind.name)
+                if kind is Kind.CONTENT:
+                    text_bytes += scan.text_bytes(frame)
+    except VendorError as raised:
+        error = raised
+    return StreamOutcome(tuple(kinds), scan.model, scan.finish_reason, scan.usage, scan.finished, text_bytes, error)
