@@ -70,4 +70,3 @@ def timestamp(now: float) -> str:
 def same(left: bytes, right: bytes) -> bool:
     """Equality in constant time."""
     return secrets.compare_digest(left, right)
-

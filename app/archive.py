@@ -167,9 +167,7 @@ class Archive:
     async def _connect(self) -> psycopg.AsyncConnection[tuple[Any, ...]]:
         async with asyncio.timeout(self._deadline_seconds):
             # Not prepared, for a transaction pooler hands each statement to another server connection.
-            connection = await psycopg.AsyncConnection.connect(
-                self._conninfo, autocommit=True, prepare_threshold=None
-            )
+            connection = await psycopg.AsyncConnection.connect(self._conninfo, autocommit=True, prepare_threshold=None)
         try:
             with _cut_after(connection, self._deadline_seconds):
                 milliseconds = int(self._deadline_seconds * 1000)

@@ -19,9 +19,10 @@ def identify(config: Config, authorization: str | None, api_key: str | None, now
         scheme, _, credential = authorization.partition(" ")
         if scheme.lower() != "bearer":
             raise InvalidApiKey("The Authorization header must read `Bearer <gateway key>`.")
+    credential = (credential or "").strip()
     if not credential:
         raise InvalidApiKey("A gateway key is required: send `Authorization: Bearer <gateway key>`.")
-    key = config.keys.get(hashlib.sha256(credential.strip().encode("utf-8", "replace")).digest())
+    key = config.keys.get(hashlib.sha256(credential.encode("utf-8", "replace")).digest())
     if key is None:
         raise InvalidApiKey("The gateway key is unknown. Ask your platform team for one; vendor keys do not work here.")
     if key.expires is not None and now >= key.expires:

@@ -188,17 +188,22 @@ def _replace(file: Path, text: str) -> None:
 
 
 def _usage(arguments: argparse.Namespace) -> int:
+    import asyncio
+
     from app import reports
+    from app.archive import ArchiveError
 
     if not arguments.database_url:
         return _fail("Which PostgreSQL? Set DATABASE_URL, or give --database-url.")
     day = arguments.day or timestamp(Ambient().now())[:10]
     try:
-        report = reports.usage(arguments.database_url, arguments.tenant, date.fromisoformat(day))
-    except reports.ReportError as error:
-        return _fail(str(error))
+        on = date.fromisoformat(day)
     except ValueError:
         return _fail(f"{day!r} is not a day: YYYY-MM-DD.")
+    try:
+        report = asyncio.run(reports.usage(arguments.database_url, arguments.tenant, on))
+    except ArchiveError as error:
+        return _fail(str(error))
     print(report.json() if arguments.json else report.text())
     return 0
 

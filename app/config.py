@@ -9,17 +9,18 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import yaml
 from msgspec import Struct, field
+
+T = TypeVar("T")
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Tenants, features and aliases: no such name can forge a Redis key or a path."""
@@ -27,6 +28,10 @@ TARGET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}/[A-Za-z0-9][A-Za-z0-9
 KEY_ID = re.compile(r"[a-z0-9]{12}")
 SERVICE_KEY = re.compile(r"sk-gw-([a-z0-9]{12})-[A-Za-z0-9_-]{43}")
 """The shape of a service key; the first group is its public id."""
+BASE_URL = re.compile(
+    r"https?://(?:[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})*\.?|\[[0-9a-fA-F:]+\])"
+    r"(?::(?P<port>\d{1,5}))?(?:/[A-Za-z0-9._~/-]*)?"
+)
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 FILES = {
@@ -72,19 +77,19 @@ class Secret:
 # --- written shape --------------------------------------------------------------------------------------------------
 
 
-class WrittenProvider(Struct, forbid_unknown_fields=True, kw_only=True):
+class WrittenProvider(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     kind: Literal["openai", "openai_compatible"]
     base_url: str
     api_key: str
     region: str | None = None
 
 
-class WrittenTarget(Struct, forbid_unknown_fields=True, kw_only=True):
+class WrittenTarget(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     provider: str
     model: str
 
 
-class WrittenTimeouts(Struct, forbid_unknown_fields=True, kw_only=True):
+class WrittenTimeouts(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     connect_seconds: float | None = None
     first_token_seconds: float | None = None
     answer_seconds: float | None = None
@@ -92,35 +97,35 @@ class WrittenTimeouts(Struct, forbid_unknown_fields=True, kw_only=True):
     total_seconds: float | None = None
 
 
-class WrittenAlias(Struct, forbid_unknown_fields=True, kw_only=True):
+class WrittenAlias(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     targets: list[str]
     default_output_tokens: int | None = None
     timeouts: WrittenTimeouts = field(default_factory=WrittenTimeouts)
 
 
-class WrittenPlan(Struct, forbid_unknown_fields=True, kw_only=True):
+class WrittenPlan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     rpm: int | None = None
     daily_token_cap: int | None = None
     allowed_models: list[str] | None = None
     tier: str | None = None
 
 
-class WrittenTenant(WrittenPlan, forbid_unknown_fields=True, kw_only=True):
+class WrittenTenant(WrittenPlan, frozen=True, forbid_unknown_fields=True, kw_only=True):
     plan: str
 
 
-class WrittenGlobal(Struct, forbid_unknown_fields=True, kw_only=True):
+class WrittenGlobal(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     tpm: int | None = None
 
 
-class WrittenKey(Struct, forbid_unknown_fields=True, kw_only=True):
+class WrittenKey(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     digest: str
     service: str
     tenants: list[str]
     expires: date | None = None
 
 
-class WrittenPrice(Struct, forbid_unknown_fields=True, kw_only=True):
+class WrittenPrice(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """USD per million tokens. A class without a price costs what its plain class costs."""
 
     input: Decimal
@@ -135,31 +140,31 @@ class WrittenPrice(Struct, forbid_unknown_fields=True, kw_only=True):
     checked_on: date
 
 
-class WrittenRetry(Struct, forbid_unknown_fields=True, kw_only=True):
+class WrittenRetry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     max_attempts: int = 3
     backoff_base_seconds: float = 0.2
     backoff_cap_seconds: float = 2.0
     cooldown_seconds: float = 30.0
 
 
-class WrittenRedis(Struct, forbid_unknown_fields=True, kw_only=True):
+class WrittenRedis(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     away: Literal["open", "closed"] = "open"
     timeout_ms: int = 250
     probe_seconds: float = 1.0
 
 
-class WrittenDrain(Struct, forbid_unknown_fields=True, kw_only=True):
+class WrittenDrain(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     delay_seconds: float = 4.0
     limit_seconds: float = 1860.0
 
 
-class WrittenSpool(Struct, forbid_unknown_fields=True, kw_only=True):
+class WrittenSpool(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     segment_bytes: int = 67_108_864
     fsync_ms: int = 10
     reserve_bytes: int = 268_435_456
 
 
-class WrittenGateway(Struct, forbid_unknown_fields=True, kw_only=True):
+class WrittenGateway(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     max_body_bytes: int = 20_971_520
     default_output_tokens: int = 1024
     start_buffer_bytes: int = 65_536
@@ -174,7 +179,7 @@ class WrittenGateway(Struct, forbid_unknown_fields=True, kw_only=True):
     user_id_salt: str = "env:GATEWAY_USER_SALT"
 
 
-class Written(Struct, forbid_unknown_fields=True, kw_only=True):
+class Written(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The whole configuration as people type it, after the overlays."""
 
     gateway: WrittenGateway = field(default_factory=WrittenGateway)
@@ -303,16 +308,22 @@ class Config(Struct, frozen=True):
 
 
 class _Loader(yaml.CSafeLoader):
-    """A safe loader to which a key written twice is a fault, not the last one wins."""
+    """A safe loader to which a key written twice is a fault, and so is one that YAML does not read as text.
+
+    YAML reads `no` as false and 0123 as 83: a tenant or a key id of that name would be another one.
+    """
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+    seen: set[str] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in seen:
-            raise yaml.MarkedYAMLError(None, None, f"the key {key!r} is written twice", key_node.start_mark)
-        seen.add(key)
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
+        if key_node.tag != "tag:yaml.org,2002:str":
+            raise yaml.MarkedYAMLError(None, None, "a key here is not text; write it in quotes", key_node.start_mark)
+        if key_node.value in seen:
+            raise yaml.MarkedYAMLError(None, None, f"the key {key_node.value!r} is written twice", key_node.start_mark)
+        seen.add(key_node.value)
     return loader.construct_mapping(node, deep=True)
 
 
@@ -347,39 +358,47 @@ def _merge(base: dict[str, Any], over: dict[str, Any], path: str, file: str, fau
             _merge(base[key], value, here, file, faults)
 
 
+_FAULTY = object()
+
+
 def _convert(value: Any, shape: Any, path: str, faults: _Faults) -> Any:
-    """`value` as `shape`, going on after a fault so that all of them are found. None stands for a faulty part."""
+    """`value` as `shape`, without the parts that are faulty, so that the rest is checked too.
+
+    `_FAULTY` stands for what cannot go without such a part; a faulty entry of a mapping is None.
+    """
     if isinstance(shape, type) and issubclass(shape, Struct):
         if not isinstance(value, dict):
             faults.add(path, f"expected a mapping, found {_kind(value)}")
-            return None
+            return _FAULTY
         members = {m.encode_name: m for m in msgspec.structs.fields(shape)}
         parts: dict[str, Any] = {}
-        before = len(faults.sentences)
         for key, part in value.items():
-            if key not in members:
-                known = ", ".join(sorted(members))
-                faults.add(f"{path}.{key}" if path else str(key), f"unknown key; known here: {known}")
-                continue
-            member = members[key]
-            parts[member.name] = _convert(part, member.type, f"{path}.{key}" if path else key, faults)
-        for member in members.values():
-            if member.required and member.name not in parts:
+            here = f"{path}.{key}" if path else key
+            if key in members:
+                parts[members[key].name] = _convert(part, members[key].type, here, faults)
+            else:
+                faults.add(here, f"unknown key; known here: {', '.join(sorted(members))}")
+        required = [member for member in members.values() if member.required]
+        for member in required:
+            if member.name not in parts:
                 faults.add(f"{path}.{member.encode_name}" if path else member.encode_name, "is required")
-        return shape(**parts) if len(faults.sentences) == before else None
+        good = {name: part for name, part in parts.items() if part is not _FAULTY}
+        return shape(**good) if all(member.name in good for member in required) else _FAULTY
     if typing.get_origin(shape) is dict:
         if not isinstance(value, dict):
             faults.add(path, f"expected a mapping, found {_kind(value)}")
-            return {}
+            return _FAULTY
         part_shape = typing.get_args(shape)[1]
-        return {str(key): _convert(part, part_shape, f"{path}.{key}", faults) for key, part in value.items()}
-    if isinstance(shape, types.UnionType) and value is None and type(None) in typing.get_args(shape):
-        return None
+        entries = {key: _convert(part, part_shape, f"{path}.{key}", faults) for key, part in value.items()}
+        return {key: None if part is _FAULTY else part for key, part in entries.items()}
+    if typing.get_origin(shape) is Literal and value not in typing.get_args(shape):
+        faults.add(path, f"expected one of {', '.join(typing.get_args(shape))}")
+        return _FAULTY
     try:
         return msgspec.convert(value, shape)
     except msgspec.ValidationError as error:
         faults.add(path, str(error))
-        return None
+        return _FAULTY
 
 
 def _kind(value: Any) -> str:
@@ -423,7 +442,7 @@ def _parse(files: Sequence[tuple[str, set[str] | None, bytes]], faults: _Faults)
     for name, sections, content in files:
         try:
             document = yaml.load(content, Loader=_Loader)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-02-30
             faults.sentences.append(f"{name}: is not YAML: {' '.join(str(error).split())}")
             continue
         if document is None:
@@ -460,9 +479,12 @@ class _Secrets:
             self.files.append(Path(name))
             try:
                 value = Path(name).read_text().strip()
-            except (OSError, UnicodeDecodeError):
+            except (OSError, ValueError):
                 if self.require:
                     faults.add(path, f"the file {name} cannot be read")
+            else:
+                if not value and self.require:
+                    faults.add(path, f"the file {name} is empty")
         else:
             faults.add(path, "a secret is a reference, env:NAME or file:/path, never the value itself")
         if any(ord(c) < 33 or ord(c) > 126 for c in value):
@@ -474,10 +496,12 @@ class _Secrets:
 # --- written -> running ---------------------------------------------------------------------------------------------
 
 
+MAX_PRICE_USD = 1_000_000
+
+
 def _nanos(usd: Decimal, path: str, faults: _Faults) -> int:
-    nanos = usd * 1_000_000_000
-    if nanos < 0 or nanos != nanos.to_integral_value():
-        faults.add(path, f"{usd} is not a price: at least 0, and at most 9 decimals")
+    if not usd.is_finite() or not 0 <= usd <= MAX_PRICE_USD or (nanos := usd * 1_000_000_000) % 1:
+        faults.add(path, f"{usd} is not a price: from 0 to {MAX_PRICE_USD} USD, with at most 9 decimals")
         return 0
     return int(nanos)
 
@@ -513,16 +537,37 @@ def _timeouts(written: WrittenTimeouts, base: Timeouts, path: str, faults: _Faul
 
 
 def _base_url(url: str, path: str, faults: _Faults) -> str:
-    if not re.fullmatch(r"https?://[A-Za-z0-9.\-]+(:\d{1,5})?(/[A-Za-z0-9._~/-]*)?|https?://\[[0-9a-fA-F:]+\](:\d{1,5})?(/[A-Za-z0-9._~/-]*)?", url):
-        faults.add(path, f"{url!r} is not an http(s) URL without credentials, query and fragment")
+    match = BASE_URL.fullmatch(url)
+    if match is None or not 0 < int(match["port"] or 1) <= 65_535:
+        faults.add(path, "expected an http(s) URL without credentials, query and fragment")
     return url.rstrip("/")
 
 
-def _names(section: Mapping[str, Any], pattern: re.Pattern[str], path: str, faults: _Faults) -> Iterator[str]:
-    for name in section:
+def _entries(
+    section: Mapping[str, T | None], pattern: re.Pattern[str], path: str, faults: _Faults
+) -> Iterator[tuple[str, T]]:
+    """Names and entries that could be read; checks the names of all."""
+    for name, entry in section.items():
         if not pattern.fullmatch(name):
             faults.add(f"{path}.{name}", f"a name here matches {pattern.pattern}")
-        yield name
+        if entry is not None:
+            yield name, entry
+
+
+def _known(name: str, section: Mapping[str, object], what: str, path: str, faults: _Faults) -> None:
+    if name not in section:
+        faults.add(path, f"no {what} {name!r}; known: {', '.join(section)}")
+
+
+def _in_range(part: Struct, path: str, faults: _Faults) -> None:
+    """Bounds by unit: what ends in `_seconds` is at most a day, `_ms` and `_bytes` are not below zero."""
+    for name, value in msgspec.structs.asdict(part).items():
+        if isinstance(value, Struct):
+            _in_range(value, f"{path}.{name}", faults)
+        elif name.endswith("_seconds") and value is not None and not 0 <= value <= 86_400:
+            faults.add(f"{path}.{name}", "must be from 0 to 86400")
+        elif name.endswith(("_ms", "_bytes")) and value < 0:
+            faults.add(f"{path}.{name}", "must not be below 0")
 
 
 def _positive(value: float | None, path: str, faults: _Faults) -> None:
@@ -534,8 +579,11 @@ def _build(
     written: Written, version: str, environment: str, price_version: str, secrets: _Secrets, faults: _Faults
 ) -> Config:
     gateway = written.gateway
+    _in_range(gateway, "gateway", faults)
     for name in ("max_body_bytes", "default_output_tokens", "start_buffer_bytes"):
         _positive(getattr(gateway, name), f"gateway.{name}", faults)
+    _positive(gateway.redis.timeout_ms, "gateway.redis.timeout_ms", faults)
+    _positive(gateway.redis.probe_seconds, "gateway.redis.probe_seconds", faults)
     if not 0 <= gateway.trace_sample_ratio <= 1:
         faults.add("gateway.trace_sample_ratio", "must be from 0 to 1")
     if not 1 <= gateway.retry.max_attempts <= 10:
@@ -552,42 +600,38 @@ def _build(
     providers = {
         name: Provider(
             name=name,
-            kind=part.kind,
-            base_url=_base_url(part.base_url, f"providers.{name}.base_url", faults),
-            api_key=secrets.resolve(part.api_key, f"providers.{name}.api_key", faults),
-            region=part.region,
+            kind=provider.kind,
+            base_url=_base_url(provider.base_url, f"providers.{name}.base_url", faults),
+            api_key=secrets.resolve(provider.api_key, f"providers.{name}.api_key", faults),
+            region=provider.region,
         )
-        for name in _names(written.providers, NAME, "providers", faults)
-        for part in [written.providers[name]]
+        for name, provider in _entries(written.providers, NAME, "providers", faults)
     }
 
     prices = {
-        (provider, model): _price(part, f"prices.{provider}.{model}", faults)
+        (provider, model): _price(price, f"prices.{provider}.{model}", faults)
         for provider, models in written.prices.items()
-        for model, part in models.items()
+        for model, price in (models or {}).items()
+        if price is not None
     }
     targets: dict[str, Target] = {}
-    for name in _names(written.targets, TARGET_NAME, "targets", faults):
-        part = written.targets[name]
-        if part.provider not in providers:
-            faults.add(f"targets.{name}.provider", f"no provider {part.provider!r}; known: {', '.join(providers)}")
-            continue
-        price = prices.get((part.provider, part.model))
-        targets[name] = Target(
-            name=name,
-            provider=providers[part.provider],
-            model=part.model,
-            price=price or ceiling,
-            priced=price is not None,
-        )
+    for name, target in _entries(written.targets, TARGET_NAME, "targets", faults):
+        _known(target.provider, written.providers, "provider", f"targets.{name}.provider", faults)
+        if target.provider in providers:
+            price = prices.get((target.provider, target.model))
+            targets[name] = Target(
+                name=name,
+                provider=providers[target.provider],
+                model=target.model,
+                price=price or ceiling,
+                priced=price is not None,
+            )
 
     aliases: dict[str, Alias] = {}
-    for name in _names(written.aliases, NAME, "aliases", faults):
-        alias = written.aliases[name]
+    for name, alias in _entries(written.aliases, NAME, "aliases", faults):
         path = f"aliases.{name}"
-        for target in alias.targets:
-            if target not in written.targets:
-                faults.add(f"{path}.targets", f"no target {target!r}; known: {', '.join(written.targets)}")
+        for target_name in alias.targets:
+            _known(target_name, written.targets, "target", f"{path}.targets", faults)
         if not alias.targets:
             faults.add(f"{path}.targets", "needs at least one target")
         if len(set(alias.targets)) != len(alias.targets):
@@ -601,48 +645,40 @@ def _build(
             timeouts=_timeouts(alias.timeouts, timeouts, f"{path}.timeouts", faults),
         )
 
-    def models(names: list[str], path: str) -> frozenset[str] | None:
-        for name in names:
-            if name != "*" and name not in written.aliases:
-                faults.add(path, f"no alias {name!r}; known: {', '.join(written.aliases)}")
-        return None if "*" in names else frozenset(names)
+    def check_policy(policy: WrittenPlan, path: str) -> None:
+        _positive(policy.rpm, f"{path}.rpm", faults)
+        _positive(policy.daily_token_cap, f"{path}.daily_token_cap", faults)
+        for alias_name in policy.allowed_models or ():
+            if alias_name != "*":
+                _known(alias_name, written.aliases, "alias", f"{path}.allowed_models", faults)
 
-    for name in _names(written.plans, NAME, "plans", faults):
-        plan = written.plans[name]
-        _positive(plan.rpm, f"plans.{name}.rpm", faults)
-        _positive(plan.daily_token_cap, f"plans.{name}.daily_token_cap", faults)
-        models(plan.allowed_models or [], f"plans.{name}.allowed_models")
+    for name, plan in _entries(written.plans, NAME, "plans", faults):
+        check_policy(plan, f"plans.{name}")
 
     tenants: dict[str, Tenant] = {}
-    for name in _names(written.tenants, NAME, "tenants", faults):
-        tenant = written.tenants[name]
-        path = f"tenants.{name}"
-        plan = written.plans.get(tenant.plan)
-        if plan is None:
-            faults.add(f"{path}.plan", f"no plan {tenant.plan!r}; known: {', '.join(written.plans)}")
-            plan = WrittenPlan()
-        _positive(tenant.rpm, f"{path}.rpm", faults)
-        _positive(tenant.daily_token_cap, f"{path}.daily_token_cap", faults)
-        allowed = plan.allowed_models if tenant.allowed_models is None else tenant.allowed_models
+    for name, tenant in _entries(written.tenants, NAME, "tenants", faults):
+        check_policy(tenant, f"tenants.{name}")
+        _known(tenant.plan, written.plans, "plan", f"tenants.{name}.plan", faults)
+        plan = written.plans.get(tenant.plan) or WrittenPlan()
+        models = (plan.allowed_models or ()) if tenant.allowed_models is None else tenant.allowed_models
         tenants[name] = Tenant(
             id=name,
             plan=tenant.plan,
             tier=tenant.tier or plan.tier or tenant.plan,
-            allowed_models=models(allowed or [], f"{path}.allowed_models"),
+            allowed_models=None if "*" in models else frozenset(models),
             rpm=plan.rpm if tenant.rpm is None else tenant.rpm,
             daily_token_cap=plan.daily_token_cap if tenant.daily_token_cap is None else tenant.daily_token_cap,
         )
 
     keys: dict[bytes, ServiceKey] = {}
-    for key_id in _names(written.service_keys, KEY_ID, "service_keys", faults):
-        key = written.service_keys[key_id]
+    for key_id, key in _entries(written.service_keys, KEY_ID, "service_keys", faults):
         path = f"service_keys.{key_id}"
+        for name in key.tenants:
+            if name != "*":
+                _known(name, written.tenants, "tenant", f"{path}.tenants", faults)
         if not DIGEST.fullmatch(key.digest):
             faults.add(f"{path}.digest", "expected sha256: and 64 hexadecimal digits; `gateway keys new` writes them")
             continue
-        for name in key.tenants:
-            if name != "*" and name not in written.tenants:
-                faults.add(f"{path}.tenants", f"no tenant {name!r}; known: {', '.join(written.tenants)}")
         digest = bytes.fromhex(key.digest[7:])
         if digest in keys:
             faults.add(f"{path}.digest", f"is the digest of {keys[digest].id} too")
@@ -697,15 +733,13 @@ def load(
     return _load(folder, environment, overlays, _Secrets(environ, require_secrets))[0]
 
 
-def _load(
-    folder: Path, environment: str, overlays: Sequence[Path], secrets: _Secrets
-) -> tuple[Config, bytes]:
+def _load(folder: Path, environment: str, overlays: Sequence[Path], secrets: _Secrets) -> tuple[Config, bytes]:
     """The snapshot, and a digest of everything it came from, secrets included: that tells whether it is a new one."""
     files = _read(folder, environment, overlays)
     faults = _Faults()
     merged = _parse(files, faults)
-    written = _convert(merged, Written, "", faults) if not faults.sentences else None
-    if written is None:
+    written = _convert(merged, Written, "", faults) if not faults.sentences else _FAULTY
+    if written is _FAULTY:
         raise ConfigError(faults.sentences)
     content = hashlib.sha256()
     for name, _, part in files:
@@ -724,9 +758,7 @@ def _load(
 class ConfigSource:
     """Holds the snapshot that new calls get. `reload` swaps it whole, or keeps it and raises."""
 
-    def __init__(
-        self, folder: Path, environment: str, overlays: Sequence[Path], environ: Mapping[str, str]
-    ) -> None:
+    def __init__(self, folder: Path, environment: str, overlays: Sequence[Path], environ: Mapping[str, str]) -> None:
         self._where = (folder, environment, tuple(overlays), environ)
         self._secret_files: tuple[Path, ...] = ()
         self._looked = self._look()
@@ -754,9 +786,8 @@ class ConfigSource:
         try:
             return _load(folder, environment, overlays, secrets)
         finally:
-            if secrets.files:
+            if secrets.files:  # other files than before make the next `changed` true: once more, and nothing is missed
                 self._secret_files = tuple(secrets.files)
-                self._looked = self._look()
 
     def _look(self) -> tuple[tuple[str, int, int, int], ...]:
         folder, _, overlays, _ = self._where

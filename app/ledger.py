@@ -77,9 +77,9 @@ def read_lines(data: bytes, start: int = 0, *, final: bool = False) -> Iterator[
             return
         piece = data[place:newline]
         end = newline + 1
-        if (
-            piece[18:20] in (b"I ", b"E ", b"S ", b"P ")
-            and piece[:18] == b"%08x %08x " % (len(piece) - _HEAD_BYTES, crc32(piece[18:]))
+        if piece[18:20] in (b"I ", b"E ", b"S ", b"P ") and piece[:18] == b"%08x %08x " % (
+            len(piece) - _HEAD_BYTES,
+            crc32(piece[18:]),
         ):
             yield Line(chr(piece[18]), piece[_HEAD_BYTES:], start + place, start + end)
         else:

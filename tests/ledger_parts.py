@@ -128,17 +128,33 @@ class Postgres:
             os.chown(folder, 65534, -1)
         subprocess.run(
             [self._binaries / "initdb", "-D", folder, "-U", "postgres", "--auth=trust", "-E", "UTF8", "--no-sync"],
-            check=True, capture_output=True, user=self._user, cwd="/",
+            check=True,
+            capture_output=True,
+            user=self._user,
+            cwd="/",
         )
 
     def start(self) -> None:
         with (self.folder.parent / "postgres.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
-                    self._binaries / "postgres", "-D", self.folder, "-p", str(self.port),
-                    "-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", "fsync=off",
+                    self._binaries / "postgres",
+                    "-D",
+                    self.folder,
+                    "-p",
+                    str(self.port),
+                    "-c",
+                    "listen_addresses=127.0.0.1",
+                    "-c",
+                    "unix_socket_directories=",
+                    "-c",
+                    "fsync=off",
                 ],
-                stdout=log, stderr=log, user=self._user, cwd="/", start_new_session=True,
+                stdout=log,
+                stderr=log,
+                user=self._user,
+                cwd="/",
+                start_new_session=True,
             )
         wait_until(self._answers, "PostgreSQL answers")
 

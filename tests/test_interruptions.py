@@ -132,7 +132,9 @@ def test_killed_replica_loses_no_completed_row_and_leaves_interrupted_ones(whole
     assert {event["status"] for event in whole.rows(completed).values()} == {"success"}
     interrupted = whole.rows(open_calls)
     assert {event["status"] for event in interrupted.values()} == {"interrupted"}
-    assert all(event["usage_source"] == "estimated" and event["cost_usd"]["total"] > 0 for event in interrupted.values())
+    assert all(
+        event["usage_source"] == "estimated" and event["cost_usd"]["total"] > 0 for event in interrupted.values()
+    )
 
 
 def test_calls_go_on_through_traefik_when_a_replica_is_killed(whole: Journey) -> None:

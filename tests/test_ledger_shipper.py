@@ -381,9 +381,7 @@ def test_a_line_that_is_not_json_is_set_aside(tmp_path: Path, url: str) -> None:
 
 
 def test_an_event_that_cannot_be_a_row_does_not_hold_the_others_up(tmp_path: Path, url: str) -> None:
-    left_by_a_dead_process(
-        tmp_path, *(event_line() for _ in range(5)), event_line("not-a-uuid"), event_line(), SEAL
-    )
+    left_by_a_dead_process(tmp_path, *(event_line() for _ in range(5)), event_line("not-a-uuid"), event_line(), SEAL)
     assert (ship(tmp_path, url).dead_letters, len(ids(url))) == (1, 6)
 
 

@@ -82,8 +82,11 @@ def test_rotated_vendor_key_is_used_without_a_restart(journey: Journey) -> None:
 
 def test_no_request_field_changes_where_we_connect(journey: Journey) -> None:
     body = chat() | {
-        "api_base": "http://127.0.0.1:9/", "base_url": "http://127.0.0.1:9/", "api_key": "canary", "provider": "openrouter",
-    }  # fmt: skip
+        "api_base": "http://127.0.0.1:9/",
+        "base_url": "http://127.0.0.1:9/",
+        "api_key": "canary",
+        "provider": "openrouter",
+    }
     answer = journey.post(body, host="evil.example", x_forwarded_host="evil.example")
     assert answer.status_code == 200
     assert len(journey.asked("openai")) == 1

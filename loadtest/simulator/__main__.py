@@ -19,6 +19,7 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=4010, help="0 takes a free port (default: 4010)")
     parser.add_argument("--ready-file", type=Path, help="where to write {url, pid} as JSON once listening")
     parser.add_argument("--api-key-env", metavar="NAME", help="accept only the key in this environment variable")
+    parser.add_argument("--latency-ms", type=float, default=0, help="waited before every vendor answer (0)")
     options = parser.parse_args()
     api_key = None
     if options.api_key_env:
@@ -32,19 +33,18 @@ def main() -> int:
     else:
         run = uvloop.run
     try:
-        run(_serve(options.host, options.port, options.ready_file, api_key))
+        run(_serve(options.host, options.port, options.ready_file, Simulator(api_key, options.latency_ms)))
     except OSError as error:
         print(f"The simulator cannot start on {options.host}:{options.port}: {error.strerror}.", file=sys.stderr)
         return 1
     return 0
 
 
-async def _serve(host: str, port: int, ready_file: Path | None, api_key: str | None) -> None:
+async def _serve(host: str, port: int, ready_file: Path | None, simulator: Simulator) -> None:
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
-    simulator = Simulator(api_key)
     url = await simulator.start(host, port)
     if ready_file is not None:
         # Renamed into place, so that a reader never sees half of it.

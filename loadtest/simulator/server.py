@@ -28,10 +28,14 @@ _NOT_JSON = b'data: {"id": "chatcmpl-malformed", "choices": [{"delta": {"cont\n\
 
 
 class Simulator:
-    """All vendors behind one port. `api_key` is the only key accepted; None accepts any that is not `bad-…`."""
+    """All vendors behind one port. `api_key` is the only key accepted; None accepts any that is not `bad-…`.
 
-    def __init__(self, api_key: str | None = None) -> None:
+    `latency_ms` is waited before every vendor answer, as real vendors never answer at once.
+    """
+
+    def __init__(self, api_key: str | None = None, latency_ms: float = 0) -> None:
         self._api_key = api_key
+        self._latency_seconds = latency_ms / 1000
         self._vendors: dict[str, Vendor] = {}
         self._connections: set[Connection] = set()
 
@@ -65,6 +69,8 @@ class Simulator:
                 await self._answer_as(vendor, SHAPES.get(first, OPENAI), request, reply)
 
     async def _answer_as(self, vendor: Vendor, shape: Shape, request: Request, reply: Reply) -> None:
+        if self._latency_seconds:
+            await asyncio.sleep(self._latency_seconds)
         problem = shape.authorize(request, self._api_key)
         if problem is not None:
             return _send(reply, shape.error(problem))
