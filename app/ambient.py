@@ -37,9 +37,9 @@ class Ambient:
         text = f"{value:032x}"
         return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
-    def trace_id(self) -> int:
-        """128 random bits, never zero (W3C trace context)."""
-        return random.getrandbits(128) or 1
+    def trace_id(self) -> str:
+        """128 random bits, never zero, as 32 hexadecimal digits (W3C trace context)."""
+        return f"{random.getrandbits(128) or 1:032x}"
 
     def span_id(self) -> int:
         """64 random bits, never zero (W3C trace context)."""

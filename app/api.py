@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import re
@@ -10,11 +11,11 @@ from collections.abc import Mapping
 from contextlib import aclosing
 
 import msgspec
-from litestar import Litestar, MediaType, Request, Response, asgi, get
+from litestar import Litestar, MediaType, Request, Response, get
 from litestar.exceptions import HTTPException
-from litestar.types import ASGIApp, Receive, Scope, Send
+from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.ambient import Ambient
+from app.ambient import Ambient, timestamp
 from app.auth import authorize, identify
 from app.config import NAME, Config, ConfigSource, ServiceKey
 from app.core import Call, Cut, Exchange
@@ -25,6 +26,7 @@ from app.errors import (
     InternalError,
     InvalidApiKey,
     InvalidRequest,
+    LedgerUnavailable,
     MethodNotAllowed,
     NotFound,
     RequestTooLarge,
@@ -35,10 +37,12 @@ log = logging.getLogger("gateway")
 
 UPLOAD_SECONDS = 300.0
 """A request body that takes longer than this to arrive is given up."""
+STALLED_SECONDS = 30.0
+"""A call that is not over so long after the longest deadline has a client that does not read: it is ended."""
 REFUSAL_SECONDS = 0.01
-"""No error leaves sooner after its request came: where a replica answers at once, Traefik cuts one answer in some
-hundreds or thousands, because Go's server closes a request's body when the answer begins, while Go's client still
-looks for the body's end (traefik issue 11767, golang/go issue 40747). No vendor's answer is that fast."""
+"""No call's error leaves sooner after its request came: where a replica answers at once, Traefik cuts one answer in
+some hundreds or thousands, because Go's server closes a request's body when the answer begins, while Go's client may
+still look for the body's end (traefik issue 11767, golang/go issue 40747). No vendor's answer is that fast."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _USER_HASH = re.compile(r"[A-Za-z0-9:._-]{1,128}")
 _VERSION = re.compile(r"[\x20-\x7e]{1,128}")
@@ -59,7 +63,7 @@ class FrontDoor:
         """POST /v1/chat/completions, from the first byte in to the last byte out."""
         started, received_at = self.ambient.monotonic(), self.ambient.now()
         config = self.source.current
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        headers = _headers(scope)
         if scope["method"] != "POST":
             await self._refuse(send, MethodNotAllowed("This route takes POST."))
             return
@@ -76,11 +80,13 @@ class FrontDoor:
             body = await _body(headers, receive, config.settings.max_body_bytes)
         except GatewayError as error:
             fault = error
+        started = self.ambient.monotonic()  # the upload was the client's time
         call = self._call(config, key, headers, body or b"", fault, started, received_at)
         exchange = Exchange(call=call)
         if body is None:
             exchange.cut = "client_closed"
-            self.gateway.settle(exchange)
+            with contextlib.suppress(LedgerUnavailable):
+                self.gateway.settle(exchange)
             return
         await self._send(exchange, receive, send)
 
@@ -89,18 +95,24 @@ class FrontDoor:
         task = asyncio.current_task()
         self.in_flight[task] = exchange
         watcher = asyncio.ensure_future(_watch(receive, exchange, task))
+        longest = exchange.call.config.settings.longest_seconds + STALLED_SECONDS
+        overdue = asyncio.get_running_loop().call_later(longest, _cut, exchange, task, "deadline")
         streaming = False
         try:
-            async with self.gateway.serve(exchange) as reply, aclosing(reply.frames) as frames:
+            async with self.gateway.serve(exchange) as reply:
                 if self.draining or isinstance(exchange.call.fault, RequestTooLarge):
                     reply.headers.append((b"connection", b"close"))
                 if reply.status >= 400:
                     await self._not_too_soon(exchange.call.started)
                 await send({"type": "http.response.start", "status": reply.status, "headers": reply.headers})
                 streaming = True
-                async for frame in frames:
-                    await send({"type": "http.response.body", "body": frame, "more_body": True})
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                if reply.frames is None:
+                    await send({"type": "http.response.body", "body": reply.first})
+                    return
+                async with aclosing(reply.frames) as frames:
+                    async for frame in frames:
+                        await send({"type": "http.response.body", "body": frame, "more_body": True})
+                await send({"type": "http.response.body", "body": b""})
         except asyncio.CancelledError:
             if exchange.cut is None:
                 raise
@@ -109,11 +121,14 @@ class FrontDoor:
                 await self._send_drained(exchange, send, streaming)
         except Exception:
             log.exception("defect in request %s", exchange.call.request_id)
+            error = InternalError("The gateway has a defect; its log has it under this request id.")
             if not streaming:
-                error = InternalError("The gateway has a defect; its log has it under this request id.")
                 await self._refuse(send, error, exchange.call.request_id)
+            elif exchange.request is not None and exchange.request.stream:
+                await send({"type": "http.response.body", "body": openai_chat.error_frames(error)})
         finally:
             watcher.cancel()
+            overdue.cancel()
             del self.in_flight[task]
 
     async def _not_too_soon(self, started: float) -> None:
@@ -133,10 +148,7 @@ class FrontDoor:
         """Ends every call in flight that has no row yet; returns how many."""
         cut = 0
         for task, exchange in self.in_flight.items():
-            if exchange.event is None and exchange.cut is None:
-                exchange.cut = why
-                task.cancel()
-                cut += 1
+            cut += _cut(exchange, task, why)
         return cut
 
     def _call(
@@ -176,6 +188,7 @@ class FrontDoor:
             event_id=event_id,
             request_id=request_id,
             received_at=received_at,
+            occurred_at=timestamp(received_at),
             started=started,
             config=config,
             key=key,
@@ -186,7 +199,7 @@ class FrontDoor:
             user_id_hash=user_hash if user_hash and _USER_HASH.fullmatch(user_hash) else None,
             prompt_version=prompt_version if prompt_version and _VERSION.fullmatch(prompt_version) else None,
             tokens_hint=int(hint),
-            trace_id=int(parent[1], 16) if parent and int(parent[1], 16) else self.ambient.trace_id(),
+            trace_id=parent[1] if parent and parent[1].strip("0") else self.ambient.trace_id(),
             parent_span_id=int(parent[2], 16) or None if parent else None,
             sampled=(
                 bool(int(parent[3], 16) & 1) if parent else self.ambient.random() < config.settings.trace_sample_ratio
@@ -207,6 +220,11 @@ class FrontDoor:
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
+def _headers(scope: Scope) -> dict[bytes, str]:
+    """By lower-case name. Of a header written twice the first counts, as it does for Traefik's limits."""
+    return {name: value.decode("latin-1") for name, value in reversed(scope["headers"])}
+
+
 async def _body(headers: Mapping[bytes, str], receive: Receive, max_bytes: int) -> bytes | None:
     """The request body, up to `max_bytes`; None when the client hung up. Raises RequestTooLarge, InvalidRequest.
 
@@ -216,22 +234,21 @@ async def _body(headers: Mapping[bytes, str], receive: Receive, max_bytes: int) 
     length = headers.get(b"content-length", "")
     if length.isdigit() and int(length) > 2 * max_bytes:
         raise _too_large(max_bytes)
-    message = await receive()
-    parts = [message.get("body", b"")]
-    size = len(parts[0])
-    if message.get("more_body"):
-        try:
-            async with asyncio.timeout(UPLOAD_SECONDS):
-                while message.get("more_body") and size <= 2 * max_bytes:
-                    message = await receive()
-                    part = message.get("body", b"")
-                    size += len(part)
-                    if size <= max_bytes:
-                        parts.append(part)
-                    else:
-                        parts.clear()
-        except TimeoutError:
-            raise InvalidRequest(f"The body did not arrive within {UPLOAD_SECONDS:g} s.") from None
+    parts: list[bytes] = []
+    size = 0
+    message: Message = {"type": "http.request", "more_body": True}
+    try:
+        async with asyncio.timeout(UPLOAD_SECONDS):
+            while message.get("more_body") and size <= 2 * max_bytes:
+                message = await receive()
+                part = message.get("body", b"")
+                size += len(part)
+                if size <= max_bytes:
+                    parts.append(part)
+                else:
+                    parts.clear()
+    except TimeoutError:
+        raise InvalidRequest(f"The body did not arrive within {UPLOAD_SECONDS:g} s.") from None
     if message["type"] == "http.disconnect":
         return None
     if size > max_bytes:
@@ -247,17 +264,33 @@ async def _watch(receive: Receive, exchange: Exchange, task: asyncio.Task[None])
     """Waits for the client to hang up, and ends the call then, unless its row is written already."""
     while (await receive())["type"] != "http.disconnect":
         pass
-    if exchange.event is None and exchange.cut is None:
-        exchange.cut = "client_closed"
-        task.cancel()
+    _cut(exchange, task, "client_closed")
+
+
+def _cut(exchange: Exchange, task: asyncio.Task[None], why: Cut) -> bool:
+    """Ends a call, unless its row is written already or another has ended it."""
+    if exchange.event is not None or exchange.cut is not None:
+        return False
+    exchange.cut = why
+    task.cancel()
+    return True
 
 
 def app(door: FrontDoor) -> ASGIApp:
-    """The routes of the main port."""
+    """The routes of the main port. Chat calls are met before Litestar, whose part would be a fifth of their time."""
+    others = _others(door)
 
-    @asgi("/v1/chat/completions", copy_scope=False)
-    async def chat_completions(scope: Scope, receive: Receive, send: Send) -> None:
-        await door.chat(scope, receive, send)
+    async def front(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] == "/v1/chat/completions":
+            await door.chat(scope, receive, send)
+        else:
+            await others(scope, receive, send)
+
+    return front
+
+
+def _others(door: FrontDoor) -> Litestar:
+    """Everything but the hot path."""
 
     @get("/v1/models", media_type=MediaType.JSON, sync_to_thread=False)
     def models(request: Request) -> Response:
@@ -268,8 +301,7 @@ def app(door: FrontDoor) -> ASGIApp:
         except InvalidApiKey as error:
             door.gateway.telemetry.unidentified(error)
             raise
-        headers = {name: value.decode("latin-1") for name, value in request.scope["headers"]}
-        tenant = authorize(door._call(config, key, headers, b"", None, door.ambient.monotonic(), now))
+        tenant = authorize(config, key, request.headers.get("x-tenant-id"))
         listed = [
             {"id": name, "object": "model", "created": 0, "owned_by": "gateway"}
             for name in config.aliases
@@ -290,7 +322,7 @@ def app(door: FrontDoor) -> ASGIApp:
         return Response("ok")
 
     return Litestar(
-        [chat_completions, models, health, ready],
+        [models, health, ready],
         exception_handlers={GatewayError: answer_error, HTTPException: answer_http_error, Exception: _defect},
         openapi_config=None,
         logging_config=None,

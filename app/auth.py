@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 
 from app.config import NAME, Alias, Config, ServiceKey, Tenant
-from app.core import Call
 from app.errors import InvalidApiKey, InvalidRequest, ModelNotAllowed, ModelNotFound, TenantNotAllowed, TenantRequired
 
 
@@ -30,19 +29,18 @@ def identify(config: Config, authorization: str | None, api_key: str | None, now
     return key
 
 
-def authorize(call: Call) -> Tenant:
-    """The tenant that the call is for: the header selects within what the credential may act for.
+def authorize(config: Config, key: ServiceKey, claimed: str | None) -> Tenant:
+    """The tenant that a call is for: the header selects within what the credential may act for.
 
     Raises TenantRequired, TenantNotAllowed (also for a tenant that does not exist: the two look the same from
     outside), InvalidRequest.
     """
-    claimed = call.tenant_claimed
     if not claimed:
         raise TenantRequired("X-Tenant-Id is required: the tenant on whose behalf you call.")
     if not NAME.fullmatch(claimed):
         raise InvalidRequest(f"X-Tenant-Id must match {NAME.pattern}.", param="X-Tenant-Id")
-    tenant = call.config.tenants.get(claimed)
-    if tenant is None or not call.key.may_act_for(claimed):
+    tenant = config.tenants.get(claimed)
+    if tenant is None or not key.may_act_for(claimed):
         raise TenantNotAllowed(f"This key may not act for the tenant {claimed!r}.", param="X-Tenant-Id")
     return tenant
 

@@ -278,11 +278,11 @@ class ServiceKey(Struct, frozen=True):
 
 
 class Settings(Struct, frozen=True):
-    """The `gateway` section, with every default filled in."""
+    """The `gateway` section, with every default filled in. `longest_seconds`: the longest total over all aliases."""
 
     max_body_bytes: int
     start_buffer_bytes: int
-    timeouts: Timeouts
+    longest_seconds: float
     retry: WrittenRetry
     redis: WrittenRedis
     drain: WrittenDrain
@@ -445,7 +445,10 @@ def _parse(files: Sequence[tuple[str, set[str] | None, bytes]], faults: _Faults)
         except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-02-30
             faults.sentences.append(f"{name}: is not YAML: {' '.join(str(error).split())}")
             continue
+        if document is None and sections is None:
+            continue  # an environment or an overlay that changes nothing
         if document is None:
+            faults.sentences.append(f"{name}: is empty; expected {', '.join(sorted(sections or ()))}")
             continue
         if not isinstance(document, dict):
             faults.sentences.append(f"{name}: expected a mapping at the top, found {_kind(document)}")
@@ -523,6 +526,21 @@ def _price(written: WrittenPrice, path: str, faults: _Faults) -> Price:
     )
 
 
+def _ceiling(gateway: WrittenGateway, faults: _Faults) -> Price:
+    input_nanos = _nanos(gateway.ceiling_input_usd, "gateway.ceiling_input_usd", faults)
+    output_nanos = _nanos(gateway.ceiling_output_usd, "gateway.ceiling_output_usd", faults)
+    return Price(
+        input=input_nanos,
+        output=output_nanos,
+        cache_read=input_nanos,
+        cache_write=input_nanos,
+        audio_input=input_nanos,
+        image_input=input_nanos,
+        reasoning=output_nanos,
+        audio_output=output_nanos,
+    )
+
+
 _DEFAULT_TIMEOUTS = Timeouts(connect=5.0, first_token=60.0, answer=300.0, idle=60.0, total=1800.0)
 
 
@@ -562,9 +580,7 @@ def _known(name: str, section: Mapping[str, object], what: str, path: str, fault
 def _in_range(part: Struct, path: str, faults: _Faults) -> None:
     """Bounds by unit: what ends in `_seconds` is at most a day, `_ms` and `_bytes` are not below zero."""
     for name, value in msgspec.structs.asdict(part).items():
-        if isinstance(value, Struct):
-            _in_range(value, f"{path}.{name}", faults)
-        elif name.endswith("_seconds") and value is not None and not 0 <= value <= 86_400:
+        if name.endswith("_seconds") and not 0 <= value <= 86_400:
             faults.add(f"{path}.{name}", "must be from 0 to 86400")
         elif name.endswith(("_ms", "_bytes")) and value < 0:
             faults.add(f"{path}.{name}", "must not be below 0")
@@ -579,7 +595,8 @@ def _build(
     written: Written, version: str, environment: str, price_version: str, secrets: _Secrets, faults: _Faults
 ) -> Config:
     gateway = written.gateway
-    _in_range(gateway, "gateway", faults)
+    for name in ("retry", "redis", "drain", "spool"):
+        _in_range(getattr(gateway, name), f"gateway.{name}", faults)
     for name in ("max_body_bytes", "default_output_tokens", "start_buffer_bytes"):
         _positive(getattr(gateway, name), f"gateway.{name}", faults)
     _positive(gateway.redis.timeout_ms, "gateway.redis.timeout_ms", faults)
@@ -588,13 +605,7 @@ def _build(
         faults.add("gateway.trace_sample_ratio", "must be from 0 to 1")
     if not 1 <= gateway.retry.max_attempts <= 10:
         faults.add("gateway.retry.max_attempts", "must be from 1 to 10")
-    ceiling = _price(
-        WrittenPrice(
-            input=gateway.ceiling_input_usd, output=gateway.ceiling_output_usd, source="", checked_on=date.min
-        ),
-        "gateway.ceiling",
-        faults,
-    )
+    ceiling = _ceiling(gateway, faults)
     timeouts = _timeouts(gateway.timeouts, _DEFAULT_TIMEOUTS, "gateway.timeouts", faults)
 
     providers = {
@@ -696,7 +707,7 @@ def _build(
         settings=Settings(
             max_body_bytes=gateway.max_body_bytes,
             start_buffer_bytes=gateway.start_buffer_bytes,
-            timeouts=timeouts,
+            longest_seconds=max([timeouts.total, *(alias.timeouts.total for alias in aliases.values())]),
             retry=gateway.retry,
             redis=gateway.redis,
             drain=gateway.drain,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Literal
 
 from msgspec import Raw, Struct, field
 
-from app.ambient import timestamp
 from app.config import Config, Price, ServiceKey, Target, Tenant
 from app.errors import GatewayError
 from app.wire import ChatRequest
@@ -87,11 +86,11 @@ def usd(nanos: int) -> Raw:
     """Nano-dollars as a JSON number in dollars with at most nine decimals, without passing through a float."""
     if nanos == 0:
         return _ZERO
-    sign, nanos = ("-", -nanos) if nanos < 0 else ("", nanos)
+    sign, nanos = (b"-", -nanos) if nanos < 0 else (b"", nanos)
     whole, rest = divmod(nanos, 1_000_000_000)
     if not rest:
-        return Raw(b"%s%d" % (sign.encode(), whole))
-    return Raw(f"{sign}{whole}.{rest:09d}".rstrip("0").encode())
+        return Raw(b"%b%d" % (sign, whole))
+    return Raw((b"%b%d.%09d" % (sign, whole, rest)).rstrip(b"0"))
 
 
 # --- the ledger's event: schema cost-ledger-v1 ------------------------------------------------------------------
@@ -243,7 +242,8 @@ def interrupted(intent: Intent) -> LedgerEvent:
 
 
 def event_usage(usage: Usage) -> EventUsage:
-    return EventUsage(usage.total_input, usage.total_output, usage.total, usage.embedding, usage)
+    given, made = usage.total_input, usage.total_output
+    return EventUsage(given, made, given + made + usage.embedding, usage.embedding, usage)
 
 
 def event_cost(cost: Cost, price_version: str) -> EventCost:
@@ -257,12 +257,14 @@ class Call(Struct, frozen=True, kw_only=True):
     """One call with a valid credential, made once at reception; the configuration snapshot is pinned in it.
 
     `fault` is what reception found wrong (a body too large, a forged header): it travels in the call, so that it
-    leaves a row like any other outcome. `received_at` is unix seconds, `started` the monotonic clock.
+    leaves a row like any other outcome. `received_at` is unix seconds and, as text, the time that intent and event
+    carry (`occurred_at`); `started` is the monotonic clock. `trace_id` is 32 hexadecimal digits (W3C trace context).
     """
 
     event_id: str
     request_id: str
     received_at: float
+    occurred_at: str
     started: float
     config: Config
     key: ServiceKey
@@ -273,17 +275,18 @@ class Call(Struct, frozen=True, kw_only=True):
     user_id_hash: str | None = None
     prompt_version: str | None = None
     tokens_hint: int = 0
-    trace_id: int
+    trace_id: str
     parent_span_id: int | None = None
     sampled: bool = False
 
 
 class Reply(Struct, frozen=True):
-    """What goes back: a status line, headers, and frames; a unary answer is a stream of one frame."""
+    """What goes back: a status line, headers, and frames. Of a unary answer the first frame is the only one."""
 
     status: int
     headers: list[tuple[bytes, bytes]]
-    frames: AsyncIterator[bytes]
+    first: bytes
+    frames: AsyncGenerator[bytes, None] | None = None
 
 
 class Reservation(Struct, frozen=True, gc=False):
@@ -305,12 +308,13 @@ class Reservation(Struct, frozen=True, gc=False):
     reset_tokens_seconds: float = 0.0
 
 
-Cut = Literal["client_closed", "drain"]
+Cut = Literal["client_closed", "drain", "deadline"]
 
 
 class Exchange(Struct, kw_only=True, eq=False):
     """The notes on one call: the only mutable record. Written along the journey, read once at settlement.
 
+    `done` is set where an answer was good to its end: what is neither done, cut nor an error is a defect.
     `cut` says who ended the call before its answer did; whoever cancels the task sets it first.
     `text_bytes` is the size of the answer's text, for an estimate where the vendor reported no usage.
     """
@@ -325,9 +329,7 @@ class Exchange(Struct, kw_only=True, eq=False):
     attempts: list[Attempt] = []
     chain: tuple[str, ...] = ()
     authorized: float = 0.0
-    dispatched: float = 0.0
     first_token: float = 0.0
-    vendor_done: float = 0.0
     provider_seconds: float = 0.0
     model_resolved: str | None = None
     vendor_request_id: str | None = None
@@ -335,11 +337,6 @@ class Exchange(Struct, kw_only=True, eq=False):
     usage: Usage | None = None
     text_bytes: int = 0
     error: GatewayError | None = None
-    status: Status = "success"
+    done: bool = False
     cut: Cut | None = None
     event: LedgerEvent | None = None
-
-
-def occurred_at(call: Call) -> str:
-    """The event's time: when the call was received. Intent and event carry the same."""
-    return timestamp(call.received_at)

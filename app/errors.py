@@ -182,7 +182,7 @@ class LedgerUnavailable(OwnFault):
 
 
 class LimitsUnavailable(OwnFault):
-    """Redis is away and `gateway.redis_away` says `closed`."""
+    """Redis is away and `gateway.redis.away` says `closed`."""
 
     code = "gateway_overloaded"
 
@@ -232,6 +232,7 @@ class VendorRefused(VendorError):
 
     retry = "never"
     fault = "refused"
+    outcome = "refused"
 
     def __init__(self, message: str, *, kind: str | None = None, **fields: object) -> None:
         super().__init__(message, **fields)  # type: ignore[arg-type]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+
+import msgspec
 
 from app.ambient import Ambient
 from app.auth import allow, authorize
@@ -21,11 +24,11 @@ from app.core import (
     cost,
     event_cost,
     event_usage,
-    occurred_at,
 )
 from app.dialects import openai_chat
 from app.errors import (
     GatewayError,
+    InternalError,
     LedgerUnavailable,
     LimitError,
     VendorBroke,
@@ -52,7 +55,9 @@ MAX_ANSWER_BYTES = 67_108_864
 MAX_ERROR_BYTES = 65_536
 MAX_FRAME_BYTES = 4_194_304
 """One event of a stream beyond this is broken. Images come as one event of a few MB at most."""
-KEPT_BYTES = 65_536
+TIMER_SECONDS = 0.005
+"""The event loop's timers go in steps of a millisecond, and may fire that much early."""
+KEPT_BYTES = 8_192
 """How much of a stream's frames is kept to estimate its tokens if the client hangs up; beyond it, extrapolated."""
 
 
@@ -80,10 +85,10 @@ class Gateway:
         answer: VendorAnswer | None = None
         try:
             try:
+                exchange.tenant = tenant = authorize(call.config, call.key, call.tenant_claimed)  # 2 permission
                 if call.fault is not None:
                     raise call.fault
                 self.spool.admit()
-                exchange.tenant = tenant = authorize(call)  # 2 permission
                 exchange.request = request = openai_chat.read(call.body)
                 alias = allow(call.config, tenant, request.alias)
                 exchange.authorized = self.ambient.monotonic()
@@ -99,10 +104,16 @@ class Gateway:
             except GatewayError as error:
                 reply = self._refused(exchange, error)
             yield reply  # 7 departure
+        except Exception as defect:
+            exchange.error = exchange.error or InternalError("The gateway has a defect.")
+            raise defect
         finally:
-            if answer is not None:
-                await answer.close()
-            self.settle(exchange)  # 8 settlement, where it has not been
+            try:
+                if answer is not None:
+                    await answer.close(ended=exchange.done)
+            finally:
+                with contextlib.suppress(LedgerUnavailable):  # counted; the intent stands for the row
+                    self.settle(exchange)  # 8 settlement, where it has not been
 
     # --- 3 budget ---------------------------------------------------------------------------------------------------
 
@@ -158,11 +169,12 @@ class Gateway:
                 retry=retry,
                 chance=self.ambient.random(),
             )
-            late = now + (step.wait_seconds if step else 0.0) >= deadline
+            late = now + (step.wait_seconds if step else 0.0) >= deadline - TIMER_SECONDS
             if step is None or late:
                 raise sum_up(errors, late)
             if step.wait_seconds:
                 await self.ambient.sleep(step.wait_seconds)
+                exchange.provider_seconds += step.wait_seconds  # the vendor made us wait: no overhead of ours
             if step.index != index:
                 self.telemetry.fell_back(exchange, target.name, targets[step.index].name, error.fault)
                 index, tries_here = step.index, 0
@@ -177,8 +189,6 @@ class Gateway:
         exchange.target = target
         self.spool.intend(self._intent(exchange))
         started = self.ambient.monotonic()
-        if not exchange.dispatched:
-            exchange.dispatched = started
         limit = limits.first_token if request.stream else limits.answer
         answer: VendorAnswer | None = None
         outcome = "cancelled"
@@ -187,12 +197,16 @@ class Gateway:
                 answer = await self.upstream.open(outgoing, limits.connect)
                 if not 200 <= answer.status < 300:
                     raise translator.error(answer.status, answer.headers, await answer.read(MAX_ERROR_BYTES))
-                exchange.vendor_request_id = answer.headers.get(translator.request_id_header)
+                exchange.vendor_request_id = _word(answer.headers.get(translator.request_id_header))
                 if request.stream:
-                    stream = _Stream(translator.stream(), exchange.call.config.settings.start_buffer_bytes)
+                    stream = _Stream(
+                        translator.stream(),
+                        exchange.call.config.settings.start_buffer_bytes,
+                        withhold_usage=not request.include_usage,
+                    )
                     await stream.begin(answer)
                     exchange.first_token = self.ambient.monotonic()
-                    exchange.model_resolved = stream.scan.model
+                    exchange.model_resolved = _word(stream.scan.model)
                     outcome = "success"
                     return answer, stream
                 body = await answer.read(MAX_ANSWER_BYTES)
@@ -217,15 +231,18 @@ class Gateway:
                     status=None if answer is None else answer.status,
                     started_ms=_ms(started - exchange.call.started),
                     duration_ms=_ms(ended - started),
-                    vendor_request_id=None if answer is None else answer.headers.get(translator.request_id_header),
+                    vendor_request_id=(
+                        None if answer is None else _word(answer.headers.get(translator.request_id_header))
+                    ),
                 )
             )
             if outcome != "success" and answer is not None:
                 await answer.close()
 
     def _note_answer(self, exchange: Exchange, answer: Answer) -> None:
-        exchange.model_resolved = answer.model
-        exchange.finish_reason = answer.finish_reason
+        exchange.model_resolved = _word(answer.model)
+        exchange.finish_reason = _word(answer.finish_reason)
+        exchange.done = True
         exchange.usage = answer.usage
         exchange.text_bytes = answer.text_bytes
 
@@ -244,7 +261,7 @@ class Gateway:
                 b"gateway;dur=%.3f, provider;dur=%.3f" % (event.latency_ms.gateway, event.latency_ms.provider),
             ),
         ]
-        return Reply(200, headers, _once(body))
+        return Reply(200, headers, body)
 
     def _streamed(self, exchange: Exchange, alias: Alias, answer: VendorAnswer, stream: _Stream) -> Reply:
         headers = self._headers(exchange, b"text/event-stream; charset=utf-8")
@@ -253,22 +270,22 @@ class Gateway:
             (b"cache-control", b"no-cache"),
             (b"server-timing", b"gateway;dur=%.3f" % (overhead * 1000)),
         ]
-        return Reply(200, headers, self._relay(exchange, alias, answer, stream))
+        return Reply(200, headers, b"", self._relay(exchange, alias, answer, stream))
 
     async def _relay(
         self, exchange: Exchange, alias: Alias, answer: VendorAnswer, stream: _Stream
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         """The stream's frames as the vendor sent them, each chunk at once; a failure is one error event.
 
         The frames that end the stream are released after the row is in the spool.
         """
         deadline = exchange.call.started + alias.timeouts.total
-        withhold = not exchange.request.include_usage
         relay_started = self.ambient.monotonic()
         try:
             while True:
-                ready, done = stream.take(withhold)
+                ready, done = stream.take()
                 if done:
+                    exchange.done = True
                     self._end_stream(exchange, stream, relay_started)
                     yield ready
                     return
@@ -278,7 +295,7 @@ class Gateway:
                 async with asyncio.timeout(wait):
                     await stream.more(answer)
         except TimeoutError:
-            if self.ambient.monotonic() >= deadline:
+            if self.ambient.monotonic() >= deadline - TIMER_SECONDS:
                 error: GatewayError = sum_up([], True)
             else:
                 error = sum_up([VendorTimeout("the vendor fell silent in mid-stream")], False)
@@ -292,9 +309,17 @@ class Gateway:
                 self._note_stream(exchange, stream, relay_started)
             raise
         exchange.error = error
+        exchange.done = False
+        last = exchange.attempts[-1]
+        exchange.attempts[-1] = msgspec.structs.replace(
+            last,
+            outcome=VendorBroke.fault if exchange.event is None else last.outcome,
+            duration_ms=_ms(self.ambient.monotonic() - exchange.call.started) - last.started_ms,
+        )
         tail = stream.ready()
         if exchange.event is None:
-            self._end_stream(exchange, stream, relay_started)
+            with contextlib.suppress(LedgerUnavailable):  # the client gets its error event all the same
+                self._end_stream(exchange, stream, relay_started)
         yield tail + openai_chat.error_frames(error)
 
     def _end_stream(self, exchange: Exchange, stream: _Stream, relay_started: float) -> None:
@@ -304,7 +329,7 @@ class Gateway:
 
     def _note_stream(self, exchange: Exchange, stream: _Stream, relay_started: float) -> None:
         exchange.usage = stream.scan.usage
-        exchange.finish_reason = stream.scan.finish_reason
+        exchange.finish_reason = _word(stream.scan.finish_reason)
         exchange.text_bytes = 0 if stream.scan.usage else stream.text_bytes()
         exchange.provider_seconds += self.ambient.monotonic() - relay_started
 
@@ -320,7 +345,7 @@ class Gateway:
         headers = self._headers(exchange, b"application/json")
         headers.append((b"content-length", b"%d" % len(body)))
         headers += retry_headers(error, status)
-        return Reply(status, headers, _once(body))
+        return Reply(status, headers, body)
 
     def _headers(self, exchange: Exchange, content_type: bytes) -> list[tuple[bytes, bytes]]:
         """What every answer says of itself."""
@@ -364,12 +389,17 @@ class Gateway:
         if exchange.event is not None:
             return exchange.event
         exchange.event = event = self._event(exchange)
+        row: bytes | None = None
         try:
-            self.spool.append(event)  # → 9 archive: ledger_shipper.py
+            row = self.spool.append(event)  # → 9 archive: ledger_shipper.py
+        except LedgerUnavailable as fault:
+            exchange.error, exchange.done = fault, False
+            exchange.event = event = self._event(exchange)
+            raise
         finally:
             if exchange.reservation is not None:
                 self.limits.settle(exchange.reservation, event.usage.total_tokens)
-            self.telemetry.record(exchange, event)
+            self.telemetry.record(exchange, event, row)
         return event
 
     def _event(self, exchange: Exchange) -> LedgerEvent:
@@ -377,18 +407,18 @@ class Gateway:
         error = exchange.error
         if error is not None:
             status = error.outcome
-        elif exchange.cut is not None:
-            status = "client_closed" if exchange.cut == "client_closed" else "interrupted"
+        elif exchange.done:
+            status = "success"
         else:
-            status = "success" if exchange.attempts else "interrupted"
+            status = _CUT_STATUS[exchange.cut]
         usage, source = self._usage(exchange)
         charged = Cost() if target is None else cost(usage, target.price, target.priced)
         total = self.ambient.monotonic() - call.started
         return LedgerEvent(
             event_id=call.event_id,
-            timestamp=occurred_at(call),
+            timestamp=call.occurred_at,
             request_id=call.request_id,
-            trace_id=f"{call.trace_id:032x}",
+            trace_id=call.trace_id,
             tenant_id=None if tenant is None else tenant.id,
             feature_id=call.feature_id,
             user_id_hash=call.user_id_hash,
@@ -432,7 +462,9 @@ class Gateway:
         """
         if exchange.usage is not None:
             return exchange.usage, "vendor"
-        worked = exchange.attempts and exchange.attempts[-1].outcome in ("success", "cancelled", VendorTimeout.fault)
+        worked = exchange.first_token or (
+            exchange.attempts and exchange.attempts[-1].outcome in ("success", "cancelled", VendorTimeout.fault)
+        )
         if not worked:
             return Usage(), "none"
         return Usage(
@@ -448,9 +480,9 @@ class Gateway:
         )
         return Intent(
             event_id=call.event_id,
-            timestamp=occurred_at(call),
+            timestamp=call.occurred_at,
             request_id=call.request_id,
-            trace_id=f"{call.trace_id:032x}",
+            trace_id=call.trace_id,
             tenant_id=tenant.id,
             feature_id=call.feature_id,
             user_id_hash=call.user_id_hash,
@@ -477,8 +509,9 @@ class Gateway:
 class _Stream:
     """A vendor's stream between its chunks: what is ready to relay, and what it told so far."""
 
-    def __init__(self, scan: StreamScan, start_buffer_bytes: int) -> None:
+    def __init__(self, scan: StreamScan, start_buffer_bytes: int, *, withhold_usage: bool) -> None:
         self.scan = scan
+        self._withhold_usage = withhold_usage
         self._kept: list[bytes] = []
         self._kept_bytes = self._relayed_bytes = 0
         self._splitter = FrameSplitter()
@@ -508,7 +541,8 @@ class _Stream:
                 return True
             if kind is Kind.DONE:
                 raise VendorBroke("the vendor's stream is empty")
-            self._ready.append(frame)
+            if kind is not Kind.USAGE or not self._withhold_usage:
+                self._ready.append(frame)
         self._frames = []
         return False
 
@@ -520,7 +554,7 @@ class _Stream:
         else:
             self._frames = self._split(chunk)
 
-    def take(self, withhold_usage: bool) -> tuple[bytes, bool]:
+    def take(self) -> tuple[bytes, bool]:
         """What may be sent now, and whether it ends the stream. Raises VendorError; `ready()` has what came before."""
         scan, out = self.scan.scan, self._ready
         for frame in self._frames:
@@ -529,7 +563,7 @@ class _Stream:
                 out.append(frame)
                 self._frames = []
                 return self.ready(), True
-            if kind is not Kind.USAGE or not withhold_usage:
+            if kind is not Kind.USAGE or not self._withhold_usage:
                 out.append(frame)
                 self._relayed_bytes += len(frame)
                 if self._kept_bytes < KEPT_BYTES:
@@ -562,8 +596,14 @@ class _Stream:
         return frames
 
 
-async def _once(frame: bytes) -> AsyncIterator[bytes]:
-    yield frame
+_CUT_STATUS = {"client_closed": "client_closed", "deadline": "timeout", "drain": "interrupted", None: "interrupted"}
+
+
+def _word(text: str | None) -> str | None:
+    """A vendor's word as far as it can stand in a header and a row: printable ASCII, at most 128 characters."""
+    if text is None or (len(text) <= 128 and text.isascii() and text.isprintable()):
+        return text
+    return "".join(c for c in text[:128] if c.isascii() and c.isprintable()) or None
 
 
 def _ms(seconds: float) -> float:
@@ -575,7 +615,7 @@ def _fell_back(exchange: Exchange) -> bool:
 
 
 def _error_code(error: GatewayError) -> str:
-    return (error.vendor_code or error.code) if isinstance(error, VendorRefused) else error.code
+    return (_word(error.vendor_code) or "invalid_request") if isinstance(error, VendorRefused) else error.code
 
 
 def retry_headers(error: GatewayError, status: int) -> list[tuple[bytes, bytes]]:

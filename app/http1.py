@@ -27,6 +27,8 @@ MAX_IDLE = 512
 """Connections of one origin that may rest at once."""
 HEAD_BYTES = 65_536
 """An answer's head beyond this is broken; llhttp itself sets no bound."""
+LINGER_SECONDS = 1.0
+"""How long an answer that was read to its last event may still take to end, so that its connection is kept."""
 HIGH_WATER_BYTES = 262_144
 """Unread answer bytes at which reading pauses: a slow client slows the vendor instead of filling memory."""
 
@@ -192,7 +194,7 @@ class _Answer:
         self._head_done = False
         self._complete = False
         self._keep = False
-        self._released = False
+        self._released = self._lingers = False
         self._failure: VendorError | _Stale | None = None
         self._body: list[bytes] = []
         self._body_bytes = 0
@@ -233,11 +235,24 @@ class _Answer:
             parts.append(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def close(self) -> None:
-        """Back to the pool if the answer was read to its end; else the connection ends, and the vendor stops."""
+    async def close(self, ended: bool = False) -> None:
+        """Back to the pool if the answer was read to its end; else the connection ends, and the vendor stops.
+
+        `ended`: its last event was read. What ends the HTTP message may come a moment later, and is waited for.
+        """
         if self._released:
             return
-        self._released = True
+        if ended and not self._complete and self._failure is None and not self._connection.closed:
+            self._released = self._lingers = True
+            self._body.clear()
+            asyncio.get_running_loop().call_later(LINGER_SECONDS, self._let_go)
+            return
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._parser is None:
+            return
+        self._released, self._lingers = True, False
         self._parser = None  # it refers back to us: without this, each answer would wait for the garbage collector
         connection = self._connection
         sent = not connection.closed and connection.transport.get_write_buffer_size() == 0
@@ -271,6 +286,10 @@ class _Answer:
         if self._body_bytes > HIGH_WATER_BYTES and not self._paused and not self._connection.closed:
             self._paused = True
             self._connection.transport.pause_reading()
+        if self._lingers:
+            self._body.clear()
+            if self._complete:
+                self._let_go()
         self._wake()
 
     def lost(self, error: Exception | None) -> None:

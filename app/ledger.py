@@ -216,8 +216,8 @@ class Spool:
         if size >= self._rotate_at:
             self._rotate()
 
-    def append(self, event: LedgerEvent) -> None:
-        """Writes a call's row. Raises `LedgerUnavailable`: the call's intent then stays open.
+    def append(self, event: LedgerEvent) -> bytes:
+        """Writes a call's row; returns it as JSON. Raises `LedgerUnavailable`: the call's intent then stays open.
 
         It may be tried again. Left alone, the call becomes an `interrupted` row after this process has ended.
         """
@@ -227,6 +227,7 @@ class Spool:
         self.rows += 1
         if size >= self._rotate_at:
             self._rotate()
+        return payload
 
     def _write(self, line: bytes) -> int:
         """Returns how large the segment is now."""
@@ -301,20 +302,19 @@ class Spool:
             await self.run_once()
 
     async def run_once(self) -> int:
-        """Makes durable what is written, and once a second looks at the disk. Returns the bytes made durable."""
+        """Makes durable what is written, and looks at the disk once a second. Returns the bytes synced, all told."""
         now = self._ambient.monotonic()
         check = now >= self._check_at
         if check:
             self._check_at = now + _CHECK_SECONDS
             if self._fault:
                 self._probe()
-        segment = self._segment
-        if segment is None or self._thread is None or not (check or self._unsynced_since is not None):
+        if self._segment is None or self._thread is None or not (check or self._unsynced_since is not None):
             return 0
         written, pending = self.bytes_written, self._unsynced_since
         loop = asyncio.get_running_loop()
         try:
-            free_bytes = await loop.run_in_executor(self._thread, self._sync, segment, check)
+            free_bytes = await loop.run_in_executor(self._thread, self._sync, check)
         except OSError as error:
             self._fault = True
             self._note(error)
@@ -325,8 +325,11 @@ class Spool:
             self._look(free_bytes)
         return written if pending is not None else 0
 
-    def _sync(self, segment: _Segment, check: bool) -> int | None:
-        """In the spool's thread: everything here may wait for the disk. Returns the free bytes when asked."""
+    def _sync(self, check: bool) -> int | None:
+        """In the spool's thread: everything here may wait for the disk. Returns the free bytes when asked.
+
+        Only this thread closes a segment, and it asks for the current one after it has closed the sealed ones.
+        """
         while self._sealed:
             old = self._sealed.pop(0)
             try:
@@ -335,7 +338,9 @@ class Spool:
                 os.close(old.fd)
         if not self._named:
             self._sync_directory()
-        os.fdatasync(segment.fd)
+        segment = self._segment
+        if segment is not None:
+            os.fdatasync(segment.fd)
         return self._free_bytes() if check else None
 
     def _sync_directory(self) -> None:

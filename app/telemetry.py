@@ -11,11 +11,13 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from itertools import accumulate
 
 import msgspec
-from msgspec import Raw, Struct
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 
 from app.ambient import Ambient, timestamp
 from app.core import Attempt, Exchange, LedgerEvent
@@ -28,34 +30,14 @@ LINES_SECONDS = 0.05
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 10, 20, 30, 60, 120, 300)
 _OVERHEAD_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1)
 
+_TIMINGS = {
+    "request": "Whole call.",
+    "provider": "The vendor's part.",
+    "overhead": "The gateway's own part.",
+    "ttft": "Time to a stream's first content.",
+}
+
 log = logging.getLogger("gateway")
-
-
-class AccessLine(Struct, frozen=True, omit_defaults=True):
-    """The access log's line: the same event, shortened. It holds no prompt, no answer and no credential."""
-
-    time: str
-    message: str
-    request_id: str
-    trace_id: str
-    status: str
-    tenant: str | None
-    feature: str | None
-    key_id: str
-    alias: str | None
-    model: str | None
-    provider: str | None
-    stream: bool
-    tokens: int
-    cost_usd: Raw
-    total_ms: float
-    provider_ms: float
-    gateway_ms: float
-    ttft_ms: float | None = None
-    attempts: int = 0
-    fallback: bool = False
-    error: str | None = None
-    limit: str | None = None
 
 
 class Lines:
@@ -118,16 +100,61 @@ class JsonLog(logging.Handler):
         self._lines.write(msgspec.json.encode(entry))
 
 
-class _Cells(Struct, frozen=True):
-    """The metric children of one combination of labels, looked up once."""
+class _Histogram:
+    """Counts by upper bound. prometheus_client's own costs ten times as much for each observation."""
 
-    requests: Counter
-    latency: Histogram
-    provider: Histogram
-    ttft: Histogram
-    input: Counter
-    output: Counter
-    cost: Counter
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Cumulative, as the text format wants them."""
+        names = [*(f"{bound:g}" for bound in self.bounds), "+Inf"]
+        return list(zip(names, accumulate(self.counts), strict=True))
+
+
+class _Timings:
+    """Histograms of calls by alias, provider and status; tenants share them, or the scrape would not be bounded."""
+
+    __slots__ = ("overhead", "provider", "request", "ttft")
+
+    def __init__(self) -> None:
+        self.request = _Histogram(_SECONDS)
+        self.provider = _Histogram(_SECONDS)
+        self.overhead = _Histogram(_OVERHEAD_SECONDS)
+        self.ttft = _Histogram(_SECONDS)
+
+
+class _Cells:
+    """The figures of calls by tenant, alias, provider and status."""
+
+    __slots__ = ("cost_usd", "input_tokens", "output_tokens", "requests", "timings")
+
+    def __init__(self, timings: _Timings) -> None:
+        self.requests = self.input_tokens = self.output_tokens = 0
+        self.cost_usd = 0.0
+        self.timings = timings
+
+    def count(self, event: LedgerEvent) -> None:
+        latency, usage, timings = event.latency_ms, event.usage, self.timings
+        self.requests += 1
+        timings.request.observe(latency.total / 1000)
+        timings.overhead.observe(latency.gateway / 1000)
+        if event.attempts:
+            timings.provider.observe(latency.provider / 1000)
+        if usage.total_tokens:
+            self.input_tokens += usage.input_tokens
+            self.output_tokens += usage.output_tokens
+            self.cost_usd += float(bytes(event.cost_usd.total))
+        if event.ttft_ms is not None:
+            timings.ttft.observe(event.ttft_ms / 1000)
 
 
 class Telemetry:
@@ -137,27 +164,14 @@ class Telemetry:
         self._lines = lines
         self._spans = spans
         self._ambient = ambient
-        self._encode = msgspec.json.Encoder().encode
+        self._encode = msgspec.json.encode
         self._cells: dict[tuple[str | None, ...], _Cells] = {}
+        self._labelled: dict[tuple[str, str, str, str], _Cells] = {}
+        self._timings: dict[tuple[str, str, str], _Timings] = {}
         self._tenants: set[str] = set()
         self._gauges: dict[str, Gauge] = {}
         self.registry = registry = CollectorRegistry(auto_describe=False)
-        call = ("tenant", "alias", "provider")
-        self._requests = Counter("gateway_requests", "Calls, by outcome.", (*call, "status"), registry=registry)
-        self._latency = Histogram(
-            "gateway_request_seconds", "Whole call.", ("alias", "provider"), registry=registry, buckets=_SECONDS
-        )
-        self._provider = Histogram(
-            "gateway_provider_seconds", "Vendor's part.", ("provider",), registry=registry, buckets=_SECONDS
-        )
-        self._overhead = Histogram(
-            "gateway_overhead_seconds", "The gateway's own part.", (), registry=registry, buckets=_OVERHEAD_SECONDS
-        )
-        self._ttft = Histogram(
-            "gateway_ttft_seconds", "Time to a stream's first content.", ("alias",), registry=registry, buckets=_SECONDS
-        )
-        self._tokens = Counter("gateway_tokens", "Tokens.", (*call, "direction"), registry=registry)
-        self._cost = Counter("gateway_cost_usd", "Cost in USD.", call, registry=registry)
+        registry.register(self)
         self._unpriced = Counter("gateway_unpriced", "Calls at the ceiling price.", ("provider",), registry=registry)
         self._limited = Counter(
             "gateway_ratelimit_rejections", "Calls that a limit refused.", ("tenant", "limit"), registry=registry
@@ -216,34 +230,51 @@ class Telemetry:
             error.vendor_status,
         )
 
-    def record(self, exchange: Exchange, event: LedgerEvent) -> None:
-        """A settled call. Called once a call."""
-        self._count(event, event.model_alias if exchange.authorized else "")
-        self._lines.write(self._encode(_line(event, self._ambient.now())))
-        if self._spans is not None:
-            self._spans.record(exchange, event)
+    def record(self, exchange: Exchange, event: LedgerEvent, row: bytes | None) -> None:
+        """A settled call. Called once a call. `row` is the event as JSON: the access line is the row itself.
 
-    def _count(self, event: LedgerEvent, alias: str) -> None:
-        """`alias` is empty where it is not one of ours: labels must not come from the client's text."""
-        key = (event.tenant_id, alias, event.provider, event.status)
+        Without a row the spool could not take it; the line is written all the same.
+        """
+        key = (event.tenant_id, event.model_alias if exchange.authorized else "", event.provider, event.status)
         cells = self._cells.get(key)
         if cells is None:
-            cells = self._cells[key] = self._make_cells(event, alias)
-        cells.requests.inc()
-        cells.latency.observe(event.latency_ms.total / 1000)
-        self._overhead.observe(event.latency_ms.gateway / 1000)
-        if event.attempts:
-            cells.provider.observe(event.latency_ms.provider / 1000)
-        if event.usage.total_tokens:
-            cells.input.inc(event.usage.input_tokens)
-            cells.output.inc(event.usage.output_tokens)
-            cells.cost.inc(float(bytes(event.cost_usd.total)))
-        if event.ttft_ms is not None:
-            cells.ttft.observe(event.ttft_ms / 1000)
+            cells = self._cells[key] = self._make_cells(*key)
+        cells.count(event)
         if event.cost_status == "unpriced":
             self._unpriced.labels(event.provider).inc()
         if event.limit_tripped:
             self._limited.labels(self._tenant(event.tenant_id), event.limit_tripped).inc()
+        if row is None:
+            row = self._encode(event)
+        self._lines.write(b'{"time":"%b","message":"call","event":%b}' % (timestamp(self._ambient.now()).encode(), row))
+        if self._spans is not None:
+            self._spans.record(exchange, event)
+
+    def collect(self) -> Iterator[Metric]:
+        """For the registry: the calls' figures. An alias that is not ours was left empty, a label is never text of a
+        client; tenants beyond MAX_TENANTS are summed up as `other`.
+        """
+        call = ("tenant", "alias", "provider", "status")
+        requests = CounterMetricFamily("gateway_requests", "Calls, by outcome.", labels=call)
+        tokens = CounterMetricFamily("gateway_tokens", "Tokens.", labels=(*call, "direction"))
+        cost = CounterMetricFamily("gateway_cost_usd", "Cost in USD.", labels=call)
+        for labels, cells in self._labelled.items():
+            requests.add_metric(labels, cells.requests)
+            tokens.add_metric((*labels, "input"), cells.input_tokens)
+            tokens.add_metric((*labels, "output"), cells.output_tokens)
+            cost.add_metric(labels, cells.cost_usd)
+        yield from (requests, tokens, cost)
+        for part, help in _TIMINGS.items():
+            family = HistogramMetricFamily(f"gateway_{part}_seconds", help, labels=call[1:])
+            for labels, timings in self._timings.items():
+                histogram: _Histogram = getattr(timings, part)
+                family.add_metric(labels, histogram.buckets(), histogram.total)
+            yield family
+
+    def _make_cells(self, tenant: str | None, alias: str | None, provider: str | None, status: str) -> _Cells:
+        timed = (alias or "", provider or "", status)
+        timings = self._timings.setdefault(timed, _Timings())
+        return self._labelled.setdefault((self._tenant(tenant), *timed), _Cells(timings))
 
     def _tenant(self, tenant: str | None) -> str:
         if tenant is None:
@@ -253,46 +284,6 @@ class Telemetry:
                 return "other"
             self._tenants.add(tenant)
         return tenant
-
-    def _make_cells(self, event: LedgerEvent, alias: str) -> _Cells:
-        provider = event.provider or ""
-        call = (self._tenant(event.tenant_id), alias, provider)
-        return _Cells(
-            requests=self._requests.labels(*call, event.status),
-            latency=self._latency.labels(alias, provider),
-            provider=self._provider.labels(provider),
-            ttft=self._ttft.labels(alias),
-            input=self._tokens.labels(*call, "input"),
-            output=self._tokens.labels(*call, "output"),
-            cost=self._cost.labels(*call),
-        )
-
-
-def _line(event: LedgerEvent, now: float) -> AccessLine:
-    return AccessLine(
-        time=timestamp(now),
-        message="call",
-        request_id=event.request_id,
-        trace_id=event.trace_id,
-        status=event.status,
-        tenant=event.tenant_id,
-        feature=event.feature_id,
-        key_id=event.key_id,
-        alias=event.model_alias,
-        model=event.model_resolved,
-        provider=event.provider,
-        stream=event.stream,
-        tokens=event.usage.total_tokens,
-        cost_usd=event.cost_usd.total,
-        total_ms=event.latency_ms.total,
-        provider_ms=event.latency_ms.provider,
-        gateway_ms=event.latency_ms.gateway,
-        ttft_ms=event.ttft_ms,
-        attempts=len(event.attempts),
-        fallback=event.fallback_used,
-        error=event.error_code,
-        limit=event.limit_tripped,
-    )
 
 
 class Spans:
@@ -322,22 +313,22 @@ class Spans:
         from opentelemetry.trace import SpanKind
 
         call = exchange.call
-        root = self._ambient.span_id()
+        trace, root = int(call.trace_id, 16), self._ambient.span_id()
 
         def at(monotonic: float) -> int:
             return int((call.received_at + monotonic - call.started) * 1e9)
 
         ended = at(call.started + event.latency_ms.total / 1000)
-        self._span("gateway.request", call.trace_id, root, call.parent_span_id, SpanKind.SERVER,
+        self._span("gateway.request", trace, root, call.parent_span_id, SpanKind.SERVER,
                    at(call.started), ended, _request_attributes(event))  # fmt: skip
         if exchange.authorized:
-            self._span("gateway.auth", call.trace_id, self._ambient.span_id(), root, SpanKind.INTERNAL,
+            self._span("gateway.auth", trace, self._ambient.span_id(), root, SpanKind.INTERNAL,
                        at(call.started), at(exchange.authorized), {"tenant_id": event.tenant_id or ""})  # fmt: skip
         for attempt in event.attempts:
             started = at(call.started + attempt.started_ms / 1000)
             last = attempt is event.attempts[-1]
             end = ended if last and event.stream else started + int(attempt.duration_ms * 1e6)
-            self._span("gateway.provider", call.trace_id, self._ambient.span_id(), root, SpanKind.CLIENT,
+            self._span("gateway.provider", trace, self._ambient.span_id(), root, SpanKind.CLIENT,
                        started, end, _provider_attributes(event, attempt, last))  # fmt: skip
 
     def _span(

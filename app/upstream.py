@@ -32,8 +32,11 @@ class VendorAnswer(Protocol):
     async def read(self, max_bytes: int) -> bytes:
         """The whole body. Raises VendorBroke when it was cut or is larger."""
 
-    async def close(self) -> None:
-        """Ends the vendor's work if the answer was not read to its end. May be called twice."""
+    async def close(self, ended: bool = False) -> None:
+        """Ends the vendor's work if the answer was not read to its end. May be called twice.
+
+        `ended`: the answer's last event was read; the connection may be kept if the HTTP message ends in time.
+        """
 
 
 class Engine(Protocol):
@@ -117,7 +120,7 @@ class _HttpxAnswer:
             parts.append(part)
         return b"".join(parts)
 
-    async def close(self) -> None:
+    async def close(self, ended: bool = False) -> None:
         await self._response.aclose()
 
 

@@ -13,13 +13,11 @@ from app.config import (
     ServiceKey,
     Settings,
     Tenant,
-    Timeouts,
     WrittenDrain,
     WrittenRedis,
     WrittenRetry,
     WrittenSpool,
 )
-from app.core import Call
 from app.errors import (
     GatewayError,
     InvalidApiKey,
@@ -51,7 +49,7 @@ CONFIG = Config(
     settings=Settings(
         max_body_bytes=1,
         start_buffer_bytes=1,
-        timeouts=Timeouts(1, 1, 1, 1, 1),
+        longest_seconds=1.0,
         retry=WrittenRetry(),
         redis=WrittenRedis(),
         drain=WrittenDrain(),
@@ -118,23 +116,13 @@ def test_any_other_credential_is_refused_with_a_reason(
     assert KEY not in raised.value.message
 
 
-def call(credential: str, claimed: str | None) -> Call:
-    return Call(
-        event_id="e",
-        request_id="r",
-        received_at=0.0,
-        started=0.0,
-        config=CONFIG,
-        key=CONFIG.keys[hashlib.sha256(credential.encode()).digest()],
-        body=b"",
-        tenant_claimed=claimed,
-        trace_id=1,
-    )
+def for_whom(credential: str, claimed: str | None) -> Tenant:
+    return authorize(CONFIG, CONFIG.keys[hashlib.sha256(credential.encode()).digest()], claimed)
 
 
 @pytest.mark.parametrize(("credential", "claimed"), [(KEY, "acme-corp"), (WIDE_KEY, "tools"), (WIDE_KEY, "acme-corp")])
 def test_a_key_acts_for_its_tenants(credential: str, claimed: str) -> None:
-    assert authorize(call(credential, claimed)).id == claimed
+    assert for_whom(credential, claimed).id == claimed
 
 
 @pytest.mark.parametrize(
@@ -157,7 +145,7 @@ def test_a_key_acts_for_its_tenants(credential: str, claimed: str) -> None:
 )
 def test_any_other_tenant_is_refused(credential: str, claimed: str | None, error: type[GatewayError]) -> None:
     with pytest.raises(GatewayError) as raised:
-        authorize(call(credential, claimed))
+        for_whom(credential, claimed)
     assert type(raised.value) is error
 
 
@@ -165,7 +153,7 @@ def test_a_tenant_that_does_not_exist_looks_like_one_that_is_not_allowed() -> No
     said = []
     for claimed in ("tools", "absent"):
         with pytest.raises(TenantNotAllowed) as raised:
-            authorize(call(KEY, claimed))
+            for_whom(KEY, claimed)
         said.append(raised.value.message.replace(claimed, "X"))
     assert said[0] == said[1]
 

@@ -315,7 +315,7 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
 def narrow_edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
     """The shipped configuration with credentials limited to 5 requests at once, so that a test can reach it."""
     folder = tmp_path_factory.mktemp("narrow")
-    text = DYNAMIC_FILE.read_text().replace("average: 500", "average: 1").replace("burst: 1000", "burst: 5")
+    text = DYNAMIC_FILE.read_text().replace("average: 2000", "average: 1").replace("burst: 4000", "burst: 5")
     (folder / "dynamic").mkdir()
     (folder / "dynamic" / "llm-gateway.yml").write_text(text)
     running = Edge(folder, folder / "dynamic")

@@ -85,7 +85,7 @@ def usage_of(usage: OpenAIUsage | None) -> Usage | None:
         audio_input, prompt = _part(details.audio_tokens, prompt)
     if details := usage.completion_tokens_details:
         if usage.total_tokens == usage.prompt_tokens + completion + (details.reasoning_tokens or 0):
-            completion += max(details.reasoning_tokens or 0, 0)
+            completion += min(max(details.reasoning_tokens or 0, 0), MAX_TOKENS)
         reasoning, completion = _part(details.reasoning_tokens, completion)
         audio_output, completion = _part(details.audio_tokens, completion)
     return Usage(
