@@ -268,8 +268,11 @@ async def _watch(receive: Receive, exchange: Exchange, task: asyncio.Task[None])
 
 
 def _cut(exchange: Exchange, task: asyncio.Task[None], why: Cut) -> bool:
-    """Ends a call, unless its row is written already or another has ended it."""
-    if exchange.event is not None or exchange.cut is not None:
+    """Ends a call, unless its row is written already or another has ended it.
+
+    Past the deadline the row is no reason to stay: the client does not read the end of its answer.
+    """
+    if exchange.cut is not None or (exchange.event is not None and why != "deadline"):
         return False
     exchange.cut = why
     task.cancel()

@@ -217,19 +217,22 @@ class Limits:
 
 
 def _scopes(tenant: Tenant, global_tpm: int | None, day: int) -> Iterator[Scope]:
-    """The braces make the tenant the keys' hash tag: its keys share a cluster slot. Names hold no braces."""
-    own, common = f"rl:{{{tenant.id}}}:", "rl:{_global}:"
+    """All limits of a call in one scope: one script, all or nothing. A Redis Cluster would need the global limit in a
+    scope of its own, as its key is on another slot; the callers take any number of them.
+
+    The braces make the tenant the keys' hash tag: its keys share a cluster slot. Names hold no braces.
+    """
+    own = f"rl:{{{tenant.id}}}:"
     limits = []
     if tenant.rpm is not None:
         limits.append(Limit("tenant_rpm", "requests", "60s", f"{own}rpm", tenant.rpm))
     if tenant.daily_token_cap is not None:
         date = timestamp(day * _DAY_SECONDS)[:10].replace("-", "")
         limits.append(Limit("tenant_daily_tokens", "tokens", "day", f"{own}tokens:{date}", tenant.daily_token_cap))
+    if global_tpm is not None:
+        limits.append(Limit("global_tpm", "tokens", "60s", "rl:{_global}:tpm", global_tpm))
     if limits:
         yield Scope(day, f"{own}call:", tuple(limits), tuple(limit.key for limit in limits))
-    if global_tpm is not None:
-        limit = Limit("global_tpm", "tokens", "60s", f"{common}tpm", global_tpm)
-        yield Scope(day, f"{common}call:", (limit,), (limit.key,))
 
 
 def _held(
@@ -240,7 +243,8 @@ def _held(
     if tenant.rpm is not None:
         remaining_requests, reset_requests_ms = answers[0][1:3]
     if tenant.daily_token_cap is not None:
-        remaining_tokens, reset_tokens_ms = answers[0][-2:]
+        at = 1 if tenant.rpm is None else 3
+        remaining_tokens, reset_tokens_ms = answers[0][at : at + 2]
     return Held(
         call_id,
         tenant.id,

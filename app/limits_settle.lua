@@ -29,8 +29,9 @@ for n = 2, #KEYS do
     call('HINCRBY', key, time[1], difference)
     call('HINCRBY', key, 'sum', difference)
     call('EXPIRE', key, 62)
-  elseif difference < 0 and reserved_at >= time[1] - 60 then
-    -- Never more than the slot holds: the key may have been deleted in the meantime.
+  elseif difference < 0 then
+    -- Back to the second that it was taken in, and no more than that holds: it may have left the window, and its
+    -- field with it, or somebody deleted the key.
     local refund = math.min(-difference, number(call('HGET', key, reserved_at) or 0))
     if refund > 0 then
       call('HINCRBY', key, reserved_at, -refund)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 import ssl
@@ -37,7 +38,9 @@ def run(main: Coroutine[Any, Any, T], loop: str = "uvloop") -> T:
     async def watched() -> T:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
         async with asyncio.timeout(DEADLINE_SECONDS * 2):
-            return await main
+            result = await main
+        gc.collect()  # a future says that its exception was forgotten when it goes
+        return result
 
     with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
         result = runner.run(watched())

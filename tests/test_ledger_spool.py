@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -272,6 +273,70 @@ def test_a_segment_that_cannot_be_rotated_stays_in_use_without_a_seal(tmp_path: 
         found = [kinds(path) for path in segments(tmp_path / "away")]
         (tmp_path / "away").rename(tmp_path / "spool")
     assert (found, spool.write_failures > 0) == (["IEE"], True)
+
+
+@contextlib.contextmanager
+def thread_held(spool: Spool) -> Iterator[None]:
+    """The spool's thread is busy: a sync handed to it begins when the block ends."""
+    go_on = threading.Event()
+    spool._thread.submit(go_on.wait, 10)
+    try:
+        yield
+    finally:
+        go_on.set()
+
+
+@pytest.mark.parametrize("rotations", [1, 3])
+def test_rotating_before_a_sync_has_begun_does_not_make_the_spool_unavailable(tmp_path: Path, rotations: int) -> None:
+    async def scenario(spool: Spool) -> None:
+        spool.append(an_event())
+        with thread_held(spool):
+            sync = asyncio.ensure_future(spool.run_once())
+            await asyncio.sleep(0)  # it has read what is written, and waits for the thread
+            while len(segments(tmp_path)) <= rotations:
+                spool.append(an_event())
+        await sync
+
+    with spool_in(tmp_path, segment_bytes=2000) as spool:
+        asyncio.run(scenario(spool))
+        assert (spool.available, spool.write_failures, spool.last_error) == (True, 0, None)
+
+
+def test_what_was_written_while_a_sync_waited_is_synced_by_the_next(tmp_path: Path) -> None:
+    async def scenario(spool: Spool) -> None:
+        spool.append(an_event())
+        with thread_held(spool):
+            sync = asyncio.ensure_future(spool.run_once())
+            await asyncio.sleep(0)
+            while len(segments(tmp_path)) == 1:
+                spool.append(an_event())
+        await sync
+        waiting = spool.unsynced_seconds
+        await spool.run_once()
+        assert waiting > 0 == spool.unsynced_seconds
+
+    with spool_in(tmp_path, segment_bytes=2000) as spool:
+        asyncio.run(scenario(spool))
+
+
+def test_rotations_under_a_running_sync_cost_neither_rows_nor_calls(tmp_path: Path) -> None:
+    async def scenario(spool: Spool) -> int:
+        syncing = asyncio.ensure_future(spool.run())
+        rows = 0
+        while len(segments(tmp_path)) <= 200:
+            spool.admit()
+            spool.append(an_event())
+            rows += 1
+            await asyncio.sleep(0)
+        syncing.cancel()
+        await asyncio.wait({syncing})
+        assert syncing.cancelled()
+        return rows
+
+    with spool_in(tmp_path, segment_bytes=2000, fsync_ms=1) as spool:
+        rows = asyncio.run(scenario(spool))
+        assert (spool.available, spool.write_failures, spool.last_error) == (True, 0, None)
+    assert "".join(kinds(path) for path in segments(tmp_path)).count("E") == rows
 
 
 # --- the disk ---

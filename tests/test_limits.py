@@ -254,6 +254,24 @@ def test_the_window_does_not_admit_double_at_its_edge(server: RedisServer) -> No
     assert window.reserve(1)[0] == 0
 
 
+def test_a_refund_is_not_given_again_when_its_second_leaves_the_window(server: RedisServer) -> None:
+    window = Window(server, 10)
+    window.reserve(8)
+    window.now_us += 30_000_000
+    window.settle(0, 0)
+    window.now_us += 40_000_000
+    assert [window.reserve(5)[0] for _ in range(3)] == [1, 1, 0]
+
+
+def test_what_was_used_above_the_estimate_stays_counted_for_a_minute_from_its_settlement(server: RedisServer) -> None:
+    window = Window(server, 10)
+    window.reserve(5)
+    server.client.expire("window", 5)
+    window.now_us += 50_000_000
+    window.settle(0, 8)
+    assert server.client.ttl("window") > 60
+
+
 def test_a_clock_that_is_set_back_far_does_not_lock_the_window(server: RedisServer) -> None:
     window = Window(server, 1)
     window.reserve(1)
@@ -395,7 +413,7 @@ def test_a_refusal_takes_nothing_from_any_limit(server: RedisServer, tenant: Ten
 
     run(main())
     assert (rpm(server), day_tokens(server), tpm(server)) == (1, 100, 100)
-    assert len(leases(server)) == 2
+    assert len(leases(server)) == 1
 
 
 # --- settlement ---
@@ -753,4 +771,4 @@ def test_a_script_that_redis_refuses_follows_the_policy_and_is_logged_once(
 
     assert run(main()) == 10
     assert ["WRONGTYPE" in record.getMessage() for record in caplog.records] == [True]
-    assert tpm(server) == 50
+    assert tpm(server) == 0  # one script for all limits: where one of them fails, none is taken

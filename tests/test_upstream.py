@@ -8,6 +8,7 @@ import os
 import socket
 import ssl
 import struct
+import time
 from collections.abc import Awaitable, Callable, Iterator
 
 import httpx
@@ -17,7 +18,8 @@ import uvloop
 
 from app.ambient import Ambient
 from app.errors import VendorBroke, VendorError, VendorUnreachable
-from app.http1 import HEAD_BYTES, IDLE_SECONDS, Http1
+from app.http1 import HEAD_BYTES, IDLE_SECONDS, LINGER_SECONDS, Http1
+from app.providers.translator import Outgoing
 from app.upstream import FAILURES, Engine, Httpx, engine
 from tests.vendors import Behaviour, Peer, until, vendor
 
@@ -410,6 +412,105 @@ def test_connections_that_rest_for_too_long_are_closed_when_another_comes_back()
 
     clock = Clock()
     on(uvloop.new_event_loop, lambda: Http1(trusting(), clock))(scenario)
+
+
+STREAM_HEAD = OK + b"transfer-encoding: chunked\r\n\r\n"
+LAST_EVENT = b"e\r\ndata: [DONE]\n\n\r\n"
+STREAM_END = b"0\r\n\r\n"
+END_MS = 20
+
+
+async def ending_late(peer: Peer) -> None:
+    """A vendor whose message ends a moment after its last event."""
+    while True:
+        await peer.request()
+        await peer.send(STREAM_HEAD, LAST_EVENT)
+        await asyncio.sleep(END_MS / 1000)
+        await peer.send(STREAM_END)
+
+
+async def read_last_event(upstream: Engine, outgoing: Outgoing, *, ended: bool) -> None:
+    got = await upstream.open(outgoing, CONNECT_SECONDS)
+    assert await got.chunk() == b"data: [DONE]\n\n"
+    await got.close(ended=ended)
+
+
+def test_a_stream_read_to_its_last_event_gives_its_connection_back_when_it_ends(run_http1: Run) -> None:
+    async def scenario(upstream: Engine) -> None:
+        async with vendor(ending_late) as at:
+            for _ in range(5):
+                await read_last_event(upstream, at.outgoing(), ended=True)
+                await until(lambda: any(upstream._idle.values()))
+            assert (len(at.peers), len(at.requests)) == (1, 5)
+
+    run_http1(scenario)
+
+
+def test_a_connection_whose_stream_has_not_ended_yet_is_not_used(run_http1: Run) -> None:
+    async def scenario(upstream: Engine) -> None:
+        async with vendor(ending_late) as at:
+            for _ in range(2):
+                await read_last_event(upstream, at.outgoing(), ended=True)
+            assert len(at.peers) == 2
+
+    run_http1(scenario)
+
+
+def test_a_stream_that_was_left_ends_its_connection_at_once(run_http1: Run) -> None:
+    async def scenario(upstream: Engine) -> None:
+        async def behaviour(peer: Peer) -> None:
+            await peer.request()
+            await peer.send(STREAM_HEAD, LAST_EVENT)
+            await peer.gone()
+
+        async with vendor(behaviour) as at:
+            await read_last_event(upstream, at.outgoing(), ended=False)
+            await until(lambda: at.ended == 1, LINGER_SECONDS / 2)
+
+    run_http1(scenario)
+
+
+def test_a_stream_that_was_left_before_its_end_is_not_waited_for(run_http1: Run) -> None:
+    async def scenario(upstream: Engine) -> None:
+        async with vendor(ending_late) as at:
+            for number in range(1, 4):
+                await read_last_event(upstream, at.outgoing(), ended=False)
+                await until(lambda number=number: at.ended == number)
+            assert (len(at.peers), any(upstream._idle.values())) == (3, False)
+
+    run_http1(scenario)
+
+
+def test_a_stream_whose_end_never_comes_ends_its_connection_after_the_linger(run_http1: Run) -> None:
+    async def scenario(upstream: Engine) -> None:
+        async def behaviour(peer: Peer) -> None:
+            await peer.request()
+            await peer.send(STREAM_HEAD, LAST_EVENT)
+            await peer.gone()
+
+        async with vendor(behaviour) as at:
+            await read_last_event(upstream, at.outgoing(), ended=True)
+            closed = time.monotonic()
+            await until(lambda: at.ended == 1)
+            assert 0.9 * LINGER_SECONDS <= time.monotonic() - closed < 3 * LINGER_SECONDS
+
+    run_http1(scenario)
+
+
+def test_a_vendor_that_goes_on_after_its_last_event_is_cut_after_the_linger(run_http1: Run) -> None:
+    async def scenario(upstream: Engine) -> None:
+        async def behaviour(peer: Peer) -> None:
+            await peer.request()
+            await peer.send(STREAM_HEAD)
+            while True:
+                await peer.send(LAST_EVENT)
+                await asyncio.sleep(END_MS / 1000)
+
+        async with vendor(behaviour) as at:
+            await read_last_event(upstream, at.outgoing(), ended=True)
+            await until(lambda: at.ended == 1, 3 * LINGER_SECONDS)
+
+    run_http1(scenario)
 
 
 def test_at_most_so_many_connections_rest() -> None:

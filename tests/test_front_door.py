@@ -1,0 +1,178 @@
+"""The front door against clients of bare ASGI: bodies that never come, clients that never read, headers sent twice."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec import Struct
+
+import app.api
+from app.ambient import Ambient
+from app.api import FrontDoor
+from app.config import Config
+from tests.gateway_parts import STREAM, UNENDED, Rooms, ScriptedAnswer, completion, config, request
+from tests.test_auth import KEY, WIDE_KEY
+
+Door = Callable[..., Rooms]
+Headers = list[tuple[bytes, bytes]]
+UNKNOWN_KEY = KEY.replace("a" * 43, "z" * 43)
+STALLED_SECONDS = 0.1
+
+
+class Source(Struct):
+    """Stands for `ConfigSource`: one snapshot."""
+
+    current: Config
+
+
+class Client:
+    """The client's end. It sends `body`, or nothing for None; it reads `reads` messages, and then no more."""
+
+    def __init__(self, body: bytes | None, headers: Headers, reads: int = 1_000) -> None:
+        self.received: list[dict[str, Any]] = []
+        self.scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers}
+        self._messages = [] if body is None else [{"type": "http.request", "body": body}]
+        self._reads = reads
+
+    async def receive(self) -> dict[str, Any]:
+        if not self._messages:
+            await asyncio.Event().wait()
+        return self._messages.pop(0)
+
+    async def send(self, message: dict[str, Any]) -> None:
+        if len(self.received) == self._reads:
+            await asyncio.Event().wait()
+        self.received.append(message)
+
+    @property
+    def status(self) -> int:
+        return self.received[0]["status"]
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(message.get("body", b"") for message in self.received)
+
+
+@pytest.fixture
+def rooms(tmp_path: Path) -> Iterator[Door]:
+    """Makes the gateway behind a test's front door."""
+    made: list[Rooms] = []
+
+    def make(*script: ScriptedAnswer) -> Rooms:
+        made.append(Rooms(tmp_path, *script, ambient=Ambient()))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.spool.close()
+
+
+def headers(*, keys: tuple[str, ...] = (KEY,), tenants: tuple[str, ...] = ("acme-corp",)) -> Headers:
+    credentials = [(b"authorization", b"Bearer " + key.encode()) for key in keys]
+    return credentials + [(b"x-tenant-id", tenant.encode()) for tenant in tenants]
+
+
+def visit(rooms: Rooms, client: Client, longest_seconds: float = 5.0) -> FrontDoor:
+    """Lets the client in, and returns when the front door is done with it; fails after ten seconds."""
+    door = FrontDoor(Source(config(longest_seconds=longest_seconds)), rooms.gateway, rooms.ambient)
+
+    async def scenario() -> None:
+        async with asyncio.timeout(10):
+            await door.chat(client.scope, client.receive, client.send)
+
+    asyncio.run(scenario())
+    return door
+
+
+# --- a body that never comes ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_upload(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app.api, "UPLOAD_SECONDS", 0.05)
+
+
+@pytest.mark.usefixtures("short_upload")
+def test_a_body_that_never_comes_is_given_up_with_400(rooms: Door) -> None:
+    client = Client(None, headers())
+    visit(rooms(), client)
+    assert (client.status, b'"code":"invalid_request"' in client.body) == (400, True)
+
+
+@pytest.mark.usefixtures("short_upload")
+def test_a_body_that_never_comes_leaves_a_row(rooms: Door) -> None:
+    at = rooms()
+    visit(at, Client(None, headers()))
+    row = at.row()
+    assert (row["status"], row["error_code"], row["tenant_id"]) == ("refused", "invalid_request", "acme-corp")
+
+
+# --- a client that never reads ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_stall(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app.api, "STALLED_SECONDS", STALLED_SECONDS)
+
+
+@pytest.mark.usefixtures("short_stall")
+@pytest.mark.parametrize("reads", [0, 1], ids=["no head", "the head only"])
+def test_a_stream_whose_client_never_reads_ends_as_a_timeout(rooms: Door, reads: int) -> None:
+    at = rooms(ScriptedAnswer(*STREAM[:2], UNENDED))
+    visit(at, Client(request(stream=True), headers(), reads), longest_seconds=0.1)
+    assert at.row()["status"] == "timeout"
+
+
+@pytest.mark.usefixtures("short_stall")
+def test_a_client_that_never_reads_has_until_after_the_longest_deadline(rooms: Door) -> None:
+    started = time.monotonic()
+    visit(rooms(ScriptedAnswer(*STREAM[:2], UNENDED)), Client(request(stream=True), headers(), 0), longest_seconds=0.2)
+    assert 0.2 + STALLED_SECONDS - 0.01 <= time.monotonic() - started < 5
+
+
+@pytest.mark.usefixtures("short_stall")
+def test_a_client_that_never_reads_is_in_flight_no_more_when_it_was_ended(rooms: Door) -> None:
+    at = rooms(ScriptedAnswer(*STREAM[:2], UNENDED))
+    assert not visit(at, Client(request(stream=True), headers(), 0), longest_seconds=0.1).in_flight
+
+
+@pytest.mark.usefixtures("short_stall")
+@pytest.mark.parametrize("stream", [False, True], ids=["unary", "stream"])
+def test_a_client_that_never_reads_the_end_of_its_answer_is_ended_too(rooms: Door, stream: bool) -> None:
+    at = rooms(ScriptedAnswer(b"".join(STREAM)) if stream else ScriptedAnswer(completion()))
+    visit(at, Client(request(stream=stream), headers(), reads=1), longest_seconds=0.1)
+    assert at.row()["status"] == "success"
+
+
+# --- headers sent twice -----------------------------------------------------------------------------------------------
+
+
+def test_of_two_tenants_the_first_counts(rooms: Door) -> None:
+    at = rooms(ScriptedAnswer(completion()))
+    client = Client(request(), headers(keys=(WIDE_KEY,), tenants=("acme-corp", "tools")))
+    visit(at, client)
+    assert (client.status, at.row()["tenant_id"]) == (200, "acme-corp")
+
+
+def test_a_second_tenant_does_not_make_up_for_a_first_that_is_not_allowed(rooms: Door) -> None:
+    client = Client(request(), headers(tenants=("tools", "acme-corp")))
+    visit(rooms(), client)
+    assert (client.status, b'"code":"tenant_not_allowed"' in client.body) == (403, True)
+
+
+def test_of_two_credentials_the_first_counts(rooms: Door) -> None:
+    at = rooms(ScriptedAnswer(completion()))
+    client = Client(request(), headers(keys=(KEY, UNKNOWN_KEY)))
+    visit(at, client)
+    assert (client.status, at.row()["key_id"]) == (200, KEY[6:18])
+
+
+def test_a_second_credential_does_not_make_up_for_a_first_that_is_unknown(rooms: Door) -> None:
+    client = Client(request(), headers(keys=(UNKNOWN_KEY, KEY)))
+    visit(rooms(), client)
+    assert (client.status, b'"code":"invalid_api_key"' in client.body) == (401, True)

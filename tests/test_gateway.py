@@ -1,0 +1,298 @@
+"""The journey of a call where a room fails: one row, one settlement, and an answer that says so."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.core import Cut, Exchange, Reply
+from app.errors import RequestTooLarge, VendorBroke, VendorFailed
+from tests.gateway_parts import (
+    DONE,
+    STREAM,
+    UNENDED,
+    USAGE,
+    USAGE_FRAME,
+    Clock,
+    FailingSpool,
+    Rooms,
+    ScriptedAnswer,
+    call,
+    chunk,
+    completion,
+    frame,
+    request,
+)
+from tests.vendors import until
+
+Make = Callable[..., Rooms]
+UNARY, STREAMED = request(), request(stream=True)
+
+
+@pytest.fixture
+def rooms(tmp_path: Path) -> Iterator[Make]:
+    """Makes the gateway of a test."""
+    made: list[Rooms] = []
+
+    def make(*script: Any, **fields: Any) -> Rooms:
+        made.append(Rooms(tmp_path, *script, **({"ambient": Clock()} | fields)))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.spool.close()
+
+
+async def sent(rooms: Rooms, exchange: Exchange, out: list[bytes]) -> Reply:
+    """Serves a call as the front door does; `out` gets each part of the body."""
+    async with rooms.gateway.serve(exchange) as reply:
+        if reply.frames is None:
+            out.append(reply.first)
+        else:
+            async with aclosing(reply.frames) as frames:
+                async for part in frames:
+                    out.append(part)
+    return reply
+
+
+def serve(rooms: Rooms, body: bytes, **fields: Any) -> tuple[Reply, bytes]:
+    """The reply to a call, and its whole body."""
+    out: list[bytes] = []
+    reply = asyncio.run(sent(rooms, Exchange(call=call(body, rooms.ambient, **fields)), out))
+    return reply, b"".join(out)
+
+
+def hang_up(rooms: Rooms, body: bytes, why: Cut = "client_closed") -> type[BaseException] | None:
+    """Cancels a stream once its first part is out; returns what the task ended with."""
+
+    async def scenario() -> type[BaseException] | None:
+        exchange, out = Exchange(call=call(body, rooms.ambient)), []
+        task = asyncio.ensure_future(sent(rooms, exchange, out))
+        await until(lambda: bool(out))
+        exchange.cut = why
+        task.cancel()
+        await asyncio.wait({task})
+        return asyncio.CancelledError if task.cancelled() else type(task.exception())
+
+    return asyncio.run(scenario())
+
+
+def texts(written: object) -> Iterator[str]:
+    """Every text in a row."""
+    if isinstance(written, str):
+        yield written
+    elif isinstance(written, dict | list):
+        for part in written.values() if isinstance(written, dict) else written:
+            yield from texts(part)
+
+
+# --- a defect ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_defect_while_a_unary_answer_is_read_leaves_one_row_that_says_so(rooms: Make) -> None:
+    at = rooms(ScriptedAnswer(TypeError("defect")))
+    with pytest.raises(TypeError, match="defect"):
+        serve(at, UNARY)
+    row = at.row()
+    assert (row["status"], row["error_code"]) == ("error", "internal_error")
+
+
+def test_a_defect_in_mid_stream_leaves_one_row_that_says_so(rooms: Make) -> None:
+    at = rooms(ScriptedAnswer(STREAM[0], TypeError("defect")))
+    with pytest.raises(TypeError, match="defect"):
+        serve(at, STREAMED)
+    row = at.row()
+    assert (row["status"], row["error_code"]) == ("error", "internal_error")
+
+
+def test_a_defect_in_what_sends_the_reply_leaves_one_row_that_says_so(rooms: Make) -> None:
+    at = rooms(ScriptedAnswer(STREAM[0], UNENDED))
+
+    async def scenario() -> None:
+        async with at.gateway.serve(Exchange(call=call(STREAMED, at.ambient))):
+            raise TypeError("defect")
+
+    with pytest.raises(TypeError, match="defect"):
+        asyncio.run(scenario())
+    row = at.row()
+    assert (row["status"], row["error_code"]) == ("error", "internal_error")
+
+
+def test_a_defect_settles_the_limits_once(rooms: Make) -> None:
+    at = rooms(ScriptedAnswer(TypeError("defect")))
+    with contextlib.suppress(TypeError):
+        serve(at, UNARY)
+    assert len(at.limits.settled) == 1
+
+
+# --- a spool that takes no row ----------------------------------------------------------------------------------------
+
+
+def test_a_unary_answer_whose_row_cannot_be_written_is_a_503(rooms: Make) -> None:
+    reply, body = serve(rooms(ScriptedAnswer(completion()), spool=FailingSpool), UNARY)
+    assert (reply.status, b'"code":"ledger_unavailable"' in body, b"hello" in body) == (503, True, False)
+
+
+def test_a_unary_answer_whose_row_cannot_be_written_is_seen_as_an_error(rooms: Make) -> None:
+    at = rooms(ScriptedAnswer(completion()), spool=FailingSpool)
+    serve(at, UNARY)
+    assert [(event.status, event.error_code) for event in at.telemetry.recorded] == [("error", "ledger_unavailable")]
+
+
+@pytest.mark.parametrize("body", [UNARY, STREAMED], ids=["unary", "stream"])
+def test_an_answer_whose_row_cannot_be_written_is_settled_with_the_limits_once(rooms: Make, body: bytes) -> None:
+    at = rooms(ScriptedAnswer(*(STREAM if body is STREAMED else [completion()])), spool=FailingSpool)
+    serve(at, body)
+    assert at.limits.settled == [USAGE["total_tokens"]]
+
+
+def test_a_stream_whose_row_cannot_be_written_ends_with_one_error_event(rooms: Make) -> None:
+    at = rooms(ScriptedAnswer(*STREAM), spool=FailingSpool)
+    _, body = serve(at, STREAMED)
+    *_, last, terminator = body.split(b"\n\n")[:-1]
+    assert (body.count(b'"error"'), b'"ledger_unavailable"' in last, terminator + b"\n\n") == (1, True, DONE)
+
+
+def test_a_stream_whose_row_cannot_be_written_is_seen_as_an_error(rooms: Make) -> None:
+    at = rooms(ScriptedAnswer(*STREAM), spool=FailingSpool)
+    serve(at, STREAMED)
+    assert [(event.status, event.error_code) for event in at.telemetry.recorded] == [("error", "ledger_unavailable")]
+
+
+def test_a_broken_stream_whose_row_cannot_be_written_still_ends_with_one_error_event(rooms: Make) -> None:
+    at = rooms(ScriptedAnswer(STREAM[0], VendorBroke("cut")), spool=FailingSpool)
+    _, body = serve(at, STREAMED)
+    assert (body.count(b'"error"'), body.endswith(DONE)) == (1, True)
+
+
+def test_a_cancellation_is_not_replaced_by_the_spools_failure(rooms: Make) -> None:
+    at = rooms(ScriptedAnswer(STREAM[0], UNENDED), spool=FailingSpool)
+    assert hang_up(at, STREAMED) is asyncio.CancelledError
+
+
+# --- closing the vendor's answer --------------------------------------------------------------------------------------
+
+
+def test_a_failure_to_close_the_vendors_answer_leaves_the_row(rooms: Make) -> None:
+    at = rooms(ScriptedAnswer(STREAM[0], UNENDED, close_fails=RuntimeError("close")))
+    hang_up(at, STREAMED)
+    assert at.row()["status"] == "client_closed"
+
+
+def test_a_failure_to_close_the_vendors_answer_leaves_the_settlement(rooms: Make) -> None:
+    at = rooms(ScriptedAnswer(STREAM[0], UNENDED, close_fails=RuntimeError("close")))
+    hang_up(at, STREAMED)
+    assert len(at.limits.settled) == 1
+
+
+def test_a_stream_that_was_read_to_its_last_event_is_closed_as_ended(rooms: Make) -> None:
+    answer = ScriptedAnswer(*STREAM)
+    serve(rooms(answer), STREAMED)
+    assert answer.closed == [True]
+
+
+def test_a_stream_whose_client_hung_up_is_not_closed_as_ended(rooms: Make) -> None:
+    answer = ScriptedAnswer(STREAM[0], UNENDED)
+    hang_up(rooms(answer), STREAMED)
+    assert answer.closed == [False]
+
+
+def test_a_stream_that_broke_is_not_closed_as_ended(rooms: Make) -> None:
+    answer = ScriptedAnswer(STREAM[0], VendorBroke("cut"))
+    serve(rooms(answer), STREAMED)
+    assert answer.closed == [False]
+
+
+# --- a vendor's words -------------------------------------------------------------------------------------------------
+
+WORDS = {"control characters": "model\r\nset-cookie: a=b\x00\x1b", "10,000 characters": "m" * 10_000, "no ASCII": "é😀"}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["unary", "stream"])
+@pytest.mark.parametrize("word", WORDS.values(), ids=WORDS)
+def test_no_word_of_a_vendor_enters_a_header_or_the_row_as_it_came(rooms: Make, word: str, stream: bool) -> None:
+    if stream:
+        parts = [chunk("hello", model=word), chunk(finish_reason=word), USAGE_FRAME, DONE]
+    else:
+        choice = {"index": 0, "message": {"content": "hello"}, "finish_reason": word}
+        parts = [completion(model=word, choices=[choice])]
+    at = rooms(ScriptedAnswer(*parts, headers={"x-request-id": word}))
+    reply, _ = serve(at, STREAMED if stream else UNARY)
+    values = [value.decode("latin-1") for _, value in reply.headers]
+    row = at.row()
+    assert all(len(text) <= 128 and text.isascii() and text.isprintable() for text in [*values, *texts(row)])
+    assert (reply.status, row["status"]) == (200, "success")
+
+
+@pytest.mark.parametrize("word", WORDS.values(), ids=WORDS)
+def test_a_refusing_vendors_code_does_not_enter_the_row_as_it_came(rooms: Make, word: str) -> None:
+    at = rooms(ScriptedAnswer(frame({"message": "no", "code": word})[6:], status=400, headers={"x-request-id": word}))
+    serve(at, UNARY)
+    row = at.row()
+    assert row["status"] == "refused"
+    assert all(len(text) <= 128 and text.isascii() and text.isprintable() for text in texts(row))
+
+
+# --- streams ----------------------------------------------------------------------------------------------------------
+
+
+def test_usage_before_the_first_content_is_withheld_from_a_client_that_did_not_ask(rooms: Make) -> None:
+    _, body = serve(rooms(ScriptedAnswer(USAGE_FRAME, *STREAM)), STREAMED)
+    assert body == STREAM[0] + STREAM[1] + STREAM[2] + DONE
+
+
+def test_usage_before_the_first_content_reaches_a_client_that_asked(rooms: Make) -> None:
+    asking = request(stream=True, stream_options={"include_usage": True})
+    _, body = serve(rooms(ScriptedAnswer(USAGE_FRAME, *STREAM)), asking)
+    assert body == USAGE_FRAME + b"".join(STREAM)
+
+
+BREAKS = {"cut": [VendorBroke("cut")], "ended early": [], "an error event": [frame({"error": {"message": "no"}})]}
+
+
+@pytest.mark.parametrize("rest", BREAKS.values(), ids=BREAKS)
+def test_a_stream_that_breaks_after_its_first_content_is_no_successful_attempt(rooms: Make, rest: list[Any]) -> None:
+    at = rooms(ScriptedAnswer(STREAM[0], *rest))
+    serve(at, STREAMED)
+    assert [attempt["outcome"] for attempt in at.row()["attempts"]] == ["broke"]
+
+
+def test_a_stream_that_breaks_after_its_first_content_is_charged(rooms: Make) -> None:
+    at = rooms(ScriptedAnswer(STREAM[0], VendorBroke("cut")))
+    serve(at, STREAMED)
+    row = at.row()
+    assert (row["usage_source"], row["usage"]["output_tokens"]) == ("estimated", 1)
+
+
+@pytest.mark.parametrize(
+    ("why", "status"), [("client_closed", "client_closed"), ("drain", "interrupted"), ("deadline", "timeout")]
+)
+def test_the_row_of_a_stream_that_was_cut_says_who_cut_it(rooms: Make, why: Cut, status: str) -> None:
+    at = rooms(ScriptedAnswer(STREAM[0], UNENDED))
+    hang_up(at, STREAMED, why)
+    assert at.row()["status"] == status
+
+
+# --- refusals and waits -----------------------------------------------------------------------------------------------
+
+
+def test_the_row_of_a_fault_at_reception_has_its_tenant(rooms: Make) -> None:
+    at = rooms()
+    reply, _ = serve(at, b"", fault=RequestTooLarge("too large"))
+    row = at.row()
+    assert (reply.status, row["status"], row["tenant_id"]) == (413, "refused", "acme-corp")
+
+
+def test_the_wait_before_a_retry_is_no_time_of_ours(rooms: Make) -> None:
+    at = rooms(VendorFailed("no"), ScriptedAnswer(completion()))
+    serve(at, UNARY)
+    latency = at.row()["latency_ms"]
+    assert at.ambient.ahead == pytest.approx(1.0)  # half the backoff's base of two seconds, by the clock's chance
+    assert latency["total"] >= 1000
+    assert latency["gateway"] < 500
