@@ -137,7 +137,7 @@ class Replica:
         self.upstream = engine(ambient)
         self.shipper = Shipper(options, ambient) if options.database_url else None
         self.gateway = Gateway(
-            limits=Limits(self.pipe, ambient),
+            limits=Limits(self.pipe, ambient, lease_seconds=max(7200, int(settings.longest_seconds) + 600)),
             spool=self.spool,
             upstream=self.upstream,
             telemetry=self.telemetry,
@@ -319,9 +319,11 @@ def serve(options: Options) -> int:
         sys.stderr.write(f"The configuration is not valid:\n{error}\n")
         return 1
     lines = Lines()
-    logging.basicConfig(
-        level=os.environ.get("LOG_LEVEL", "INFO").upper(), handlers=[JsonLog(lines, ambient)], force=True
-    )
+    level = os.environ.get("LOG_LEVEL", "INFO").upper()
+    if level not in logging.getLevelNamesMapping():
+        sys.stderr.write(f"LOG_LEVEL is {level!r}; it may be DEBUG, INFO, WARNING, ERROR or CRITICAL.\n")
+        return 1
+    logging.basicConfig(level=level, handlers=[JsonLog(lines, ambient)], force=True)
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     logging.getLogger("httpx").setLevel(logging.WARNING)
 

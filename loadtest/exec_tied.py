@@ -11,6 +11,7 @@ import sys
 
 PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE = 1, 8, 47, 2
 CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1, 2
+PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP = 28, 4
 CAPABILITY_VERSION = 0x20080522
 
 
@@ -26,6 +27,8 @@ def become(user: str, libc: ctypes.CDLL) -> None:
         permitted = next(int(line.split()[1], 16) for line in status if line.startswith("CapPrm:"))
     # The lesser one where there is a choice: containers commonly grant only the other.
     capability = CAP_DAC_READ_SEARCH if permitted >> CAP_DAC_READ_SEARCH & 1 else CAP_DAC_OVERRIDE
+    # initdb asks access(), which looks at the real user alone unless the kernel is told to leave capabilities be.
+    libc.prctl(PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP, 0, 0, 0)
     libc.prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0)
     os.setgroups([])
     os.setresgid(entry.pw_gid, entry.pw_gid, entry.pw_gid)

@@ -18,6 +18,7 @@ import psycopg
 
 from app.ambient import Ambient, timestamp
 from app.core import Cost, EventLatency, Intent, LedgerEvent, Usage, event_cost, event_usage, usd
+from loadtest.processes import tied
 
 AMBIENT = Ambient()
 USAGE = Usage(input=120, cache_read=30, output=45, reasoning=5)
@@ -127,32 +128,28 @@ class Postgres:
         if self._user:
             os.chown(folder, 65534, -1)
         subprocess.run(
-            [self._binaries / "initdb", "-D", folder, "-U", "postgres", "--auth=trust", "-E", "UTF8", "--no-sync"],
+            tied(
+                [
+                    str(self._binaries / "initdb"),
+                    "-D",
+                    str(folder),
+                    *["-U", "postgres", "--auth=trust", "-E", "UTF8", "--no-sync"],
+                ],
+                user=self._user,
+            ),
             check=True,
             capture_output=True,
-            user=self._user,
             cwd="/",
         )
 
     def start(self) -> None:
         with (self.folder.parent / "postgres.log").open("ab") as log:
+            options = ["listen_addresses=127.0.0.1", "unix_socket_directories=", "fsync=off"]
+            command = [str(self._binaries / "postgres"), "-D", str(self.folder), "-p", str(self.port)]
             self._process = subprocess.Popen(
-                [
-                    self._binaries / "postgres",
-                    "-D",
-                    self.folder,
-                    "-p",
-                    str(self.port),
-                    "-c",
-                    "listen_addresses=127.0.0.1",
-                    "-c",
-                    "unix_socket_directories=",
-                    "-c",
-                    "fsync=off",
-                ],
+                tied([*command, *(word for option in options for word in ("-c", option))], user=self._user),
                 stdout=log,
                 stderr=log,
-                user=self._user,
                 cwd="/",
                 start_new_session=True,
             )
