@@ -13,8 +13,8 @@ import msgspec
 import pytest
 import yaml
 
-from app import config
-from app.config import Config, ConfigError, ConfigSource, Secret, ServiceKey, load
+from app.config import Config, ConfigError, ConfigSource, Secret, ServiceKey, load, written
+from app.config.written import WrittenGateway
 
 SHIPPED = Path(__file__).parents[1] / "config"
 ENVIRONMENTS = ["ci", "dev", "prod", "staging"]
@@ -90,7 +90,7 @@ def test_shipped_models_are_pinned_to_a_dated_version(environment: str) -> None:
     assert all(re.search(r"-20\d\d-\d\d-\d\d$", model) for model in models)
 
 
-WRITTEN = [value for name, value in vars(config).items() if name.startswith("Written")]
+WRITTEN = [value for name, value in vars(written).items() if name.startswith("Written")]
 KEYS = sorted({field.encode_name for shape in WRITTEN for field in msgspec.structs.fields(shape)})
 TEXT = "\n".join(path.read_text() for path in sorted(SHIPPED.rglob("*.yaml")))
 
@@ -103,13 +103,11 @@ def test_every_key_is_set_or_explained_in_the_shipped_files(key: str) -> None:
 def test_the_shipped_gateway_file_says_the_defaults() -> None:
     """`what stands here is the default unless it says otherwise`."""
     shipped = yaml.safe_load((SHIPPED / "gateway.yaml").read_text())["gateway"]
-    defaults = msgspec.to_builtins(config.WrittenGateway(), builtin_types=[])
+    defaults = msgspec.to_builtins(WrittenGateway(), builtin_types=[])
     for key, value in shipped.items():
         if key == "timeouts":
             continue  # their defaults are the running shape's
-        assert msgspec.convert(value, type(getattr(config.WrittenGateway(), key))) == getattr(
-            config.WrittenGateway(), key
-        )
+        assert msgspec.convert(value, type(getattr(WrittenGateway(), key))) == getattr(WrittenGateway(), key)
     assert set(shipped) == set(defaults)
 
 

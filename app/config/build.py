@@ -1,0 +1,292 @@
+"""Written shape -> running shape: names resolved, defaults filled in, figures checked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from datetime import date
+from decimal import Decimal
+from typing import TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from app.config.reading import Faults, Secrets
+from app.config.running import (
+    BASE_URL,
+    DIGEST,
+    KEY_ID,
+    NAME,
+    TARGET_NAME,
+    Alias,
+    Config,
+    Price,
+    Provider,
+    ServiceKey,
+    Settings,
+    Target,
+    Tenant,
+    Timeouts,
+)
+from app.config.written import (
+    Written,
+    WrittenGateway,
+    WrittenPlan,
+    WrittenPrice,
+    WrittenTimeouts,
+)
+
+T = TypeVar("T")
+
+
+MAX_PRICE_USD = 1_000_000
+
+
+def _nanos(usd: Decimal, path: str, faults: Faults) -> int:
+    if not usd.is_finite() or not 0 <= usd <= MAX_PRICE_USD or (nanos := usd * 1_000_000_000) % 1:
+        faults.add(path, f"{usd} is not a price: from 0 to {MAX_PRICE_USD} USD, with at most 9 decimals")
+        return 0
+    return int(nanos)
+
+
+def _price(written: WrittenPrice, path: str, faults: Faults) -> Price:
+    def nanos(name: str, default: Decimal) -> int:
+        value = getattr(written, name)
+        return _nanos(default if value is None else value, f"{path}.{name}", faults)
+
+    return Price(
+        input=nanos("input", written.input),
+        output=nanos("output", written.output),
+        cache_read=nanos("cache_read", written.input),
+        cache_write=nanos("cache_write", written.input),
+        audio_input=nanos("audio_input", written.input),
+        image_input=nanos("image_input", written.input),
+        reasoning=nanos("reasoning", written.output),
+        audio_output=nanos("audio_output", written.output),
+    )
+
+
+def _ceiling(gateway: WrittenGateway, faults: Faults) -> Price:
+    input_nanos = _nanos(gateway.ceiling_input_usd, "gateway.ceiling_input_usd", faults)
+    output_nanos = _nanos(gateway.ceiling_output_usd, "gateway.ceiling_output_usd", faults)
+    return Price(
+        input=input_nanos,
+        output=output_nanos,
+        cache_read=input_nanos,
+        cache_write=input_nanos,
+        audio_input=input_nanos,
+        image_input=input_nanos,
+        reasoning=output_nanos,
+        audio_output=output_nanos,
+    )
+
+
+_DEFAULT_TIMEOUTS = Timeouts(connect=5.0, first_token=60.0, answer=300.0, idle=60.0, total=1800.0)
+
+
+def _timeouts(written: WrittenTimeouts, base: Timeouts, path: str, faults: Faults) -> Timeouts:
+    values = {}
+    for name in ("connect", "first_token", "answer", "idle", "total"):
+        value = getattr(written, f"{name}_seconds")
+        if value is not None and not 0 < value <= 86_400:
+            faults.add(f"{path}.{name}_seconds", "must be above 0 and at most 86400")
+        values[name] = getattr(base, name) if value is None else float(value)
+    return Timeouts(**values)
+
+
+def _base_url(url: str, path: str, faults: Faults) -> str:
+    match = BASE_URL.fullmatch(url)
+    if match is None or not 0 < int(match["port"] or 1) <= 65_535:
+        faults.add(path, "expected an http(s) URL without credentials, query and fragment")
+    return url.rstrip("/")
+
+
+def _entries(
+    section: Mapping[str, T | None], pattern: re.Pattern[str], path: str, faults: Faults
+) -> Iterator[tuple[str, T]]:
+    """Names and entries that could be read; checks the names of all."""
+    for name, entry in section.items():
+        if not pattern.fullmatch(name):
+            faults.add(f"{path}.{name}", f"a name here matches {pattern.pattern}")
+        if entry is not None:
+            yield name, entry
+
+
+def _known(name: str, section: Mapping[str, object], what: str, path: str, faults: Faults) -> None:
+    if name not in section:
+        faults.add(path, f"no {what} {name!r}; known: {', '.join(section)}")
+
+
+def _in_range(part: Struct, path: str, faults: Faults) -> None:
+    """Bounds by unit: what ends in `_seconds` is at most a day, `_ms` and `_bytes` are not below zero."""
+    for name, value in msgspec.structs.asdict(part).items():
+        if name.endswith("_seconds") and not 0 <= value <= 86_400:
+            faults.add(f"{path}.{name}", "must be from 0 to 86400")
+        elif name.endswith(("_ms", "_bytes")) and value < 0:
+            faults.add(f"{path}.{name}", "must not be below 0")
+
+
+def _positive(value: float | None, path: str, faults: Faults) -> None:
+    if value is not None and value <= 0:
+        faults.add(path, "must be above 0; leave it out for no limit")
+
+
+def build(
+    written: Written, version: str, environment: str, price_version: str, secrets: Secrets, faults: Faults
+) -> Config:
+    """The snapshot. With faults noted it is not to be used: what could not be built is missing from it."""
+    timeouts = _timeouts(written.gateway.timeouts, _DEFAULT_TIMEOUTS, "gateway.timeouts", faults)
+    targets = _targets(written, _providers(written, secrets, faults), faults)
+    aliases = _aliases(written, targets, timeouts, faults)
+    _positive(written.global_.tpm, "global.tpm", faults)
+    return Config(
+        version=version,
+        environment=environment,
+        settings=_settings(
+            written.gateway,
+            max([timeouts.total, *(alias.timeouts.total for alias in aliases.values())]),
+            secrets,
+            faults,
+        ),
+        aliases=aliases,
+        tenants=_tenants(written, faults),
+        keys=_keys(written, faults),
+        global_tpm=written.global_.tpm,
+        price_version=price_version,
+    )
+
+
+def _settings(gateway: WrittenGateway, longest_seconds: float, secrets: Secrets, faults: Faults) -> Settings:
+    for name in ("retry", "redis", "drain", "spool"):
+        _in_range(getattr(gateway, name), f"gateway.{name}", faults)
+    for name in ("max_body_bytes", "default_output_tokens", "start_buffer_bytes"):
+        _positive(getattr(gateway, name), f"gateway.{name}", faults)
+    _positive(gateway.redis.timeout_ms, "gateway.redis.timeout_ms", faults)
+    _positive(gateway.redis.probe_seconds, "gateway.redis.probe_seconds", faults)
+    if not 0 <= gateway.trace_sample_ratio <= 1:
+        faults.add("gateway.trace_sample_ratio", "must be from 0 to 1")
+    if not 1 <= gateway.retry.max_attempts <= 10:
+        faults.add("gateway.retry.max_attempts", "must be from 1 to 10")
+    return Settings(
+        max_body_bytes=gateway.max_body_bytes,
+        start_buffer_bytes=gateway.start_buffer_bytes,
+        longest_seconds=longest_seconds,
+        retry=gateway.retry,
+        redis=gateway.redis,
+        drain=gateway.drain,
+        spool=gateway.spool,
+        trace_sample_ratio=gateway.trace_sample_ratio,
+        user_id_salt=secrets.resolve(gateway.user_id_salt, "gateway.user_id_salt", faults),
+    )
+
+
+def _providers(written: Written, secrets: Secrets, faults: Faults) -> dict[str, Provider]:
+    return {
+        name: Provider(
+            name=name,
+            kind=provider.kind,
+            base_url=_base_url(provider.base_url, f"providers.{name}.base_url", faults),
+            api_key=secrets.resolve(provider.api_key, f"providers.{name}.api_key", faults),
+            region=provider.region,
+        )
+        for name, provider in _entries(written.providers, NAME, "providers", faults)
+    }
+
+
+def _targets(written: Written, providers: Mapping[str, Provider], faults: Faults) -> dict[str, Target]:
+    ceiling = _ceiling(written.gateway, faults)
+    prices = {
+        (provider, model): _price(price, f"prices.{provider}.{model}", faults)
+        for provider, models in written.prices.items()
+        for model, price in (models or {}).items()
+        if price is not None
+    }
+    targets: dict[str, Target] = {}
+    for name, target in _entries(written.targets, TARGET_NAME, "targets", faults):
+        _known(target.provider, written.providers, "provider", f"targets.{name}.provider", faults)
+        if target.provider in providers:
+            price = prices.get((target.provider, target.model))
+            targets[name] = Target(
+                name=name,
+                provider=providers[target.provider],
+                model=target.model,
+                price=price or ceiling,
+                priced=price is not None,
+            )
+    return targets
+
+
+def _aliases(written: Written, targets: Mapping[str, Target], timeouts: Timeouts, faults: Faults) -> dict[str, Alias]:
+    aliases: dict[str, Alias] = {}
+    for name, alias in _entries(written.aliases, NAME, "aliases", faults):
+        path = f"aliases.{name}"
+        for target_name in alias.targets:
+            _known(target_name, written.targets, "target", f"{path}.targets", faults)
+        if not alias.targets:
+            faults.add(f"{path}.targets", "needs at least one target")
+        if len(set(alias.targets)) != len(alias.targets):
+            faults.add(f"{path}.targets", "names a target twice")
+        _positive(alias.default_output_tokens, f"{path}.default_output_tokens", faults)
+        aliases[name] = Alias(
+            name=name,
+            targets=tuple(targets[t] for t in alias.targets if t in targets),
+            chain=tuple(alias.targets),
+            default_output_tokens=alias.default_output_tokens or written.gateway.default_output_tokens,
+            timeouts=_timeouts(alias.timeouts, timeouts, f"{path}.timeouts", faults),
+        )
+    return aliases
+
+
+def _check_policy(policy: WrittenPlan, written: Written, path: str, faults: Faults) -> None:
+    _positive(policy.rpm, f"{path}.rpm", faults)
+    _positive(policy.daily_token_cap, f"{path}.daily_token_cap", faults)
+    for alias_name in policy.allowed_models or ():
+        if alias_name != "*":
+            _known(alias_name, written.aliases, "alias", f"{path}.allowed_models", faults)
+
+
+def _tenants(written: Written, faults: Faults) -> dict[str, Tenant]:
+    for name, plan in _entries(written.plans, NAME, "plans", faults):
+        _check_policy(plan, written, f"plans.{name}", faults)
+    tenants: dict[str, Tenant] = {}
+    for name, tenant in _entries(written.tenants, NAME, "tenants", faults):
+        _check_policy(tenant, written, f"tenants.{name}", faults)
+        _known(tenant.plan, written.plans, "plan", f"tenants.{name}.plan", faults)
+        plan = written.plans.get(tenant.plan) or WrittenPlan()
+        models = (plan.allowed_models or ()) if tenant.allowed_models is None else tenant.allowed_models
+        tenants[name] = Tenant(
+            id=name,
+            plan=tenant.plan,
+            tier=tenant.tier or plan.tier or tenant.plan,
+            allowed_models=None if "*" in models else frozenset(models),
+            rpm=plan.rpm if tenant.rpm is None else tenant.rpm,
+            daily_token_cap=plan.daily_token_cap if tenant.daily_token_cap is None else tenant.daily_token_cap,
+        )
+    return tenants
+
+
+def _keys(written: Written, faults: Faults) -> dict[bytes, ServiceKey]:
+    keys: dict[bytes, ServiceKey] = {}
+    for key_id, key in _entries(written.service_keys, KEY_ID, "service_keys", faults):
+        path = f"service_keys.{key_id}"
+        for name in key.tenants:
+            if name != "*":
+                _known(name, written.tenants, "tenant", f"{path}.tenants", faults)
+        if not DIGEST.fullmatch(key.digest):
+            faults.add(f"{path}.digest", "expected sha256: and 64 hexadecimal digits; `gateway keys new` writes them")
+            continue
+        digest = bytes.fromhex(key.digest[7:])
+        if digest in keys:
+            faults.add(f"{path}.digest", f"is the digest of {keys[digest].id} too")
+        keys[digest] = ServiceKey(
+            id=key_id,
+            service=key.service,
+            tenants=None if "*" in key.tenants else frozenset(key.tenants),
+            expires=None if key.expires is None else _midnight(key.expires),
+        )
+    return keys
+
+
+def _midnight(day: date) -> float:
+    """The end of `day` in UTC, as unix seconds: a key is valid through its day."""
+    return (day - date(1970, 1, 1)).days * 86_400.0 + 86_400.0

@@ -1,0 +1,158 @@
+"""The configuration as the code reads it: frozen, checked, every default filled in, every name resolved."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from msgspec import Struct
+
+from app.config.written import (
+    WrittenDrain,
+    WrittenRedis,
+    WrittenRetry,
+    WrittenSpool,
+)
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""Tenants, features and aliases: no such name can forge a Redis key or a path."""
+TARGET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}/[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
+KEY_ID = re.compile(r"[a-z0-9]{12}")
+SERVICE_KEY = re.compile(r"sk-gw-([a-z0-9]{12})-[A-Za-z0-9_-]{43}")
+"""The shape of a service key; the first group is its public id."""
+BASE_URL = re.compile(
+    r"https?://(?:[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})*\.?|\[[0-9a-fA-F:]+\])"
+    r"(?::(?P<port>\d{1,5}))?(?:/[A-Za-z0-9._~/-]*)?"
+)
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+class Secret:
+    """A value that must not be shown: `reveal()` is called only where it is put on the wire."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        return self._value
+
+    def __repr__(self) -> str:
+        return "Secret(***)"
+
+    __str__ = __repr__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and other._value == self._value
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+
+class Price(Struct, frozen=True, gc=False):
+    """Nano-dollars per million tokens, by usage class."""
+
+    input: int
+    output: int
+    cache_read: int
+    cache_write: int
+    audio_input: int
+    image_input: int
+    reasoning: int
+    audio_output: int
+
+
+class Provider(Struct, frozen=True):
+    """A vendor's endpoint. `base_url` has no trailing slash."""
+
+    name: str
+    kind: str
+    base_url: str
+    api_key: Secret
+    region: str | None
+
+
+class Target(Struct, frozen=True):
+    """One pinned model at one provider: `name` is `<provider>/<model>` as the chain shows it."""
+
+    name: str
+    provider: Provider
+    model: str
+    price: Price
+    priced: bool
+
+
+class Timeouts(Struct, frozen=True, gc=False):
+    """Seconds. `total` bounds the call with all its attempts. Per attempt: `first_token` the wait for a stream's first
+    content, `answer` for a whole unary answer, `idle` between two chunks.
+    """
+
+    connect: float
+    first_token: float
+    answer: float
+    idle: float
+    total: float
+
+
+class Alias(Struct, frozen=True):
+    """What apps ask for: a chain of targets, tried in order."""
+
+    name: str
+    targets: tuple[Target, ...]
+    chain: tuple[str, ...]
+    default_output_tokens: int
+    timeouts: Timeouts
+
+
+class Tenant(Struct, frozen=True):
+    """A billing and policy boundary. `allowed_models` None means every alias; a limit None means unlimited."""
+
+    id: str
+    plan: str
+    tier: str
+    allowed_models: frozenset[str] | None
+    rpm: int | None
+    daily_token_cap: int | None
+
+    def allows(self, alias: str) -> bool:
+        return self.allowed_models is None or alias in self.allowed_models
+
+
+class ServiceKey(Struct, frozen=True):
+    """Who calls. `tenants` None means every configured tenant; `expires` is unix seconds."""
+
+    id: str
+    service: str
+    tenants: frozenset[str] | None
+    expires: float | None
+
+    def may_act_for(self, tenant: str) -> bool:
+        return self.tenants is None or tenant in self.tenants
+
+
+class Settings(Struct, frozen=True):
+    """The `gateway` section, with every default filled in. `longest_seconds`: the longest total over all aliases."""
+
+    max_body_bytes: int
+    start_buffer_bytes: int
+    longest_seconds: float
+    retry: WrittenRetry
+    redis: WrittenRedis
+    drain: WrittenDrain
+    spool: WrittenSpool
+    trace_sample_ratio: float
+    user_id_salt: Secret
+
+
+class Config(Struct, frozen=True):
+    """One immutable snapshot. `keys` is by SHA-256 digest of the whole key; `version` by content."""
+
+    version: str
+    environment: str
+    settings: Settings
+    aliases: Mapping[str, Alias]
+    tenants: Mapping[str, Tenant]
+    keys: Mapping[bytes, ServiceKey]
+    global_tpm: int | None
+    price_version: str

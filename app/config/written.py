@@ -1,0 +1,125 @@
+"""The configuration as people type it: one struct a mapping; a key that is not here is a fault."""
+
+from __future__ import annotations
+
+from datetime import date
+from decimal import Decimal
+from typing import Literal
+
+from msgspec import Struct, field
+
+
+class WrittenProvider(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    kind: Literal["openai", "openai_compatible"]
+    base_url: str
+    api_key: str
+    region: str | None = None
+
+
+class WrittenTarget(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    provider: str
+    model: str
+
+
+class WrittenTimeouts(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    connect_seconds: float | None = None
+    first_token_seconds: float | None = None
+    answer_seconds: float | None = None
+    idle_seconds: float | None = None
+    total_seconds: float | None = None
+
+
+class WrittenAlias(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    targets: list[str]
+    default_output_tokens: int | None = None
+    timeouts: WrittenTimeouts = field(default_factory=WrittenTimeouts)
+
+
+class WrittenPlan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    rpm: int | None = None
+    daily_token_cap: int | None = None
+    allowed_models: list[str] | None = None
+    tier: str | None = None
+
+
+class WrittenTenant(WrittenPlan, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    plan: str
+
+
+class WrittenGlobal(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    tpm: int | None = None
+
+
+class WrittenKey(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    digest: str
+    service: str
+    tenants: list[str]
+    expires: date | None = None
+
+
+class WrittenPrice(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """USD per million tokens. A class without a price costs what its plain class costs."""
+
+    input: Decimal
+    output: Decimal = Decimal(0)
+    cache_read: Decimal | None = None
+    cache_write: Decimal | None = None
+    audio_input: Decimal | None = None
+    image_input: Decimal | None = None
+    reasoning: Decimal | None = None
+    audio_output: Decimal | None = None
+    source: str
+    checked_on: date
+
+
+class WrittenRetry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    max_attempts: int = 3
+    backoff_base_seconds: float = 0.2
+    backoff_cap_seconds: float = 2.0
+    cooldown_seconds: float = 30.0
+
+
+class WrittenRedis(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    away: Literal["open", "closed"] = "open"
+    timeout_ms: int = 250
+    probe_seconds: float = 1.0
+
+
+class WrittenDrain(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    delay_seconds: float = 4.0
+    limit_seconds: float = 1860.0
+
+
+class WrittenSpool(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    segment_bytes: int = 67_108_864
+    fsync_ms: int = 10
+    reserve_bytes: int = 268_435_456
+
+
+class WrittenGateway(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    max_body_bytes: int = 20_971_520
+    default_output_tokens: int = 1024
+    start_buffer_bytes: int = 65_536
+    timeouts: WrittenTimeouts = field(default_factory=WrittenTimeouts)
+    retry: WrittenRetry = field(default_factory=WrittenRetry)
+    redis: WrittenRedis = field(default_factory=WrittenRedis)
+    drain: WrittenDrain = field(default_factory=WrittenDrain)
+    spool: WrittenSpool = field(default_factory=WrittenSpool)
+    trace_sample_ratio: float = 0.1
+    ceiling_input_usd: Decimal = Decimal(100)
+    ceiling_output_usd: Decimal = Decimal(500)
+    user_id_salt: str = "env:GATEWAY_USER_SALT"
+
+
+class Written(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The whole configuration as people type it, after the overlays."""
+
+    gateway: WrittenGateway = field(default_factory=WrittenGateway)
+    providers: dict[str, WrittenProvider]
+    targets: dict[str, WrittenTarget]
+    aliases: dict[str, WrittenAlias]
+    plans: dict[str, WrittenPlan]
+    tenants: dict[str, WrittenTenant]
+    global_: WrittenGlobal = field(default_factory=WrittenGlobal, name="global")
+    service_keys: dict[str, WrittenKey] = {}
+    prices: dict[str, dict[str, WrittenPrice]]
