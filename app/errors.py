@@ -3,6 +3,7 @@
 GatewayError
 ├── RequestError                    the caller can mend it
 │   ├── InvalidRequest              400 invalid_request
+│   ├── UnsupportedParameter        400 unsupported_parameter
 │   ├── RequestTooLarge             413 request_too_large
 │   ├── NotFound                    404 not_found
 │   ├── MethodNotAllowed            405 method_not_allowed
@@ -22,6 +23,7 @@ GatewayError
 │   └── InternalError               500 internal_error
 ├── VendorError                     what one attempt met; `retry` says what comes next
 │   ├── VendorRefused               as sent by the vendor: the request itself is at fault, to the client at once
+│   ├── VendorCannot                the vendor has no equivalent for a parameter: the next target
 │   ├── VendorThrottled             429: again on this target after its Retry-After, or the next one
 │   ├── VendorFailed                5xx, 408, 409, 529: again here, or the next one
 │   ├── VendorUnreachable           no connection: again here, or the next one
@@ -79,6 +81,12 @@ class RequestError(GatewayError):
 
 class InvalidRequest(RequestError):
     """The body or a header cannot be read. The message names the place."""
+
+
+class UnsupportedParameter(RequestError):
+    """No target of the alias can carry a parameter: leave it out, or name it in the target's `drop_params`."""
+
+    code = "unsupported_parameter"
 
 
 class RequestTooLarge(RequestError):
@@ -237,6 +245,13 @@ class VendorRefused(VendorError):
     def __init__(self, message: str, *, kind: str | None = None, **fields: object) -> None:
         super().__init__(message, **fields)  # type: ignore[arg-type]
         self.kind = kind
+
+
+class VendorCannot(VendorError):
+    """The vendor has no equivalent for the parameter `param`: nothing was sent. Another target may have one."""
+
+    retry = "next"
+    fault = "unsupported"
 
 
 class VendorThrottled(VendorError):

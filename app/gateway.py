@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -40,9 +40,8 @@ from app.errors import (
 from app.ledger import Spool
 from app.limits import Limits
 from app.providers import PROVIDERS
-from app.providers.translator import Answer, Kind, StreamScan
+from app.providers.translator import Answer, Frame, Kind, Stamp, StreamReader
 from app.routing import Cooldowns, after, plan, sum_up
-from app.sse import FrameSplitter
 from app.telemetry import Telemetry
 from app.upstream import Upstream, VendorAnswer
 
@@ -53,8 +52,6 @@ BLOB_TOKENS = 1024
 MAX_ANSWER_BYTES = 67_108_864
 """A vendor's unary answer beyond this is broken: it would be held in memory whole."""
 MAX_ERROR_BYTES = 65_536
-MAX_FRAME_BYTES = 4_194_304
-"""One event of a stream beyond this is broken. Images come as one event of a few MB at most."""
 TIMER_SECONDS = 0.005
 """The event loop's timers go in steps of a millisecond, and may fire that much early."""
 KEPT_BYTES = 8_192
@@ -185,7 +182,9 @@ class Gateway:
         """One request to one target. Raises VendorError; the attempt is noted whatever becomes of it."""
         translator = PROVIDERS[target.provider.kind]
         request, limits = exchange.request, alias.timeouts
-        outgoing = translator.chat(request, target)
+        outgoing = translator.sign(translator.chat(request, target), target.provider.credential, self.ambient.now())
+        call = exchange.call
+        stamp = Stamp("chatcmpl-" + call.event_id, int(call.received_at), target.model)
         exchange.target = target
         self.spool.intend(self._intent(exchange))
         started = self.ambient.monotonic()
@@ -200,19 +199,19 @@ class Gateway:
                 exchange.vendor_request_id = _word(answer.headers.get(translator.request_id_header))
                 if request.stream:
                     stream = _Stream(
-                        translator.stream(),
-                        exchange.call.config.settings.start_buffer_bytes,
+                        translator.stream(stamp),
+                        call.config.settings.start_buffer_bytes,
                         withhold_usage=not request.include_usage,
                     )
                     await stream.begin(answer)
                     exchange.first_token = self.ambient.monotonic()
-                    exchange.model_resolved = _word(stream.scan.model)
+                    exchange.model_resolved = _word(stream.reader.model)
                     outcome = "success"
                     return answer, stream
-                body = await answer.read(MAX_ANSWER_BYTES)
-                self._note_answer(exchange, translator.response(body))
+                whole = translator.response(await answer.read(MAX_ANSWER_BYTES), stamp)
+                self._note_answer(exchange, whole)
                 outcome = "success"
-                return answer, body
+                return answer, whole.body
         except TimeoutError:
             outcome = VendorTimeout.fault
             raise VendorTimeout("the vendor did not answer in time") from None
@@ -328,9 +327,9 @@ class Gateway:
         self.settle(exchange)
 
     def _note_stream(self, exchange: Exchange, stream: _Stream, relay_started: float) -> None:
-        exchange.usage = stream.scan.usage
-        exchange.finish_reason = _word(stream.scan.finish_reason)
-        exchange.text_bytes = 0 if stream.scan.usage else stream.text_bytes()
+        exchange.usage = stream.reader.usage
+        exchange.finish_reason = _word(stream.reader.finish_reason)
+        exchange.text_bytes = 0 if stream.reader.usage else stream.text_bytes()
         exchange.provider_seconds += self.ambient.monotonic() - relay_started
 
     def _refused(self, exchange: Exchange, error: GatewayError) -> Reply:
@@ -509,78 +508,65 @@ class Gateway:
 class _Stream:
     """A vendor's stream between its chunks: what is ready to relay, and what it told so far."""
 
-    def __init__(self, scan: StreamScan, start_buffer_bytes: int, *, withhold_usage: bool) -> None:
-        self.scan = scan
+    def __init__(self, reader: StreamReader, start_buffer_bytes: int, *, withhold_usage: bool) -> None:
+        self.reader = reader
         self._withhold_usage = withhold_usage
+        self._start_buffer_bytes = start_buffer_bytes
         self._kept: list[bytes] = []
         self._kept_bytes = self._relayed_bytes = 0
-        self._splitter = FrameSplitter()
-        self._start_buffer_bytes = start_buffer_bytes
-        self._frames: list[bytes] = []
         self._ready: list[bytes] = []
-        self._ended = False
+        self._started = self._done = False
+        self._fault: VendorError | None = None
 
     async def begin(self, answer: VendorAnswer) -> None:
         """Reads up to the first content, or until the start buffer is full. Raises VendorError."""
         size = 0
-        while True:
+        while not self._started and size <= self._start_buffer_bytes:
             chunk = await answer.chunk()
             if chunk is None:
                 raise VendorBroke("the vendor's stream ended before any content")
             size += len(chunk)
-            self._frames += self._split(chunk)
-            if self._scan_start() or size > self._start_buffer_bytes:
-                return
-
-    def _scan_start(self) -> bool:
-        """Moves the frames before the first content to `_ready`; True once there is content."""
-        for position, frame in enumerate(self._frames):
-            kind = self.scan.scan(frame)
-            if kind is Kind.CONTENT:
-                self._frames = self._frames[position:]
-                return True
-            if kind is Kind.DONE:
+            self._take(self.reader.feed(chunk))
+            if self._fault and not self._started:
+                raise self._fault
+            if self._done and not self._started:
                 raise VendorBroke("the vendor's stream is empty")
-            if kind is not Kind.USAGE or not self._withhold_usage:
-                self._ready.append(frame)
-        self._frames = []
-        return False
 
     async def more(self, answer: VendorAnswer) -> None:
-        """Waits for the next bytes. Raises VendorBroke when the stream was cut."""
+        """Waits for the next bytes and reads them."""
         chunk = await answer.chunk()
-        if chunk is None:
-            self._ended = True
+        if chunk is not None:
+            self._take(self.reader.feed(chunk))
+        elif self.reader.finished:
+            self._take(self.reader.end())
         else:
-            self._frames = self._split(chunk)
+            self._fault = VendorBroke("the vendor cut its stream")
+
+    def _take(self, frames: Iterator[Frame]) -> None:
+        ready = self._ready
+        try:
+            for kind, frame in frames:
+                if kind is Kind.CONTENT:
+                    self._started = True
+                    self._relayed_bytes += len(frame)
+                    if self._kept_bytes < KEPT_BYTES:
+                        self._kept.append(frame)
+                        self._kept_bytes += len(frame)
+                elif kind is Kind.DONE:
+                    self._done = True
+                elif kind is Kind.USAGE and self._withhold_usage:
+                    continue
+                ready.append(frame)
+                if self._done:
+                    return
+        except VendorError as fault:
+            self._fault = fault
 
     def take(self) -> tuple[bytes, bool]:
         """What may be sent now, and whether it ends the stream. Raises VendorError; `ready()` has what came before."""
-        scan, out = self.scan.scan, self._ready
-        for frame in self._frames:
-            kind = scan(frame)
-            if kind is Kind.DONE:
-                out.append(frame)
-                self._frames = []
-                return self.ready(), True
-            if kind is not Kind.USAGE or not self._withhold_usage:
-                out.append(frame)
-                self._relayed_bytes += len(frame)
-                if self._kept_bytes < KEPT_BYTES:
-                    self._kept.append(frame)
-                    self._kept_bytes += len(frame)
-        self._frames = []
-        if self._ended:
-            if not self.scan.finished:
-                raise VendorBroke("the vendor cut its stream")
-            out.append(openai_chat.DONE)
-            return self.ready(), True
-        return self.ready(), False
-
-    def text_bytes(self) -> int:
-        """Size of the text relayed so far: read from the frames that were kept, extrapolated beyond them."""
-        kept = sum(self.scan.text_bytes(frame) for frame in self._kept)
-        return kept * self._relayed_bytes // self._kept_bytes if self._kept_bytes else 0
+        if self._fault is not None:
+            raise self._fault
+        return self.ready(), self._done
 
     def ready(self) -> bytes:
         """What has been taken and not sent."""
@@ -589,11 +575,10 @@ class _Stream:
         self._ready = []
         return data
 
-    def _split(self, chunk: bytes) -> list[bytes]:
-        frames = self._splitter.feed(chunk)
-        if len(self._splitter.rest) > MAX_FRAME_BYTES:
-            raise VendorBroke("the vendor sent an event without end")
-        return frames
+    def text_bytes(self) -> int:
+        """Size of the text relayed so far: read from the frames that were kept, extrapolated beyond them."""
+        kept = sum(self.reader.text_bytes(frame) for frame in self._kept)
+        return kept * self._relayed_bytes // self._kept_bytes if self._kept_bytes else 0
 
 
 _CUT_STATUS = {"client_closed": "client_closed", "deadline": "timeout", "drain": "interrupted", None: "interrupted"}

@@ -7,9 +7,11 @@ from msgspec import Struct
 from app.config import Alias, Target, WrittenRetry
 from app.errors import (
     DeadlineExceeded,
-    UpstreamError,
+    GatewayError,
+    UnsupportedParameter,
     UpstreamMisconfigured,
     UpstreamUnavailable,
+    VendorCannot,
     VendorError,
     VendorMisconfigured,
 )
@@ -67,13 +69,15 @@ def after(
     return None
 
 
-def sum_up(errors: list[VendorError], deadline_passed: bool) -> UpstreamError:
+def sum_up(errors: list[VendorError], deadline_passed: bool) -> GatewayError:
     """One error for the client from all that the chain met. Vendors' messages stay in the log."""
     if deadline_passed:
         return DeadlineExceeded(
             "No target answered before the deadline. Try a shorter request, or ask for a longer deadline.",
             should_retry=False,
         )
+    if errors and all(isinstance(error, VendorCannot) for error in errors):
+        return UnsupportedParameter(errors[0].message, param=errors[0].param)
     if errors and all(isinstance(error, VendorMisconfigured) for error in errors):
         return UpstreamMisconfigured(
             "Every target refused the gateway's own credential or model. The platform team has to mend it.",

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 
+DONE = b"data: [DONE]\n\n"
+"""The frame that ends a stream at OpenAI."""
 _BLANK_LINE = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r(?!\n))")
 
 

@@ -5,6 +5,8 @@ Shapes: OpenAI API reference, chat completions, and the recorded answers of vend
 
 from __future__ import annotations
 
+from typing import Literal
+
 from msgspec import Raw, Struct
 
 ABSENT = Raw()
@@ -12,8 +14,9 @@ ABSENT = Raw()
 
 
 class ChatRequest(Struct, frozen=True):
-    """A chat completions request: `fields` holds every top-level member as the client wrote it, in its order."""
+    """A chat completions request: `body` as the client wrote it, `fields` every top-level member of it in its order."""
 
+    body: bytes
     alias: str
     fields: dict[str, Raw]
     stream: bool = False
@@ -96,3 +99,146 @@ class OpenAICompletion(Struct):
     choices: list[Choice] | None = None
     usage: OpenAIUsage | None = None
     error: Raw = ABSENT
+
+
+# --- a chat request in full, for vendors that speak otherwise ---------------------------------------------------------
+
+
+class ImageUrl(Struct, frozen=True, forbid_unknown_fields=True):
+    url: str
+    detail: str | None = None
+
+
+class InputAudio(Struct, frozen=True, forbid_unknown_fields=True):
+    data: str
+    format: str
+
+
+class InputFile(Struct, frozen=True, forbid_unknown_fields=True):
+    """`file_data` is a data URL; `file_id` names a file at OpenAI."""
+
+    filename: str | None = None
+    file_data: str | None = None
+    file_id: str | None = None
+
+
+class CacheControl(Struct, frozen=True, forbid_unknown_fields=True):
+    """A prompt-cache hint: the prefix up to here may be cached. `ttl` is `5m` or `1h`."""
+
+    type: Literal["ephemeral"]
+    ttl: str | None = None
+
+
+class ContentPart(Struct, frozen=True, forbid_unknown_fields=True):
+    """One part of a message: which member is set follows from `type`."""
+
+    type: Literal["text", "image_url", "input_audio", "file", "refusal"]
+    text: str | None = None
+    image_url: ImageUrl | None = None
+    input_audio: InputAudio | None = None
+    file: InputFile | None = None
+    refusal: str | None = None
+    cache_control: CacheControl | None = None
+
+
+class CalledFunction(Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    arguments: str | None = None
+
+
+class ToolCall(Struct, frozen=True, forbid_unknown_fields=True):
+    id: str
+    function: CalledFunction
+    type: Literal["function"] = "function"
+    index: int | None = None
+
+
+class ReasoningDetail(Struct, frozen=True):
+    """Reasoning that a vendor wants back unchanged: text with its signature, or encrypted data."""
+
+    type: str
+    text: str | None = None
+    signature: str | None = None
+    data: str | None = None
+    id: str | None = None
+    format: str | None = None
+    index: int | None = None
+
+
+class ChatMessage(Struct, frozen=True, forbid_unknown_fields=True):
+    """A message of a conversation. `annotations` and `audio` of an assistant's earlier answer are not sent again."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    refusal: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning_details: list[ReasoningDetail] | None = None
+    annotations: Raw = ABSENT
+    audio: Raw = ABSENT
+    function_call: None = None
+
+
+class FunctionTool(Struct, frozen=True, forbid_unknown_fields=True):
+    """`parameters` is a JSON schema."""
+
+    name: str
+    description: str | None = None
+    parameters: Raw = ABSENT
+    strict: bool | None = None
+
+
+class Tool(Struct, frozen=True, forbid_unknown_fields=True):
+    function: FunctionTool
+    type: Literal["function"] = "function"
+    cache_control: CacheControl | None = None
+
+
+class NamedFunction(Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+
+
+class NamedTool(Struct, frozen=True, forbid_unknown_fields=True):
+    """`tool_choice` that names the one function to call."""
+
+    function: NamedFunction
+    type: Literal["function"] = "function"
+
+
+class JsonSchema(Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    description: str | None = None
+    schema: Raw = ABSENT
+    strict: bool | None = None
+
+
+class ResponseFormat(Struct, frozen=True, forbid_unknown_fields=True):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class ChatBody(Struct, frozen=True):
+    """A chat completions request, as far as another vendor's API has room for it."""
+
+    messages: list[ChatMessage]
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    stop: str | list[str] | None = None
+    n: int | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    reasoning_effort: str | None = None
+    service_tier: str | None = None
+    user: str | None = None
+    metadata: dict[str, str] | None = None

@@ -486,7 +486,7 @@ def test_a_secret_comes_from_the_environment_or_a_file(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("from-file\n")
     overlay = {"providers": {"openai": {"api_key": f"file:{tmp_path / 'key'}"}}}
     targets = with_overlay(tmp_path, overlay).aliases["support-fast"].targets
-    assert [t.provider.api_key.reveal() for t in targets] == ["from-file", "value-of-OPENROUTER_API_KEY"]
+    assert [t.provider.credential.secret.reveal() for t in targets] == ["from-file", "value-of-OPENROUTER_API_KEY"]
 
 
 # --- versions and reload ----------------------------------------------------------------------------------------------
@@ -522,7 +522,7 @@ def rewrite(file: Path, text: str) -> None:
 
 
 def vendor_key(source: ConfigSource) -> str:
-    return source.current.aliases["support-fast"].targets[0].provider.api_key.reveal()
+    return source.current.aliases["support-fast"].targets[0].provider.credential.secret.reveal()
 
 
 def test_nothing_changed_is_nothing_to_reload(source: ConfigSource) -> None:

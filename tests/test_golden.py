@@ -21,21 +21,22 @@ from app.dialects import openai_chat
 from app.errors import VendorError, VendorRefused
 from app.providers import PROVIDERS
 from app.providers.translator import Translator
-from tests.translation import read_stream, target
+from tests.translation import STAMP, read_stream, target
 
 GOLDEN = Path(__file__).parent / "golden"
 Outcome = dict[str, Any]
 
 
 def _request(kind: str, content: bytes) -> Outcome:
-    outgoing = PROVIDERS[kind].chat(openai_chat.read(content), target(kind))
+    translator, at = PROVIDERS[kind], target(kind)
+    outgoing = translator.sign(translator.chat(openai_chat.read(content), at), at.provider.credential, STAMP.created)
     headers = [f"{name}: {value}" for name, value in outgoing.headers]
     return {"url": outgoing.url, "headers": headers, "body": outgoing.body.decode()}
 
 
 def _answer(translator: Translator, content: bytes) -> Outcome:
     try:
-        return _facts(translator.response(content), "model", "finish_reason", "usage", "text_bytes")
+        return _facts(translator.response(content, STAMP), "model", "finish_reason", "usage", "text_bytes")
     except VendorError as error:
         return _error(error)
 

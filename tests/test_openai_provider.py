@@ -17,13 +17,13 @@ from msgspec import Raw
 from app.core import Usage
 from app.dialects import openai_chat
 from app.errors import VendorBroke, VendorError, VendorFailed, VendorMisconfigured, VendorRefused, VendorThrottled
-from app.providers.openai import MAX_TOKENS, OPENAI, OpenAIScan, usage_of
+from app.providers.openai import MAX_TOKENS, OPENAI, OpenAIStream, usage_of
 from app.providers.translator import Kind
 from app.sse import FrameSplitter
 from app.wire import CompletionDetails, OpenAIUsage, PromptDetails
 from tests import recordings
 from tests.recordings import Exchange
-from tests.translation import StreamOutcome, read_stream, target
+from tests.translation import STAMP, StreamOutcome, read_stream, target
 
 JSON = st.recursive(
     st.none()
@@ -189,7 +189,7 @@ def read(data: bytes, places: list[int] | None = None) -> StreamOutcome:
 def test_a_streamed_answer_says_the_same_as_the_whole_one(
     answer: dict[str, Any], end: bytes, places: list[int]
 ) -> None:
-    unary, stream = OPENAI.response(whole(answer)), read(streamed(answer, end), places)
+    unary, stream = OPENAI.response(whole(answer), STAMP), read(streamed(answer, end), places)
     assert stream.error is None
     assert (stream.model, stream.usage, stream.finish_reason) == (unary.model, unary.usage, unary.finish_reason)
     assert stream.finished
@@ -248,7 +248,7 @@ def test_deep_nesting_raises_only_vendor_errors(body: bytes) -> None:
 
 def raises_only_vendor_errors(body: bytes) -> None:
     try:
-        OPENAI.response(body)
+        OPENAI.response(body, STAMP)
     except VendorError:
         return
 
@@ -264,10 +264,23 @@ def mutate(data: bytes, draw: st.DataObject) -> bytes:
 CONTENT = b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":null}]}\n\n'
 
 
-def started() -> OpenAIScan:
-    scan = OpenAIScan()
+def started() -> OpenAIStream:
+    scan = OpenAIStream(STAMP)
     assert scan.scan(CONTENT) is Kind.CONTENT
     return scan
+
+
+def test_frames_of_mere_content_that_came_together_are_relayed_together() -> None:
+    stream = OpenAIStream(STAMP)
+    list(stream.feed(CONTENT))
+    assert list(stream.feed(CONTENT * 3)) == [(Kind.CONTENT, CONTENT * 3)]
+
+
+@pytest.mark.parametrize("other", [b": alive\n\n", b'data: {"error":{"message":"x"}}\n\n', b"event: x\ndata: {}\n\n"])
+def test_frames_among_which_is_another_are_read_one_by_one(other: bytes) -> None:
+    stream = OpenAIStream(STAMP)
+    list(stream.feed(CONTENT))
+    assert next(stream.feed(CONTENT + other + CONTENT)) == (Kind.CONTENT, CONTENT)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +298,8 @@ def started() -> OpenAIScan:
     ],
 )
 def test_content_starts_a_stream(delta: bytes) -> None:
-    assert OpenAIScan().scan(b'data: {"choices":[{"delta":%b,"finish_reason":null}]}\n\n' % delta) is Kind.CONTENT
+    frame = b'data: {"choices":[{"delta":%b,"finish_reason":null}]}\n\n' % delta
+    assert OpenAIStream(STAMP).scan(frame) is Kind.CONTENT
 
 
 @pytest.mark.parametrize(
@@ -303,7 +317,7 @@ def test_content_starts_a_stream(delta: bytes) -> None:
     ],
 )
 def test_what_is_not_content_leaves_a_stream_unstarted(frame: bytes) -> None:
-    assert OpenAIScan().scan(frame) is Kind.START
+    assert OpenAIStream(STAMP).scan(frame) is Kind.START
 
 
 def test_a_finish_reason_of_one_choice_is_seen_beside_an_unfinished_one() -> None:
@@ -331,7 +345,7 @@ def test_content_that_quotes_the_words_of_the_scan_is_content() -> None:
 )
 def test_a_frame_that_is_not_a_chunk_breaks_an_unstarted_stream(frame: bytes) -> None:
     with pytest.raises(VendorBroke):
-        OpenAIScan().scan(frame)
+        OpenAIStream(STAMP).scan(frame)
 
 
 @pytest.mark.parametrize(
@@ -374,7 +388,7 @@ def test_the_usage_beside_an_error_is_kept() -> None:
 )
 def test_an_error_in_an_answer_is_classed_by_its_code(code: str, error: type[VendorError]) -> None:
     with pytest.raises(VendorError) as raised:
-        OPENAI.response(b'{"error":{"message":"m","code":%b}}' % code.encode())
+        OPENAI.response(b'{"error":{"message":"m","code":%b}}' % code.encode(), STAMP)
     assert type(raised.value) is error
 
 
@@ -474,7 +488,7 @@ def test_a_recorded_stream_cut_anywhere_is_relayed_byte_for_byte(exchange: Excha
 @recorded(UNARY)
 def test_a_recorded_answer_is_read(exchange: Exchange) -> None:
     said = exchange.response.json()
-    answer = OPENAI.response(exchange.response.body)
+    answer = OPENAI.response(exchange.response.body, STAMP)
     assert totals(answer.usage) == vendor_totals([said["usage"]])
     assert (answer.model, answer.finish_reason) == (said["model"], said["choices"][0]["finish_reason"])
 

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from app.config import Alias, Timeouts, WrittenRetry
 from app.errors import (
     DeadlineExceeded,
+    UnsupportedParameter,
     UpstreamMisconfigured,
     UpstreamUnavailable,
     VendorBroke,
+    VendorCannot,
     VendorError,
     VendorFailed,
     VendorMisconfigured,
@@ -24,7 +26,7 @@ from app.routing import Cooldowns, Next, after, plan, sum_up
 from tests.translation import target
 
 HERE = [VendorThrottled, VendorFailed, VendorUnreachable, VendorBroke]
-NEXT = [VendorTimeout, VendorMisconfigured]
+NEXT = [VendorTimeout, VendorMisconfigured, VendorCannot]
 RETRY = WrittenRetry(max_attempts=3, backoff_base_seconds=0.2, backoff_cap_seconds=2.0)
 
 
@@ -226,3 +228,12 @@ def test_the_client_should_not_add_retries_of_its_own(deadline_passed: bool) -> 
 
 def test_a_vendor_s_words_do_not_reach_the_client() -> None:
     assert "secret" not in sum_up([VendorFailed("secret")], False).message
+
+
+def test_a_parameter_that_no_target_carries_is_the_requests_fault() -> None:
+    summed = sum_up([VendorCannot("`n` cannot be carried.", param="n"), VendorCannot("x", param="seed")], False)
+    assert (type(summed), summed.param, summed.message) == (UnsupportedParameter, "n", "`n` cannot be carried.")
+
+
+def test_a_parameter_that_only_the_fallback_cannot_carry_is_not_the_requests_fault() -> None:
+    assert type(sum_up([VendorFailed("x"), VendorCannot("x", param="n")], False)) is UpstreamUnavailable

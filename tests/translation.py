@@ -6,18 +6,20 @@ from collections.abc import Iterable
 
 from msgspec import Struct
 
-from app.config import Price, Provider, Secret, Target
+from app.config import Credential, Price, Provider, Secret, Target
 from app.core import Usage
 from app.errors import VendorError
-from app.providers.translator import Kind, Translator
-from app.sse import FrameSplitter
+from app.providers.translator import Kind, Stamp, Translator
 
+STAMP = Stamp("chatcmpl-1", 1_767_225_600, "model-2026-01-01")
 PRICE = Price(1, 1, 1, 1, 1, 1, 1, 1)
 
 
 def target(kind: str, model: str = "model-2026-01-01") -> Target:
     """A target at a vendor of that kind; its credential is `vendor-key`."""
-    provider = Provider(kind, kind, f"https://{kind.replace('_', '-')}.example/v1", Secret("vendor-key"), "eu")
+    provider = Provider(
+        kind, kind, f"https://{kind.replace('_', '-')}.example/v1", Credential(Secret("vendor-key")), "eu"
+    )
     return Target(f"{kind}/{model}", provider, model, PRICE, True)
 
 
@@ -35,17 +37,18 @@ class StreamOutcome(Struct, frozen=True):
 
 def read_stream(translator: Translator, chunks: Iterable[bytes]) -> StreamOutcome:
     """Splits and scans as the relay does; stops at the first error, as it does."""
-    splitter, scan = FrameSplitter(), translator.stream()
+    reader = translator.stream(STAMP)
     kinds: list[str] = []
     text_bytes = 0
     error = None
     try:
         for chunk in chunks:
-            for frame in splitter.feed(chunk):
-                kind = scan.scan(frame)
+            for kind, frame in reader.feed(chunk):
                 kinds.append(kind.name)
                 if kind is Kind.CONTENT:
-                    text_bytes += scan.text_bytes(frame)
+                    text_bytes += reader.text_bytes(frame)
     except VendorError as raised:
         error = raised
-    return StreamOutcome(tuple(kinds), scan.model, scan.finish_reason, scan.usage, scan.finished, text_bytes, error)
+    return StreamOutcome(
+        tuple(kinds), reader.model, reader.finish_reason, reader.usage, reader.finished, text_bytes, error
+    )

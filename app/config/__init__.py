@@ -10,6 +10,7 @@ from app.config.running import (
     SERVICE_KEY,
     Alias,
     Config,
+    Credential,
     Price,
     Provider,
     Secret,
@@ -23,7 +24,7 @@ from app.config.source import ConfigSource, load
 from app.config.written import Written, WrittenDrain, WrittenRedis, WrittenRetry, WrittenSpool
 
 __all__ = [
-    "FILES", "NAME", "SERVICE_KEY", "Alias", "Config", "ConfigError", "ConfigSource", "Price", "Provider", "Secret",
-    "ServiceKey", "Settings", "Target", "Tenant", "Timeouts", "Written", "WrittenDrain", "WrittenRedis",
+    "FILES", "NAME", "SERVICE_KEY", "Alias", "Config", "ConfigError", "ConfigSource", "Credential", "Price", "Provider",
+    "Secret", "ServiceKey", "Settings", "Target", "Tenant", "Timeouts", "Written", "WrittenDrain", "WrittenRedis",
     "WrittenRetry", "WrittenSpool", "load",
 ]  # fmt: skip

@@ -20,6 +20,7 @@ from app.config.running import (
     TARGET_NAME,
     Alias,
     Config,
+    Credential,
     Price,
     Provider,
     ServiceKey,
@@ -186,7 +187,7 @@ def _providers(written: Written, secrets: Secrets, faults: Faults) -> dict[str, 
             name=name,
             kind=provider.kind,
             base_url=_base_url(provider.base_url, f"providers.{name}.base_url", faults),
-            api_key=secrets.resolve(provider.api_key, f"providers.{name}.api_key", faults),
+            credential=Credential(secrets.resolve(provider.api_key, f"providers.{name}.api_key", faults)),
             region=provider.region,
         )
         for name, provider in _entries(written.providers, NAME, "providers", faults)
@@ -212,6 +213,7 @@ def _targets(written: Written, providers: Mapping[str, Provider], faults: Faults
                 model=target.model,
                 price=price or ceiling,
                 priced=price is not None,
+                drop_params=frozenset(target.drop_params),
             )
     return targets
 

@@ -63,24 +63,36 @@ class Price(Struct, frozen=True, gc=False):
     audio_output: int
 
 
+class Credential(Struct, frozen=True):
+    """What signs a request to a vendor: an API key or bearer token; at AWS the secret access key with its id."""
+
+    secret: Secret
+    access_key_id: str = ""
+    session_token: Secret | None = None
+
+
 class Provider(Struct, frozen=True):
     """A vendor's endpoint. `base_url` has no trailing slash."""
 
     name: str
     kind: str
     base_url: str
-    api_key: Secret
+    credential: Credential
     region: str | None
 
 
 class Target(Struct, frozen=True):
-    """One pinned model at one provider: `name` is `<provider>/<model>` as the chain shows it."""
+    """One pinned model at one provider: `name` is `<provider>/<model>` as the chain shows it.
+
+    `drop_params` names the request's members that are left out here where the vendor cannot carry them.
+    """
 
     name: str
     provider: Provider
     model: str
     price: Price
     priced: bool
+    drop_params: frozenset[str] = frozenset()
 
 
 class Timeouts(Struct, frozen=True, gc=False):

@@ -19,6 +19,7 @@ class WrittenProvider(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 class WrittenTarget(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     provider: str
     model: str
+    drop_params: list[str] = []
 
 
 class WrittenTimeouts(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -12,13 +12,12 @@ from msgspec import Meta, Raw
 
 from app.config import NAME
 from app.errors import GatewayError, InvalidRequest, LimitError, VendorRefused
-from app.sse import frame
+from app.sse import DONE, frame
 from app.wire import ChatRequest, StreamOptions
 
 T = TypeVar("T")
 _encode = msgspec.json.encode
 _members = msgspec.json.Decoder(dict[str, Raw])
-DONE = b"data: [DONE]\n\n"
 MAX_OUTPUT_TOKENS = 100_000_000
 MAX_CHOICES = 128
 """OpenAI's bound. What a call asks for is reserved, so figures that no vendor serves are refused before they count."""
@@ -59,6 +58,7 @@ def read(body: bytes) -> ChatRequest:
         output = _member(fields, "max_tokens", _tokens)
     choices = _member(fields, "n", _choices)
     return ChatRequest(
+        body=body,
         alias=alias,
         fields=fields,
         stream=stream,

@@ -5,12 +5,12 @@ Source: OpenAI API reference; behaviours that differ from it are noted where the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import msgspec
 from msgspec import Raw
 
-from app.config import Target
+from app.config import Credential, Target
 from app.core import Usage
 from app.errors import (
     VendorBroke,
@@ -20,8 +20,8 @@ from app.errors import (
     VendorRefused,
     VendorThrottled,
 )
-from app.providers.translator import Answer, Kind, Outgoing, StreamScan, Translator
-from app.sse import data_of, event_of
+from app.providers.translator import Answer, Frame, Kind, Outgoing, Stamp, StreamReader, Translator, split
+from app.sse import FrameSplitter, data_of, event_of
 from app.wire import ChatRequest, OpenAIChunk, OpenAICompletion, OpenAIErrorBody, OpenAIUsage
 
 _completion = msgspec.json.Decoder(OpenAICompletion)
@@ -34,6 +34,8 @@ _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What msgspec raises on bytes that are not the JSON it was told to expect."""
 MAX_TOKENS = 1_000_000_000
 """A count beyond this is no count; taken at its word it would not fit the ledger."""
+_WHOLE = (("content-type", "application/json"), ("accept", "application/json"))
+_STREAMED = (("content-type", "application/json"), ("accept", "text/event-stream"))
 _INCLUDE_USAGE = b'{"include_usage":true}'
 
 
@@ -43,20 +45,21 @@ def chat(request: ChatRequest, target: Target) -> Outgoing:
     for name, value in request.fields.items():
         if name == "model":
             value = _encode(target.model)
-        elif name == "stream_options" and request.stream and not request.include_usage:
+        elif name in target.drop_params or (name == "stream_options" and request.stream and not request.include_usage):
             continue
         parts.append(b"%b:%b" % (_encode(name), value))
     if request.stream and not request.include_usage:
         parts.append(b'"stream_options":' + _stream_options(request.fields.get("stream_options")))
     return Outgoing(
         url=target.provider.base_url + "/chat/completions",
-        headers=(
-            ("authorization", "Bearer " + target.provider.api_key.reveal()),
-            ("content-type", "application/json"),
-            ("accept", "text/event-stream" if request.stream else "application/json"),
-        ),
+        headers=_STREAMED if request.stream else _WHOLE,
         body=b"{" + b",".join(parts) + b"}",
     )
+
+
+def sign(outgoing: Outgoing, credential: Credential, at: float) -> Outgoing:
+    bearer = ("authorization", "Bearer " + credential.secret.reveal())
+    return Outgoing(outgoing.url, (*outgoing.headers, bearer), outgoing.body)
 
 
 def _stream_options(written: Raw | None) -> bytes:
@@ -105,7 +108,7 @@ def _part(tokens: int | None, whole: int) -> tuple[int, int]:
     return part, whole - part
 
 
-def response(body: bytes) -> Answer:
+def response(body: bytes, stamp: Stamp) -> Answer:
     try:
         answer = _completion.decode(body)
     except _UNREADABLE as error:
@@ -116,6 +119,7 @@ def response(body: bytes) -> Answer:
         raise VendorBroke("the vendor's answer has no choices")
     usage = usage_of(answer.usage)
     return Answer(
+        body=body,
         model=answer.model,
         usage=usage,
         finish_reason=answer.choices[0].finish_reason,
@@ -135,28 +139,30 @@ def error_in_answer(written: Raw) -> VendorError:
     )
 
 
-class OpenAIScan(StreamScan):
-    """Every frame before the first content is decoded; after it, those only that a byte scan picks out."""
+class OpenAIStream(StreamReader):
+    """Relays the frames as they are. Every one before the first content is decoded; after it, those only that a byte
+    scan picks out.
+    """
 
-    __slots__ = ("finish_reason", "model", "started", "usage")
+    __slots__ = ("_splitter", "finish_reason", "model", "started", "usage")
 
-    def __init__(self) -> None:
+    def __init__(self, stamp: Stamp) -> None:
         self.usage = None
         self.model = None
         self.finish_reason = None
         self.started = False
+        self._splitter = FrameSplitter()
+
+    def feed(self, chunk: bytes) -> Iterator[Frame]:
+        if self.started and not self._splitter.rest and _is_plain(chunk):
+            yield Kind.CONTENT, chunk  # whole frames of mere content: most chunks of most streams
+            return
+        for frame in split(self._splitter, chunk):
+            yield self.scan(frame), frame
 
     def scan(self, frame: bytes) -> Kind:
-        if (
-            self.started
-            and frame.startswith(b"data: {")
-            and frame.endswith(b"}\n\n")
-            and frame.count(b'"usage"') == frame.count(b'"usage":null')
-            and frame.count(b'"finish_reason"') == frame.count(b'"finish_reason":null')
-            and b'"error"' not in frame
-        ):
-            return Kind.CONTENT
-        return self._decode(frame)
+        """What one frame means."""
+        return Kind.CONTENT if self.started and _is_plain(frame) else self._decode(frame)
 
     def _decode(self, frame: bytes) -> Kind:
         data = data_of(frame)
@@ -194,17 +200,38 @@ class OpenAIScan(StreamScan):
             return VendorFailed("the vendor sent an error event")
 
     def text_bytes(self, frame: bytes) -> int:
+        return text_bytes(frame)
+
+
+def _is_plain(frames: bytes) -> bool:
+    """Whether these are whole frames with nothing in them but content; the bytes alone tell."""
+    return (
+        frames.startswith(b"data: {")
+        and frames.endswith(b"}\n\n")
+        and frames.count(b"\n\n") == frames.count(b"}\n\ndata: {") + 1
+        and frames.count(b'"usage"') == frames.count(b'"usage":null')
+        and frames.count(b'"finish_reason"') == frames.count(b'"finish_reason":null')
+        and b'"error"' not in frames
+        and b"\r" not in frames
+    )
+
+
+def text_bytes(frames: bytes) -> int:
+    """Size of the text that frames in OpenAI's shape carry."""
+    size = 0
+    for frame in FrameSplitter().feed(frames):
         try:
             chunk = _chunk.decode(data_of(frame))
         except _UNREADABLE:
-            return 0
-        return sum(
+            continue
+        size += sum(
             len(bytes(part)) - 2
             for choice in chunk.choices or ()
             if choice.delta is not None
             for part in msgspec.structs.astuple(choice.delta)
             if bytes(part) not in _EMPTY
         )
+    return size
 
 
 def _has_content(delta: msgspec.Struct) -> bool:
@@ -269,8 +296,9 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 OPENAI = Translator(
     chat=chat,
+    sign=sign,
     response=response,
-    stream=OpenAIScan,
+    stream=OpenAIStream,
     error=error,
     request_id_header="x-request-id",
 )

@@ -1,16 +1,24 @@
-"""What a provider is: a frozen row of pure functions. `upstream.py` alone does the I/O."""
+"""What a provider is: a frozen row of pure functions. `upstream.py` alone does the I/O.
+
+The internal form is OpenAI's chat completions: a translator takes a `ChatRequest` and gives back bytes in that shape,
+whatever its vendor speaks. Where the vendor speaks it too, the bytes are relayed as they are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import IntEnum
 
 from msgspec import Struct
 
-from app.config import Target
+from app.config import Credential, Target
 from app.core import Usage
-from app.errors import VendorError
+from app.errors import VendorBroke, VendorError
+from app.sse import DONE, FrameSplitter
 from app.wire import ChatRequest
+
+MAX_FRAME_BYTES = 4_194_304
+"""One event of a stream beyond this is broken. Images come as one event of a few MB at most."""
 
 
 class Outgoing(Struct, frozen=True):
@@ -21,12 +29,25 @@ class Outgoing(Struct, frozen=True):
     body: bytes
 
 
-class Answer(Struct, frozen=True):
-    """What a unary answer tells the ledger. `usage` is None where the vendor reported none.
+class Stamp(Struct, frozen=True, gc=False):
+    """What an answer needs and a vendor may lack, so that translators read no clock and make no ids.
 
-    `text_bytes` is the size of the generated text, for an estimate in that case.
+    `id` is the answer's id in OpenAI's form (`chatcmpl-…`), `created` unix seconds, `model` the target's model.
     """
 
+    id: str
+    created: int
+    model: str
+
+
+class Answer(Struct, frozen=True):
+    """A whole answer: `body` in the internal form, and what it tells the ledger.
+
+    `usage` is None where the vendor reported none; `text_bytes` is then the size of the text, for an
+    estimate.
+    """
+
+    body: bytes
     model: str | None
     usage: Usage | None
     finish_reason: str | None
@@ -39,14 +60,16 @@ class Kind(IntEnum):
     START = 0  # before the first content: held back, so that a failure can still fall back
     CONTENT = 1
     USAGE = 2  # usage alone: withheld from a client that did not ask for it
-    DONE = 3  # the vendor's last frame
+    DONE = 3  # the last frame
 
 
-class StreamScan:
-    """Reads a stream frame by frame as it is relayed, and keeps what the ledger needs.
+Frame = tuple[Kind, bytes]
 
-    `scan` says what a frame means; it raises `VendorError` for an error event or a frame that is not the vendor's
-    format. `finished` is True once the vendor has said why it stopped: a stream that ends before was cut.
+
+class StreamReader:
+    """One streamed answer: the vendor's bytes in, frames in the internal form out, and what the ledger needs kept.
+
+    `finished` is True once the vendor has said why it stopped: a stream that ends before was cut.
     """
 
     usage: Usage | None = None
@@ -57,26 +80,44 @@ class StreamScan:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
-    def scan(self, frame: bytes) -> Kind:
+    def feed(self, chunk: bytes) -> Iterator[Frame]:
+        """The frames that `chunk` completes. Chunks are cut anywhere; a delta leaves with the chunk that brought it.
+
+        Raises VendorError, after the frames before it, for an error event or bytes that are not the vendor's format.
+        """
         raise NotImplementedError
 
+    def end(self) -> Iterator[Frame]:
+        """What is still owed where the vendor's bytes end without a terminator; DONE is the last."""
+        yield Kind.DONE, DONE
+
     def text_bytes(self, frame: bytes) -> int:
-        """Size of the text that a content frame carries."""
+        """Size of the text that a frame given out carries."""
         raise NotImplementedError
+
+
+def split(splitter: FrameSplitter, chunk: bytes) -> list[bytes]:
+    """The whole server-sent events up to the end of `chunk`. Raises VendorBroke for one without end."""
+    frames = splitter.feed(chunk)
+    if len(splitter.rest) > MAX_FRAME_BYTES:
+        raise VendorBroke("the vendor sent an event without end")
+    return frames
 
 
 class Translator(Struct, frozen=True):
     """Pure: no clock, no id, no log, no I/O.
 
-    chat       the vendor's request for a chat call at a target
-    response   reads a unary answer; raises VendorBroke
-    stream     a fresh scan for one streamed answer
+    chat       the vendor's request for a chat call at a target; raises VendorCannot
+    sign       the same with the credential on it; the float is the time, unix seconds
+    response   reads a whole answer; raises VendorError
+    stream     a fresh reader for one streamed answer
     error      what an HTTP status with its headers (lower-case names) and body means
     request_id_header   where the vendor puts its own request id
     """
 
     chat: Callable[[ChatRequest, Target], Outgoing]
-    response: Callable[[bytes], Answer]
-    stream: Callable[[], StreamScan]
+    sign: Callable[[Outgoing, Credential, float], Outgoing]
+    response: Callable[[bytes, Stamp], Answer]
+    stream: Callable[[Stamp], StreamReader]
     error: Callable[[int, Mapping[str, str], bytes], VendorError]
     request_id_header: str

@@ -1,0 +1,170 @@
+"""The internal form, OpenAI's chat completions, for translators of vendors that speak otherwise: read and written here.
+
+What OpenAI's shape has no member for is written as the field does: `reasoning_content` for reasoning as text (DeepSeek,
+vLLM), `reasoning_details` for what a vendor wants back unchanged (OpenRouter: `reasoning.text` with a `signature`,
+`reasoning.encrypted` with `data`), `cache_control` on content parts and tools for prompt-cache hints (OpenRouter).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+from msgspec import Raw, Struct
+
+from app.config import Target
+from app.core import Usage
+from app.errors import InvalidRequest, VendorCannot
+from app.providers.translator import Stamp
+from app.sse import frame
+from app.wire import ChatBody, ChatRequest
+
+_encode = msgspec.json.encode
+_body = msgspec.json.Decoder(ChatBody)
+
+NEUTRAL = {
+    "n": (b"1",),
+    "logprobs": (b"false",),
+    "store": (b"false",),
+    "parallel_tool_calls": (b"true",),
+    "presence_penalty": (b"0", b"0.0"),
+    "frequency_penalty": (b"0", b"0.0"),
+    "logit_bias": (b"{}",),
+    "service_tier": (b'"auto"', b'"default"'),
+    "modalities": (b'["text"]',),
+    "tools": (b"[]",),
+    "stop": (b"[]",),
+}
+"""Values that ask for what happens anyway: they pass where the parameter cannot be carried. So does null everywhere."""
+
+
+def read(request: ChatRequest, target: Target, carried: frozenset[str]) -> ChatBody:
+    """The request, typed; members named in the target's `drop_params` are taken out.
+
+    `carried` names the top-level members that the vendor can carry. Raises VendorCannot for another one, InvalidRequest
+    for what OpenAI would refuse too.
+    """
+    fields = request.fields
+    dropped = target.drop_params & fields.keys()
+    if dropped:
+        fields = {name: value for name, value in fields.items() if name not in dropped}
+    for name, value in fields.items():
+        if name not in carried and name not in ("model", "stream", "stream_options"):
+            written = bytes(value)
+            if written != b"null" and b"".join(written.split()) not in NEUTRAL.get(name, ()):
+                raise cannot(name, target)
+    body = request.body if not dropped else _encode(fields)
+    try:
+        return _body.decode(body)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InvalidRequest(f"The request does not fit chat completions: {error}.") from None
+
+
+def cannot(param: str, target: Target, why: str = "") -> VendorCannot:
+    """The refusal of a parameter that the target's vendor has no equivalent for."""
+    return VendorCannot(
+        f"`{param}` cannot be carried to {target.name}{': ' + why if why else ''}. Leave it out, use another model, or "
+        f"have the platform team name it in the target's `drop_params`.",
+        param=param,
+    )
+
+
+class WrittenToolCall(Struct, omit_defaults=True):
+    """`function` has `name` and `arguments`, which is JSON as text: whole in an answer, a fragment in a delta.
+
+    `index` stands in deltas only; `id`, `type` and the name in a call's first delta only.
+    """
+
+    index: int | None = None
+    id: str | None = None
+    type: str | None = None
+    function: dict[str, str] | None = None
+
+
+class WrittenMessage(Struct, omit_defaults=True):
+    """An answer's message, or a delta of it; whoever writes a whole message sets `role`, `content` and `refusal`."""
+
+    role: str | msgspec.UnsetType = msgspec.UNSET
+    content: str | msgspec.UnsetType | None = msgspec.UNSET
+    refusal: str | msgspec.UnsetType | None = msgspec.UNSET
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    reasoning_details: list[dict[str, object]] | msgspec.UnsetType = msgspec.UNSET
+    tool_calls: list[WrittenToolCall] | msgspec.UnsetType = msgspec.UNSET
+    annotations: list[dict[str, object]] | msgspec.UnsetType = msgspec.UNSET
+
+
+class WrittenChoice(Struct):
+    index: int
+    message: WrittenMessage
+    finish_reason: str
+    logprobs: Raw | None = None
+
+
+class _Completion(Struct):
+    id: str
+    created: int
+    model: str
+    choices: list[WrittenChoice]
+    usage: dict[str, object] | None
+    object: str = "chat.completion"
+
+
+class _ChunkChoice(Struct):
+    index: int
+    delta: WrittenMessage
+    finish_reason: str | None = None
+    logprobs: Raw | None = None
+
+
+class _Chunk(Struct):
+    id: str
+    created: int
+    model: str
+    choices: list[_ChunkChoice]
+    usage: dict[str, object] | None = None
+    object: str = "chat.completion.chunk"
+
+
+def completion(stamp: Stamp, model: str | None, choices: list[WrittenChoice], usage: Usage | None) -> bytes:
+    """A `chat.completion`."""
+    return _encode(
+        _Completion(stamp.id, stamp.created, model or stamp.model, choices, None if usage is None else usage_of(usage))
+    )
+
+
+def chunk(
+    stamp: Stamp,
+    model: str | None,
+    delta: WrittenMessage,
+    *,
+    index: int = 0,
+    finish_reason: str | None = None,
+    logprobs: Raw | None = None,
+) -> bytes:
+    """One frame with a `chat.completion.chunk` of one choice."""
+    choice = _ChunkChoice(index, delta, finish_reason, logprobs)
+    return frame(_encode(_Chunk(stamp.id, stamp.created, model or stamp.model, [choice])))
+
+
+def usage_chunk(stamp: Stamp, model: str | None, usage: Usage) -> bytes:
+    """The frame that tells a stream's usage: no choices."""
+    return frame(_encode(_Chunk(stamp.id, stamp.created, model or stamp.model, [], usage_of(usage))))
+
+
+def usage_of(usage: Usage) -> Mapping[str, object]:
+    """OpenAI's `usage`: totals, and the classes that are parts of them."""
+    given, made = usage.total_input, usage.total_output
+    return {
+        "prompt_tokens": given,
+        "completion_tokens": made,
+        "total_tokens": given + made,
+        "prompt_tokens_details": {
+            "cached_tokens": usage.cache_read,
+            "cache_write_tokens": usage.cache_write,
+            "audio_tokens": usage.audio_input,
+        },
+        "completion_tokens_details": {
+            "reasoning_tokens": usage.reasoning,
+            "audio_tokens": usage.audio_output,
+        },
+    }
