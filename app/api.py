@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from contextlib import aclosing
 
 import msgspec
@@ -52,8 +52,9 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{
 class FrontDoor:
     """Reception and departure. `in_flight` holds every call that is being served, by its task."""
 
-    def __init__(self, source: ConfigSource, gateway: Gateway, ambient: Ambient) -> None:
+    def __init__(self, source: ConfigSource, gateway: Gateway, ambient: Ambient, revoked: Container[str] = ()) -> None:
         self.source = source
+        self.revoked = revoked
         self.gateway = gateway
         self.ambient = ambient
         self.in_flight: dict[asyncio.Task[None], Exchange] = {}
@@ -68,7 +69,7 @@ class FrontDoor:
             await self._refuse(send, MethodNotAllowed("This route takes POST."))
             return
         try:
-            key = identify(config, headers.get(b"authorization"), headers.get(b"x-api-key"), received_at)
+            key = identify(config, headers.get(b"authorization"), headers.get(b"x-api-key"), received_at, self.revoked)
         except InvalidApiKey as error:
             self.gateway.telemetry.unidentified(error)
             await self._not_too_soon(started)
@@ -300,7 +301,9 @@ def _others(door: FrontDoor) -> Litestar:
         """The aliases that the tenant may use, in OpenAI's shape."""
         config, now = door.source.current, door.ambient.now()
         try:
-            key = identify(config, request.headers.get("authorization"), request.headers.get("x-api-key"), now)
+            key = identify(
+                config, request.headers.get("authorization"), request.headers.get("x-api-key"), now, door.revoked
+            )
         except InvalidApiKey as error:
             door.gateway.telemetry.unidentified(error)
             raise

@@ -21,7 +21,8 @@ from uvicorn.lifespan.off import LifespanOff
 
 from app import admin, api
 from app.ambient import Ambient
-from app.config import ConfigError, ConfigSource, Secret
+from app.config import Config, ConfigError, ConfigSource, Secret
+from app.control import REVOKED, Control, Entry
 from app.gateway import Gateway
 from app.ledger import Spool
 from app.limits import Limits
@@ -133,6 +134,7 @@ class Replica:
             timeout_ms=settings.redis.timeout_ms,
             probe_seconds=settings.redis.probe_seconds,
         )
+        self.control = Control(self.pipe, ambient, self._told)
         self.spool = Spool(options.spool_dir, options.name, settings.spool, ambient)
         self.upstream = engine(ambient)
         self.shipper = Shipper(options, ambient) if options.database_url else None
@@ -143,7 +145,7 @@ class Replica:
             telemetry=self.telemetry,
             ambient=ambient,
         )
-        self.door = api.FrontDoor(source, self.gateway, ambient)
+        self.door = api.FrontDoor(source, self.gateway, ambient, self.control.kind(REVOKED))
         self.stop = asyncio.Event()
         self.hurry = asyncio.Event()
         self._started = ambient.monotonic()
@@ -162,8 +164,9 @@ class Replica:
         )
         loops = [
             asyncio.ensure_future(self._keep(run))
-            for run in (self.pipe.run, self.spool.run, self.reload, *([self.shipper.run] if self.shipper else []))
+            for run in (self.pipe.run, self.spool.run, self.reload, self.control.run)
         ]
+        shipping = asyncio.ensure_future(self._keep(self.shipper.run)) if self.shipper else None
         await control.startup()
         await main.startup()
         self.telemetry.config_loaded(self.source.current.version)
@@ -172,12 +175,13 @@ class Replica:
         gc.set_threshold(20_000, 20, 50)  # calls make few cycles; at 700 looking for them was 6 % of the time
         await self.stop.wait()
         await self._drain(main)
-        for task in loops[:3]:
+        for task in loops:
             task.cancel()
-        await asyncio.gather(*loops[:3], return_exceptions=True)
+        await asyncio.gather(*loops, return_exceptions=True)
         self.spool.close()
-        if self.shipper:
+        if shipping:
             await self.shipper.stop()
+            await shipping
         await self.upstream.close()
         await control.shutdown()
         if self.spans:
@@ -231,6 +235,7 @@ class Replica:
         """1 when a new snapshot took effect, else 0. An invalid configuration is logged once and changes nothing."""
         if not self.source.changed():
             return 0
+        before = self.source.current
         try:
             swapped = await asyncio.to_thread(self.source.reload)
         except ConfigError as error:
@@ -245,8 +250,26 @@ class Replica:
         self.pipe.timeout_ms = settings.redis.timeout_ms
         self.pipe.probe_seconds = settings.redis.probe_seconds
         self.telemetry.config_loaded(self.source.current.version)
+        self._audit_reload(before, self.source.current)
         log.info("configuration %s took effect", self.source.current.version)
         return 1
+
+    def _told(self, kind: str, name: str, entry: Entry) -> None:
+        """An entry of the control channel that is new to this replica."""
+        self.telemetry.audit(entry.by, f"control.{kind}", name=name, value=entry.value, at=entry.at, until=entry.until)
+
+    def _audit_reload(self, before: Config, now: Config) -> None:
+        """Who may call is named in full; the rest of a change is in the files' own history."""
+        old, new = ({(key.id, key.revoked) for key in config.keys.values()} for config in (before, now))
+        self.telemetry.audit(
+            "configuration files",
+            "configuration.load",
+            version=now.version,
+            replaced=before.version,
+            keys_added=sorted(id for id, revoked in new - old if not revoked),
+            keys_revoked=sorted(id for id, revoked in new - old if revoked),
+            keys_removed=sorted({id for id, _ in old} - {id for id, _ in new}),
+        )
 
     def status(self) -> dict[str, object]:
         """What the admin port's /status says."""
@@ -261,6 +284,7 @@ class Replica:
             "in_flight": len(self.door.in_flight),
             "redis": "up" if self.pipe.up else "down",
             "postgres": self.shipper.status.postgres if self.shipper else "not configured",
+            "control_age_seconds": round(self.control.age_seconds, 1),
             "resting_targets": sorted(self.gateway.cooldowns.resting(now)),
             "spool": {
                 "available": self.spool.available,
@@ -275,6 +299,7 @@ class Replica:
         gauge("gateway_draining", "1 while this replica drains.", lambda: self.door.draining)
         gauge("gateway_dependency_up", "1 when the dependency answers.", lambda: self.pipe.up, name="redis")
         gauge("gateway_dependency_changes", "Turns between up and down.", lambda: self.pipe.changes, name="redis")
+        gauge("gateway_control_age_seconds", "Since the control channel was read.", lambda: self.control.age_seconds)
         gauge("gateway_spool_available", "0 when the spool cannot take rows.", lambda: self.spool.available)
         gauge("gateway_spool_open_intents", "Calls at a vendor.", lambda: self.spool.open_intents)
         gauge(

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Container
 
 from app.config import NAME, Alias, Config, ServiceKey, Tenant
 from app.errors import InvalidApiKey, InvalidRequest, ModelNotAllowed, ModelNotFound, TenantNotAllowed, TenantRequired
 
 
-def identify(config: Config, authorization: str | None, api_key: str | None, now: float) -> ServiceKey:
+def identify(
+    config: Config, authorization: str | None, api_key: str | None, now: float, revoked: Container[str] = ()
+) -> ServiceKey:
     """The service behind a credential: `Authorization: Bearer <key>`, or `x-api-key`.
 
-    Keys are looked up by the SHA-256 digest of the whole credential. Raises InvalidApiKey.
+    Keys are looked up by the SHA-256 digest of the whole credential. `revoked` has ids that the control channel
+    revoked, beside those of the configuration. Raises InvalidApiKey.
     """
     credential = api_key
     if authorization is not None:
@@ -24,6 +28,8 @@ def identify(config: Config, authorization: str | None, api_key: str | None, now
     key = config.keys.get(hashlib.sha256(credential.encode("utf-8", "replace")).digest())
     if key is None:
         raise InvalidApiKey("The gateway key is unknown. Ask your platform team for one; vendor keys do not work here.")
+    if key.revoked or key.id in revoked:
+        raise InvalidApiKey("The gateway key was revoked. Ask your platform team for a new one.")
     if key.expires is not None and now >= key.expires:
         raise InvalidApiKey("The gateway key has expired. Ask your platform team for a new one.")
     return key

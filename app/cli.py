@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
+import getpass
 import os
-import re
+import socket
 import sys
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
-from app.ambient import Ambient, timestamp
-from app.config import NAME, ConfigError, Secret, load
+import msgspec
 
-_EMPTY_SECTION = re.compile(r"^service_keys:\s*(\{\s*\})?\s*$", re.MULTILINE)
+from app import keys
+from app.ambient import Ambient, timestamp
+from app.audit import audit_line
+from app.config import NAME, ConfigError, Secret, load
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,14 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--no-secrets", action="store_true", help="pass where env: and file: references are missing")
     _config_options(check)
 
-    keys = command("keys", _keys_new, "Service keys.")
-    actions = keys.add_subparsers(required=True, metavar="ACTION")
-    new = actions.add_parser("new", help="Make a key: shown once, its digest is added to service_keys.yaml.")
-    new.set_defaults(run=_keys_new)
-    new.add_argument("--service", required=True, help="who will call with it")
-    new.add_argument("--tenant", required=True, action="append", help="whom it may act for; repeatable; '*' for all")
-    new.add_argument("--expires", type=date.fromisoformat, help="last valid day, YYYY-MM-DD (UTC)")
-    new.add_argument("--config", type=Path, default=Path("config"))
+    _keys_options(command("keys", _keys_list, "Service keys: make, rotate, revoke, list."))
 
     usage = command("usage", _usage, "A tenant's day, from the ledger in PostgreSQL.")
     usage.add_argument("--tenant", required=True)
@@ -81,6 +76,34 @@ def _parser() -> argparse.ArgumentParser:
     usage.add_argument("--json", action="store_true")
     usage.add_argument("--database-url", default=os.environ.get("DATABASE_URL"), help="DATABASE_URL by default")
     return parser
+
+
+def _keys_options(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+
+    def action(name: str, run: object, help: str) -> argparse.ArgumentParser:
+        made = actions.add_parser(name, help=help, description=help)
+        made.set_defaults(run=run)
+        made.add_argument("--config", type=Path, default=Path("config"), help="the configuration folder (config)")
+        return made
+
+    new = action("new", _keys_new, "Make a key: shown once, its digest is added to service_keys.yaml.")
+    new.add_argument("--service", required=True, help="who will call with it")
+    new.add_argument("--tenant", required=True, action="append", help="whom it may act for; repeatable; '*' for all")
+    new.add_argument("--expires", type=date.fromisoformat, help="last valid day, YYYY-MM-DD (UTC)")
+
+    rotate = action("rotate", _keys_rotate, "Make a key that takes another's place; the old one stays for a while.")
+    rotate.add_argument("key", help="the old key's id: its 12 characters after sk-gw-")
+    rotate.add_argument("--overlap-days", type=int, default=7, help="how long the old key stays valid (7)")
+    rotate.add_argument("--expires", type=date.fromisoformat, help="the new key's last valid day, YYYY-MM-DD (UTC)")
+
+    revoke = action("revoke", _keys_revoke, "Revoke a key for good: in the file, and on every replica within 2 s.")
+    revoke.add_argument("key", help="its id: the 12 characters after sk-gw-")
+    revoke.add_argument("--reason", default="", help="a word for the audit line")
+    revoke.add_argument("--redis-url", default=os.environ.get("REDIS_URL"), help="REDIS_URL by default")
+
+    lists = action("list", _keys_list, "Ids, services, tenants and states. The keys themselves are stored nowhere.")
+    lists.add_argument("--json", action="store_true")
 
 
 def _config_options(parser: argparse.ArgumentParser, overlays: bool = True) -> None:
@@ -143,48 +166,91 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _keys_new(arguments: argparse.Namespace) -> int:
-    ambient = Ambient()
     if not NAME.fullmatch(arguments.service):
         return _fail(f"--service must match {NAME.pattern}.")
-    public = ambient.key_id()
-    key = f"sk-gw-{public}-{ambient.key_secret()}"
-    file = arguments.config / "service_keys.yaml"
+    ambient = Ambient()
     try:
-        before = file.read_text()
+        made = keys.new(arguments.config, ambient, arguments.service, arguments.tenant, arguments.expires)
     except OSError as error:
-        return _fail(f"{file} cannot be read ({error.strerror}); --config names the configuration folder.")
-    tenants = ", ".join(f'"{tenant}"' for tenant in arguments.tenant)
-    entry = (
-        f"  {public}:  # made {timestamp(ambient.now())[:10]}\n"
-        f"    digest: sha256:{hashlib.sha256(key.encode()).hexdigest()}\n"
-        f"    service: {arguments.service}\n"
-        f"    tenants: [{tenants}]\n"
-    )
-    if arguments.expires:
-        entry += f"    expires: {arguments.expires.isoformat()}\n"
-    text = _EMPTY_SECTION.sub("service_keys:", before)
-    if not re.search(r"^service_keys:", text, re.MULTILINE):
-        text += "service_keys:\n"
-    _replace(file, text.rstrip("\n") + "\n" + entry)
-    try:
-        for environment in sorted(path.stem for path in (arguments.config / "environments").glob("*.yaml")):
-            load(arguments.config, environment, require_secrets=False)
-    except ConfigError:
-        _replace(file, before)
-        raise
-    print(key)
-    sys.stderr.write(
-        f"This is the only time the key is shown. Its digest is in {file} as {public}; "
-        "replicas take it within 5 s of the file reaching them.\n"
-    )
+        return _fail(_unwritable(arguments.config, error))
+    _show_key(made, arguments.config)
+    _audit(ambient, "key.make", key=made.id, service=arguments.service, tenants=arguments.tenant)
     return 0
 
 
-def _replace(file: Path, text: str) -> None:
-    """Writes the file whole or not at all."""
-    beside = file.with_name(f".{file.name}.new")
-    beside.write_text(text)
-    beside.replace(file)
+def _keys_rotate(arguments: argparse.Namespace) -> int:
+    ambient = Ambient()
+    if not 0 <= arguments.overlap_days <= 366:
+        return _fail("--overlap-days is from 0 to 366; `gateway keys revoke` ends a key at once.")
+    try:
+        made = keys.rotate(arguments.config, ambient, arguments.key, arguments.overlap_days, arguments.expires)
+    except OSError as error:
+        return _fail(_unwritable(arguments.config, error))
+    _show_key(made, arguments.config)
+    _audit(ambient, "key.rotate", key=made.id, replaces=arguments.key, overlap_days=arguments.overlap_days)
+    return 0
+
+
+def _keys_revoke(arguments: argparse.Namespace) -> int:
+    """The file first: what it says outlives every Redis. Then the channel, which is faster than the file."""
+    import asyncio
+
+    from app.control import REVOKED, tell
+    from app.redis_pipe import RedisAway, RedisRefused
+
+    ambient = Ambient()
+    try:
+        keys.revoke(arguments.config, ambient, arguments.key)
+    except OSError as error:
+        return _fail(_unwritable(arguments.config, error))
+    _audit(ambient, "key.revoke", key=arguments.key, reason=arguments.reason)
+    slower = f"{arguments.key} is revoked in {arguments.config / keys.FILE}; replicas take it within 5 s of having it. "
+    if not arguments.redis_url:
+        return _fail(slower + "To reach them within 2 s, set REDIS_URL or give --redis-url, and run this again.")
+    try:
+        asyncio.run(tell(arguments.redis_url, ambient, REVOKED, arguments.key, arguments.reason, _operator()))
+    except (RedisAway, RedisRefused) as error:
+        return _fail(slower + f"Redis could not be told ({error}).")
+    print(f"{arguments.key} is revoked: every replica refuses it within 2 s.")
+    return 0
+
+
+def _keys_list(arguments: argparse.Namespace) -> int:
+    shown = keys.listed(arguments.config, Ambient())
+    if arguments.json:
+        print(msgspec.json.encode(shown).decode())
+        return 0
+    for key in shown:
+        until = f"until {key.expires}" if key.expires else ""
+        print(f"{key.id}  {key.state:<8} {key.service:<24} {','.join(key.tenants):<32} {until}".rstrip())
+    return 0
+
+
+def _show_key(made: keys.MadeKey, folder: Path) -> None:
+    print(made.key)
+    sys.stderr.write(
+        f"This is the only time the key is shown. Its digest is in {folder / keys.FILE} as {made.id}; "
+        "replicas take it within 5 s of the file reaching them.\n"
+    )
+
+
+def _unwritable(folder: Path, error: OSError) -> str:
+    return f"{folder / keys.FILE} cannot be changed ({error.strerror}); --config names the configuration folder."
+
+
+def _audit(ambient: Ambient, action: str, **what: object) -> None:
+    """The audit line of what was done here; standard error is a command's log stream."""
+    line = audit_line(timestamp(ambient.now()), _operator(), action, what)
+    sys.stderr.write(line.decode() + "\n")
+
+
+def _operator() -> str:
+    """Who sits at the command line, before a `sudo` if there was one, and on which machine."""
+    try:
+        name = os.environ.get("SUDO_USER") or getpass.getuser()
+    except (KeyError, OSError):  # a container's user that has no name
+        name = str(os.getuid())
+    return f"{name}@{socket.gethostname()}"
 
 
 def _usage(arguments: argparse.Namespace) -> int:

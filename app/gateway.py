@@ -31,6 +31,7 @@ from app.errors import (
     InternalError,
     LedgerUnavailable,
     LimitError,
+    TenantNotAllowed,
     VendorBroke,
     VendorError,
     VendorMisconfigured,
@@ -99,6 +100,8 @@ class Gateway:
                 else:
                     reply = self._unary(exchange, relay)
             except GatewayError as error:
+                if isinstance(error, TenantNotAllowed):
+                    self.telemetry.audit(call.key.id, "tenant.forge", tenant=call.tenant_claimed, call=call.request_id)
                 reply = self._refused(exchange, error)
             yield reply  # 7 departure
         except Exception as defect:

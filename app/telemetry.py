@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 
 from app.ambient import Ambient, timestamp
+from app.audit import audit_line
 from app.core import Attempt, Exchange, LedgerEvent
 from app.errors import GatewayError, VendorError
 
@@ -214,6 +215,10 @@ class Telemetry:
     def unidentified(self, error: GatewayError) -> None:
         """A request that never became a call: it has no row, so it is counted here."""
         self._unidentified.labels(error.code).inc()
+
+    def audit(self, who: str, action: str, **what: object) -> None:
+        """An administrative action, or an attempt at what only another may do: one line."""
+        self._lines.write(audit_line(timestamp(self._ambient.now()), who, action, what))
 
     def fell_back(self, exchange: Exchange, source: str, target: str, reason: str) -> None:
         self._fallback.labels(source, target, reason).inc()

@@ -177,12 +177,16 @@ class KeptTelemetry:
     def __init__(self) -> None:
         self.recorded: list[LedgerEvent] = []
         self.unidentified_codes: list[str] = []
+        self.audited: list[tuple[str, str, dict[str, object]]] = []
 
     def record(self, exchange: Exchange, event: LedgerEvent, row: bytes | None) -> None:
         self.recorded.append(event)
 
     def unidentified(self, error: GatewayError) -> None:
         self.unidentified_codes.append(error.code)
+
+    def audit(self, who: str, action: str, **what: object) -> None:
+        self.audited.append((who, action, what))
 
     def vendor_error(self, *_: object) -> None:
         pass

@@ -19,12 +19,12 @@ from app.providers import PROVIDERS
 ROOT = Path(__file__).parents[1]
 
 LAYERS = (
-    ("errors", "ambient", "sse", "sql"),
+    ("errors", "ambient", "audit", "sse", "sql"),
     ("wire", "config", "core"),
     ("providers", "dialects"),
-    ("auth", "limits", "redis_pipe", "ledger", "upstream", "http1", "telemetry"),
+    ("auth", "control", "limits", "redis_pipe", "ledger", "upstream", "http1", "telemetry"),
     ("routing", "gateway"),
-    ("api", "admin", "ledger_shipper", "archive", "reports"),
+    ("api", "admin", "keys", "ledger_shipper", "archive", "reports"),
     ("asgi", "cli"),
 )
 """The rooms from the ground up: a file imports only from layers before its own."""
@@ -33,6 +33,7 @@ WITHIN_A_LAYER = {
     ("core", "wire"): "a call carries its request",
     ("core", "config"): "a call carries the snapshot it is served under",
     ("limits", "redis_pipe"): "the pipe is the lower half of the limits",
+    ("control", "redis_pipe"): "the channel is a hash in Redis",
     ("upstream", "http1"): "the default engine of the upstream",
     ("gateway", "routing"): "the journey asks for its way",
     ("admin", "api"): "both doors answer errors alike",

@@ -285,6 +285,7 @@ def _keys(written: Written, faults: Faults) -> dict[bytes, ServiceKey]:
             service=key.service,
             tenants=None if "*" in key.tenants else frozenset(key.tenants),
             expires=None if key.expires is None else _midnight(key.expires),
+            revoked=key.revoked is not None,
         )
     return keys
 

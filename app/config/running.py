@@ -138,6 +138,7 @@ class ServiceKey(Struct, frozen=True):
     service: str
     tenants: frozenset[str] | None
     expires: float | None
+    revoked: bool = False
 
     def may_act_for(self, tenant: str) -> bool:
         return self.tenants is None or tenant in self.tenants

@@ -56,6 +56,7 @@ class WrittenKey(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     service: str
     tenants: list[str]
     expires: date | None = None
+    revoked: date | None = None
 
 
 class WrittenPrice(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -1,0 +1,77 @@
+"""Small changes to a configuration file that people write too: comments and the form of everything else stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import yaml
+
+from app.config.reading import ConfigError, Loader
+
+
+def add_entry(text: str, section: str, name: str, members: Mapping[str, str], comment: str) -> str:
+    """`text` with the entry `name` put first in `section`, which is made where it is missing. Values are YAML already.
+
+    Raises ConfigError.
+    """
+    if section not in _members(_document(text)):
+        text = f"{text.rstrip()}\n{section}:\n".lstrip()
+    key, entries = _members(_document(text))[section]
+    indent = "  "
+    if isinstance(entries, yaml.MappingNode) and entries.value:
+        if entries.flow_style:
+            raise ConfigError([f"{section}: stands on one line; give each of its entries a line of its own first"])
+        start = end = _offset(text, entries.start_mark.line, 0)
+        indent = " " * entries.start_mark.column
+        before, after = "", "\n"
+    else:
+        start = _offset(text, key.end_mark.line, key.end_mark.column) + 1
+        end = max(start, _offset(text, entries.end_mark.line, entries.end_mark.column))
+        before, after = "\n", ""
+    lines = [f"{indent}{name}:  # {comment}", *(f"{indent}  {key}: {value}" for key, value in members.items())]
+    return text[:start] + before + "\n".join(lines) + after + text[end:]
+
+
+def set_member(text: str, section: str, name: str, key: str, value: str) -> str:
+    """`text` with `key: value` in the entry `name` of `section`. The value is YAML already. Raises ConfigError."""
+    _, entries = _members(_document(text)).get(section, (None, None))
+    _, entry = (_members(entries) if entries is not None else {}).get(name, (None, None))
+    if not isinstance(entry, yaml.MappingNode) or not entry.value:
+        raise ConfigError([f"{section}.{name}: there is no such entry"])
+    old = _members(entry).get(key)
+    if old is not None:
+        marks = old[1].start_mark, old[1].end_mark
+        new = value
+    elif entry.flow_style:
+        first = entry.value[0][0].start_mark
+        marks, new = (first, first), f"{key}: {value}, "
+    else:
+        first = entry.value[0][0].start_mark
+        marks, new = (first, first), f"{key}: {value}\n{' ' * first.column}"
+    start, end = (_offset(text, mark.line, mark.column) for mark in marks)
+    return text[:start] + new + text[end:]
+
+
+def entry_names(text: str, section: str) -> list[str]:
+    """The entries of a section, in the file's order. Raises ConfigError."""
+    _, entries = _members(_document(text)).get(section, (None, None))
+    return [] if entries is None else list(_members(entries))
+
+
+def _document(text: str) -> yaml.Node | None:
+    try:
+        return yaml.compose(text, Loader=Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError([f"is not YAML: {' '.join(str(error).split())}"]) from error
+
+
+def _members(node: yaml.Node | None) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+    return {key.value: (key, value) for key, value in node.value} if isinstance(node, yaml.MappingNode) else {}
+
+
+def _offset(text: str, line: int, column: int) -> int:
+    """Marks count lines and characters; their `index` counts bytes."""
+    start = 0
+    for _ in range(line):
+        start = text.index("\n", start) + 1
+    return start + column
