@@ -200,11 +200,21 @@ class NamedFunction(Struct, frozen=True, forbid_unknown_fields=True):
     name: str
 
 
-class NamedTool(Struct, frozen=True, forbid_unknown_fields=True):
+class NamedTool(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="function"):
     """`tool_choice` that names the one function to call."""
 
     function: NamedFunction
-    type: Literal["function"] = "function"
+
+
+class ToolSubset(Struct, frozen=True, forbid_unknown_fields=True):
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool]
+
+
+class AllowedTools(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="allowed_tools"):
+    """`tool_choice` that narrows the tools without taking them out of the request, so that a prompt cache holds."""
+
+    allowed_tools: ToolSubset
 
 
 class JsonSchema(Struct, frozen=True, forbid_unknown_fields=True):
@@ -235,7 +245,7 @@ class ChatBody(Struct, frozen=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     reasoning_effort: str | None = None

@@ -2,8 +2,9 @@
 
 `tests/golden/requests/*.json` are clients' requests; `tests/golden/<kind>/` holds what a vendor of that kind sends:
 `*.json` whole answers, `*.sse` streams, `*.http` errors (status, headers, empty line, body). The fixtures are ours, in
-the shapes of recorded traffic. `tests/golden/<kind>.outcomes.json` is what becomes of each; `RECORD=1` rewrites it,
-and the difference is reviewed.
+the shapes of recorded traffic. `tests/golden/<kind>.outcomes.json` is what becomes of each: the request or its refusal,
+what the ledger learns of an answer and, where it is not relayed as it came, the answer as the client gets it.
+`RECORD=1` rewrites it, and the difference is reviewed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import msgspec
 import pytest
 
 from app.dialects import openai_chat
-from app.errors import VendorError, VendorRefused
+from app.errors import VendorCannot, VendorError, VendorRefused
 from app.providers import PROVIDERS
 from app.providers.translator import Translator
 from tests.translation import STAMP, read_stream, target
@@ -29,22 +30,32 @@ Outcome = dict[str, Any]
 
 def _request(kind: str, content: bytes) -> Outcome:
     translator, at = PROVIDERS[kind], target(kind)
-    outgoing = translator.sign(translator.chat(openai_chat.read(content), at), at.provider.credential, STAMP.created)
+    try:
+        unsigned = translator.chat(openai_chat.read(content), at)
+    except VendorCannot as error:
+        return {"raises": "VendorCannot", "param": error.param}
+    outgoing = translator.sign(unsigned, at.provider.credential, STAMP.created)
     headers = [f"{name}: {value}" for name, value in outgoing.headers]
     return {"url": outgoing.url, "headers": headers, "body": outgoing.body.decode()}
 
 
 def _answer(translator: Translator, content: bytes) -> Outcome:
     try:
-        return _facts(translator.response(content, STAMP), "model", "finish_reason", "usage", "text_bytes")
+        answer = translator.response(content, STAMP)
     except VendorError as error:
         return _error(error)
+    facts = _facts(answer, "model", "finish_reason", "usage", "text_bytes")
+    return facts if answer.body == content else facts | {"body": msgspec.json.decode(answer.body)}
 
 
 def _stream(translator: Translator, content: bytes) -> Outcome:
     outcome = read_stream(translator, [content])
     facts = _facts(outcome, "model", "finish_reason", "usage", "text_bytes")
-    return {"kinds": " ".join(outcome.kinds)} | facts | (_error(outcome.error) if outcome.error else {})
+    facts |= _error(outcome.error) if outcome.error else {}
+    if content.startswith(outcome.frames):
+        return {"kinds": " ".join(outcome.kinds)} | facts
+    frames = outcome.frames.decode().split("\n\n")
+    return facts | {"frames": [f"{kind} {frame}" for kind, frame in zip(outcome.kinds, frames, strict=False)]}
 
 
 def _http(translator: Translator, content: bytes) -> Outcome:

@@ -24,9 +24,10 @@ def target(kind: str, model: str = "model-2026-01-01") -> Target:
 
 
 class StreamOutcome(Struct, frozen=True):
-    """What a relay learns from a stream: the frames' kinds up to the end or the error, and the ledger's facts."""
+    """What a relay gets from a stream: frames and their kinds up to the end or the error, and the ledger's facts."""
 
     kinds: tuple[str, ...]
+    frames: bytes
     model: str | None
     finish_reason: str | None
     usage: Usage | None
@@ -39,16 +40,25 @@ def read_stream(translator: Translator, chunks: Iterable[bytes]) -> StreamOutcom
     """Splits and scans as the relay does; stops at the first error, as it does."""
     reader = translator.stream(STAMP)
     kinds: list[str] = []
+    frames: list[bytes] = []
     text_bytes = 0
     error = None
     try:
         for chunk in chunks:
             for kind, frame in reader.feed(chunk):
                 kinds.append(kind.name)
+                frames.append(frame)
                 if kind is Kind.CONTENT:
                     text_bytes += reader.text_bytes(frame)
     except VendorError as raised:
         error = raised
     return StreamOutcome(
-        tuple(kinds), reader.model, reader.finish_reason, reader.usage, reader.finished, text_bytes, error
+        tuple(kinds),
+        b"".join(frames),
+        reader.model,
+        reader.finish_reason,
+        reader.usage,
+        reader.finished,
+        text_bytes,
+        error,
     )

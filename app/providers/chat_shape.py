@@ -17,7 +17,7 @@ from app.core import Usage
 from app.errors import InvalidRequest, VendorCannot
 from app.providers.translator import Stamp
 from app.sse import frame
-from app.wire import ChatBody, ChatRequest
+from app.wire import AllowedTools, ChatBody, ChatRequest, ToolSubset
 
 _encode = msgspec.json.encode
 _body = msgspec.json.Decoder(ChatBody)
@@ -41,8 +41,8 @@ NEUTRAL = {
 def read(request: ChatRequest, target: Target, carried: frozenset[str]) -> ChatBody:
     """The request, typed; members named in the target's `drop_params` are taken out.
 
-    `carried` names the top-level members that the vendor can carry. Raises VendorCannot for another one, InvalidRequest
-    for what OpenAI would refuse too.
+    `carried` names the top-level members that the vendor can carry; of `tool_choice` no `AllowedTools` are left. Raises
+    VendorCannot for another member, InvalidRequest for what OpenAI would refuse too.
     """
     fields = request.fields
     dropped = target.drop_params & fields.keys()
@@ -55,18 +55,25 @@ def read(request: ChatRequest, target: Target, carried: frozenset[str]) -> ChatB
                 raise cannot(name, target)
     body = request.body if not dropped else _encode(fields)
     try:
-        return _body.decode(body)
+        typed = _body.decode(body)
     except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidRequest(f"The request does not fit chat completions: {error}.") from None
+    return _narrowed(typed, typed.tool_choice.allowed_tools) if isinstance(typed.tool_choice, AllowedTools) else typed
+
+
+def _narrowed(body: ChatBody, allowed: ToolSubset) -> ChatBody:
+    """The request with the allowed tools alone, which is how other vendors are told the same."""
+    names = {tool.function.name for tool in allowed.tools}
+    tools = [tool for tool in body.tools or () if tool.function.name in names]
+    return msgspec.structs.replace(body, tools=tools, tool_choice=allowed.mode)
 
 
 def cannot(param: str, target: Target, why: str = "") -> VendorCannot:
-    """The refusal of a parameter that the target's vendor has no equivalent for."""
-    return VendorCannot(
-        f"`{param}` cannot be carried to {target.name}{': ' + why if why else ''}. Leave it out, use another model, or "
-        f"have the platform team name it in the target's `drop_params`.",
-        param=param,
-    )
+    """The refusal of a parameter that the target's vendor has no equivalent for; only top-level ones can be dropped."""
+    act = "Leave it out, or use another model"
+    if param.isidentifier():
+        act += "; the platform team may name it in the target's `drop_params`"
+    return VendorCannot(f"`{param}` cannot be carried to {target.name}{': ' + why if why else ''}. {act}.", param=param)
 
 
 class WrittenToolCall(Struct, omit_defaults=True):
