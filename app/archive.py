@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime
-from typing import Any
+from typing import Any, Protocol
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
@@ -29,6 +29,14 @@ _CONNECTION: Mapping[str, str | int] = {
     "tcp_user_timeout": 15_000,
 }
 """What holds unless DATABASE_URL says otherwise."""
+
+
+class Run(Protocol):
+    """Runs a statement with its parameters; returns its rows, none for a statement that has none."""
+
+    async def __call__(
+        self, statement: str, parameters: Mapping[str, object] | None = None
+    ) -> list[tuple[Any, ...]]: ...
 
 
 class ArchiveError(Exception):
@@ -124,6 +132,17 @@ class Archive:
         async with self._connected() as connection:
             cursor = await connection.execute(statement, parameters)
             return await cursor.fetchall()
+
+    @contextlib.asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Run]:
+        """One transaction within one deadline; yields what runs a statement in it. Raises `NoLedger` besides."""
+        async with self._connected() as connection, connection.transaction():
+
+            async def run(statement: str, parameters: Mapping[str, object] | None = None) -> list[tuple[Any, ...]]:
+                cursor = await connection.execute(statement, parameters)
+                return await cursor.fetchall() if cursor.description else []
+
+            yield run
 
     async def close(self) -> None:
         connection, self._connection = self._connection, None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from app import keys
+from app import keys, money_commands
 from app.ambient import Ambient, timestamp
 from app.audit import audit_line
 from app.config import NAME, ConfigError, Secret, load
@@ -75,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     usage.add_argument("--day", help="YYYY-MM-DD (UTC; today by default)")
     usage.add_argument("--json", action="store_true")
     usage.add_argument("--database-url", default=os.environ.get("DATABASE_URL"), help="DATABASE_URL by default")
+
+    money_commands.add(command)
     return parser
 
 
@@ -256,8 +258,8 @@ def _operator() -> str:
 def _usage(arguments: argparse.Namespace) -> int:
     import asyncio
 
-    from app import reports
     from app.archive import ArchiveError
+    from app.reports import day as reports
 
     if not arguments.database_url:
         return _fail("Which PostgreSQL? Set DATABASE_URL, or give --database-url.")

@@ -25,7 +25,7 @@ LAYERS = (
     ("auth", "control", "limits", "redis_pipe", "ledger", "upstream", "http1", "telemetry"),
     ("routing", "gateway"),
     ("api", "admin", "keys", "ledger_shipper", "archive", "reports"),
-    ("asgi", "cli"),
+    ("asgi", "cli", "money_commands"),
 )
 """The rooms from the ground up: a file imports only from layers before its own."""
 
@@ -40,6 +40,7 @@ WITHIN_A_LAYER = {
     ("ledger_shipper", "archive"): "the archive is the shipper's far end",
     ("reports", "archive"): "reports read what the shipper wrote",
     ("cli", "asgi"): "`gateway serve`",
+    ("cli", "money_commands"): "`gateway rollup`, `gateway export`",
 }
 
 HOMES = {
@@ -51,6 +52,7 @@ HOMES = {
     "opentelemetry": {"telemetry"},
     "prometheus_client": {"telemetry"},
     "psycopg": {"archive"},
+    "pyarrow": {"reports"},
     "litestar": {"api", "admin", "asgi"},
     "uvicorn": {"asgi"},
     "uvloop": {"asgi"},
@@ -64,6 +66,7 @@ HOMES = {
 READS_ENVIRONMENT = {
     "asgi": "composition root",
     "cli": "command line",
+    "money_commands": "command line",
     "ledger_shipper": "composition root of its own process",
     "config/source": "the default of `load`",
     "telemetry": "OpenTelemetry's own variables",

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from app.archive import Archive, ArchiveAway, NoLedger
 from app.config import Price
 from app.core import Cost, LedgerEvent, Usage, cost, event_cost, event_usage, usd
-from app.reports import usage
+from app.reports.day import usage
 from tests.ledger_parts import AMBIENT, Postgres, an_event, query, running_postgres
 
 TOKENS = st.integers(0, 2_000_000)

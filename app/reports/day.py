@@ -1,4 +1,4 @@
-"""What the ledger says: a tenant's day, in calls, tokens and dollars."""
+"""A tenant's day, in calls, tokens and dollars: `gateway usage`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from msgspec import Raw, Struct
 from app.ambient import Ambient
 from app.archive import Archive
 from app.core import usd
+from app.reports.money import nanos
 from app.sql import statements
 
 
@@ -113,8 +114,7 @@ def _sums(rows: Sequence[_Row]) -> dict[str, Any]:
 
 
 def _usd(dollars: Iterable[Decimal]) -> Raw:
-    """The sum, exact: the columns have nine decimals, and `scaleb` keeps 28 digits."""
-    return usd(sum(int(part.scaleb(9)) for part in dollars))
+    return usd(sum(nanos(part) for part in dollars))
 
 
 # --- showing it ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,184 @@
+"""The commands that finance uses: rollup, export."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+from msgspec import Raw
+
+from app.ambient import Ambient
+
+if TYPE_CHECKING:
+    from app.archive import Archive
+    from app.reports.export import Selection
+
+BATCH_DEADLINE_SECONDS = 600.0
+"""How long one statement of a batch command may take: a day of some ten million rows is summed in that time."""
+
+Command = Callable[[str, object, str], argparse.ArgumentParser]
+
+
+def add(command: Command) -> None:
+    """Adds the commands to the parser: `command(name, run, help)` makes one."""
+    rollup = command("rollup", _rollup, "Sum the ledger by day, tenant, feature, model, provider and environment.")
+    rollup.add_argument("--day", type=_day, help="YYYY-MM-DD (UTC); by default every day with rows that are not summed")
+    rollup.add_argument(
+        "--reports", type=Path, default=Path("reports/cost"), help="the last day's {tenant}/daily.json (reports/cost)"
+    )
+    rollup.add_argument("--json", action="store_true")
+    _database(rollup)
+
+    export = command("export", _export, "Write the ledger, its daily sums, FOCUS or the fine-tuning hand-off.")
+    export.add_argument("what", choices=("ledger", "daily", "focus", "fine-tuning"))
+    export.add_argument("--from", dest="first", type=_day, required=True, help="first day, YYYY-MM-DD (UTC)")
+    export.add_argument("--to", dest="last", type=_day, help="last day, included (the first day)")
+    export.add_argument("--tenant", help="only this tenant's")
+    export.add_argument("--environment", help="only this environment's, such as prod")
+    export.add_argument("--format", choices=("csv", "jsonl", "parquet"), default="jsonl")
+    export.add_argument("--out", type=Path, default=Path("-"), help="the file; - is standard output (-)")
+    export.add_argument("--billing-account", default="llm-gateway", help="FOCUS: who is billed (llm-gateway)")
+    export.add_argument("--without-cache-hits", action="store_true", help="fine-tuning: leave out what the cache said")
+    export.add_argument("--eval-baseline", type=Path, help="fine-tuning: a JSON file for the summary, as it is")
+    _database(export)
+
+
+def _database(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--database-url", default=os.environ.get("DATABASE_URL"), help="DATABASE_URL by default")
+
+
+def _day(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a day: YYYY-MM-DD.") from None
+
+
+def _fail(sentence: str) -> int:
+    sys.stderr.write(sentence.rstrip() + "\n")
+    return 1
+
+
+def _say(sentence: str) -> None:
+    """Progress: on standard error, so that standard output holds results only."""
+    sys.stderr.write(sentence + "\n")
+
+
+def _with_archive(arguments: argparse.Namespace, work: Callable[[Archive], Awaitable[int]]) -> int:
+    """Runs `work` on an archive; the exit code is its own, or 1 after a sentence."""
+    from app.archive import Archive, ArchiveError
+    from app.reports.tables import PyarrowMissing
+
+    if not arguments.database_url:
+        return _fail("Which PostgreSQL? Set DATABASE_URL, or give --database-url.")
+
+    async def run() -> int:
+        archive = Archive(arguments.database_url, Ambient(), BATCH_DEADLINE_SECONDS)
+        try:
+            return await work(archive)
+        finally:
+            await archive.close()
+
+    try:
+        return asyncio.run(run())
+    except (ArchiveError, PyarrowMissing) as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.filename or 'The file'} cannot be read or written: {error.strerror or error}.")
+
+
+def _rollup(arguments: argparse.Namespace) -> int:
+    from app.reports.rollup import DayRolled, Rollups, write_daily
+
+    def progress(day: DayRolled, left: int) -> None:
+        _say(f"{day.day}: {day.rows:,} rows in {day.lines:,} lines; {left:,} days left")
+
+    async def work(archive: Archive) -> int:
+        rollups = Rollups(archive)
+        await rollups.prepare()
+        if arguments.day:
+            days = [await rollups.sum_day(arguments.day)]
+            progress(days[0], 0)
+        else:
+            days = await rollups.run_once(progress)
+        files = write_daily(arguments.reports, await rollups.daily(days[-1].day)) if days else []
+        if arguments.json:
+            print(msgspec.json.encode({"days": days, "reports": [str(file) for file in files]}).decode())
+        elif not days:
+            print("Every day is summed already.")
+        else:
+            rows = sum(day.rows for day in days)
+            print(f"{len(days):,} days summed from {rows:,} rows; {len(files):,} reports in {arguments.reports}.")
+        return 0
+
+    return _with_archive(arguments, work)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from app.reports.export import Exports, Selection
+    from app.reports.focus import focus
+    from app.reports.tables import Destination, write
+
+    selection = Selection(
+        first=arguments.first,
+        last=arguments.last or arguments.first,
+        tenant=arguments.tenant,
+        environment=arguments.environment,
+    )
+    if selection.last < selection.first:
+        return _fail("--to is before --from.")
+    if arguments.what == "fine-tuning":
+        return _handoff(arguments, selection)
+
+    async def work(archive: Archive) -> int:
+        exports = Exports(archive)
+        if arguments.what == "ledger":
+            table = exports.ledger(selection, whole_events=arguments.format == "jsonl")
+        elif arguments.what == "daily":
+            table = exports.daily(selection)
+        else:
+            table = focus(exports, selection, arguments.billing_account)
+        with Destination(arguments.out, sys.stdout.buffer) as out:
+            rows = await write(table, arguments.format, out)
+        _say(f"{rows:,} rows.")
+        return 0
+
+    return _with_archive(arguments, work)
+
+
+def _handoff(arguments: argparse.Namespace, selection: Selection) -> int:
+    from app.reports.export import Exports
+    from app.reports.tables import Destination, write
+
+    if str(arguments.out) == "-":
+        return _fail("The hand-off is two files: give --out FILE; its summary is written to FILE.summary.json.")
+    baseline = None
+    if arguments.eval_baseline:
+        try:
+            baseline = Raw(msgspec.json.encode(msgspec.json.decode(arguments.eval_baseline.read_bytes())))
+        except OSError as error:
+            return _fail(f"{arguments.eval_baseline} cannot be read ({error.strerror}).")
+        except msgspec.DecodeError as error:
+            return _fail(f"{arguments.eval_baseline} is not JSON: {error}.")
+    cache_hits = not arguments.without_cache_hits
+
+    async def work(archive: Archive) -> int:
+        exports = Exports(archive)
+        table, totals = exports.handoff(selection, cache_hits=cache_hits)
+        with Destination(arguments.out, sys.stdout.buffer) as out:
+            await write(table, arguments.format, out)
+        summary = await exports.summary(selection, totals, cache_hits=cache_hits, eval_baseline=baseline)
+        text = msgspec.json.format(msgspec.json.encode(summary), indent=2)
+        with Destination(arguments.out.with_name(arguments.out.name + ".summary.json"), sys.stdout.buffer) as out:
+            out.write(text + b"\n")
+        print(text.decode())
+        return 0
+
+    return _with_archive(arguments, work)
