@@ -18,8 +18,8 @@ from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from app.ambient import Ambient, timestamp
 from app.auth import authorize, identify
 from app.config import NAME, Config, ConfigSource, ServiceKey
-from app.core import Call, Cut, Exchange
-from app.dialects import openai_chat
+from app.core import Call, Cut, Dialect, Exchange
+from app.dialects import ROUTES, openai_chat
 from app.errors import (
     Draining,
     GatewayError,
@@ -60,20 +60,20 @@ class FrontDoor:
         self.in_flight: dict[asyncio.Task[None], Exchange] = {}
         self.draining = False
 
-    async def chat(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """POST /v1/chat/completions, from the first byte in to the last byte out."""
+    async def serve(self, dialect: Dialect, scope: Scope, receive: Receive, send: Send) -> None:
+        """POST to a route of `dialects.ROUTES`, from the first byte in to the last byte out."""
         started, received_at = self.ambient.monotonic(), self.ambient.now()
         config = self.source.current
         headers = _headers(scope)
         if scope["method"] != "POST":
-            await self._refuse(send, MethodNotAllowed("This route takes POST."))
+            await self._refuse(send, dialect, MethodNotAllowed("This route takes POST."))
             return
         try:
             key = identify(config, headers.get(b"authorization"), headers.get(b"x-api-key"), received_at, self.revoked)
         except InvalidApiKey as error:
             self.gateway.telemetry.unidentified(error)
             await self._not_too_soon(started)
-            await self._refuse(send, error)
+            await self._refuse(send, dialect, error)
             return
         fault: GatewayError | None = None
         body: bytes | None = b""
@@ -82,7 +82,7 @@ class FrontDoor:
         except GatewayError as error:
             fault = error
         started = self.ambient.monotonic()  # the upload was the client's time
-        call = self._call(config, key, headers, body or b"", fault, started, received_at)
+        call = self._call(config, key, dialect, headers, body or b"", fault, started, received_at)
         exchange = Exchange(call=call)
         if body is None:
             exchange.cut = "client_closed"
@@ -124,9 +124,9 @@ class FrontDoor:
             log.exception("defect in request %s", exchange.call.request_id)
             error = InternalError("The gateway has a defect; its log has it under this request id.")
             if not streaming:
-                await self._refuse(send, error, exchange.call.request_id)
+                await self._refuse(send, exchange.call.dialect, error, exchange.call.request_id)
             elif exchange.request is not None and exchange.request.stream:
-                await send({"type": "http.response.body", "body": openai_chat.error_frames(error)})
+                await send({"type": "http.response.body", "body": exchange.call.dialect.error_frames(error)})
         finally:
             watcher.cancel()
             overdue.cancel()
@@ -141,9 +141,10 @@ class FrontDoor:
         """What a call gets that the drain's limit cut: an error event in a stream, else an error."""
         error = Draining("This gateway replica stops. Send the request again.", retry_after_seconds=1.0)
         if not streaming:
-            await self._refuse(send, error, exchange.call.request_id)
+            await self._refuse(send, exchange.call.dialect, error, exchange.call.request_id)
         elif exchange.event is None or exchange.event.stream:
-            await send({"type": "http.response.body", "body": openai_chat.error_frames(error), "more_body": False})
+            frames = exchange.call.dialect.error_frames(error)
+            await send({"type": "http.response.body", "body": frames, "more_body": False})
 
     def cut(self, why: Cut) -> int:
         """Ends every call in flight that has no row yet; returns how many."""
@@ -156,6 +157,7 @@ class FrontDoor:
         self,
         config: Config,
         key: ServiceKey,
+        dialect: Dialect,
         headers: Mapping[bytes, str],
         body: bytes,
         fault: GatewayError | None,
@@ -193,6 +195,7 @@ class FrontDoor:
             started=started,
             config=config,
             key=key,
+            dialect=dialect,
             body=body,
             fault=fault,
             tenant_claimed=(headers.get(b"x-tenant-id") or "")[:128] or None,
@@ -207,9 +210,9 @@ class FrontDoor:
             ),
         )
 
-    async def _refuse(self, send: Send, error: GatewayError, request_id: str | None = None) -> None:
+    async def _refuse(self, send: Send, dialect: Dialect, error: GatewayError, request_id: str | None = None) -> None:
         """An error outside a call's journey."""
-        body = openai_chat.error_body(error)
+        body = dialect.error_body(error)
         request_id = request_id or "req_" + self.ambient.event_id(self.ambient.now()).replace("-", "")
         headers = [
             (b"content-type", b"application/json"),
@@ -281,12 +284,12 @@ def _cut(exchange: Exchange, task: asyncio.Task[None], why: Cut) -> bool:
 
 
 def app(door: FrontDoor) -> ASGIApp:
-    """The routes of the main port. Chat calls are met before Litestar, whose part would be a fifth of their time."""
+    """The routes of the main port. Calls are met before Litestar, whose part would be a fifth of their time."""
     others = _others(door)
 
     async def front(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == "/v1/chat/completions":
-            await door.chat(scope, receive, send)
+        if scope["type"] == "http" and (dialect := ROUTES.get(scope["path"])) is not None:
+            await door.serve(dialect, scope, receive, send)
         else:
             await others(scope, receive, send)
 

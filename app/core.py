@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Literal
 
 from msgspec import Raw, Struct, field
 
 from app.config import Config, Price, ServiceKey, Target, Tenant
 from app.errors import GatewayError
-from app.wire import ChatRequest
+from app.wire import Operation, Request
 
 Status = Literal["success", "error", "refused", "rate_limited", "blocked", "client_closed", "interrupted", "timeout"]
 Purpose = Literal["client", "shadow", "reverify", "judge", "embedding"]
@@ -41,6 +41,13 @@ class Usage(Struct, frozen=True, gc=False):
     @property
     def total(self) -> int:
         return self.total_input + self.total_output + self.embedding
+
+
+def estimate(operation: Operation, input_tokens: int, output_tokens: int) -> Usage:
+    """What stands for the usage of a call that no vendor reported."""
+    if operation == "embeddings":
+        return Usage(embedding=input_tokens)
+    return Usage(input=input_tokens, output=output_tokens)
 
 
 class Cost(Struct, frozen=True, gc=False):
@@ -178,6 +185,7 @@ class LedgerEvent(Struct, frozen=True, kw_only=True):
     saved_usd: Raw = _ZERO
     error_code: str | None = None
     limit_tripped: str | None = None
+    operation: Operation = "chat"
 
 
 class Intent(Struct, frozen=True, array_like=True, gc=False):
@@ -207,11 +215,12 @@ class Intent(Struct, frozen=True, array_like=True, gc=False):
     priced: bool
     price_version: str
     chain: tuple[str, ...]
+    operation: Operation = "chat"
 
 
 def interrupted(intent: Intent) -> LedgerEvent:
     """The row of a call whose process died: charged at the estimate that was reserved for it."""
-    usage = Usage(input=intent.input_tokens, output=intent.output_tokens)
+    usage = estimate(intent.operation, intent.input_tokens, intent.output_tokens)
     return LedgerEvent(
         event_id=intent.event_id,
         timestamp=intent.timestamp,
@@ -238,6 +247,7 @@ def interrupted(intent: Intent) -> LedgerEvent:
         usage_source="estimated",
         cost_status="priced" if intent.priced else "unpriced",
         error_code="process_died",
+        operation=intent.operation,
     )
 
 
@@ -251,6 +261,17 @@ def event_cost(cost: Cost, price_version: str) -> EventCost:
 
 
 # --- the call -----------------------------------------------------------------------------------------------------
+
+
+class Dialect(Struct, frozen=True):
+    """What a route's clients speak: how a request is read, and how an error is written, whole or to end a stream.
+
+    `read` raises InvalidRequest.
+    """
+
+    read: Callable[[bytes], Request]
+    error_body: Callable[[GatewayError], bytes]
+    error_frames: Callable[[GatewayError], bytes]
 
 
 class Call(Struct, frozen=True, kw_only=True):
@@ -268,6 +289,7 @@ class Call(Struct, frozen=True, kw_only=True):
     started: float
     config: Config
     key: ServiceKey
+    dialect: Dialect
     body: bytes
     fault: GatewayError | None = None
     tenant_claimed: str | None = None
@@ -320,7 +342,7 @@ class Exchange(Struct, kw_only=True, eq=False):
     """
 
     call: Call
-    request: ChatRequest | None = None
+    request: Request | None = None
     tenant: Tenant | None = None
     reservation: Reservation | None = None
     input_tokens_estimate: int = 0

@@ -22,13 +22,14 @@ from app.core import (
     Reply,
     Usage,
     cost,
+    estimate,
     event_cost,
     event_usage,
 )
-from app.dialects import openai_chat
 from app.errors import (
     GatewayError,
     InternalError,
+    InvalidRequest,
     LedgerUnavailable,
     LimitError,
     TenantNotAllowed,
@@ -87,8 +88,10 @@ class Gateway:
                 if call.fault is not None:
                     raise call.fault
                 self.spool.admit()
-                exchange.request = request = openai_chat.read(call.body)
+                exchange.request = request = call.dialect.read(call.body)
                 alias = allow(call.config, tenant, request.alias)
+                if alias.serves != request.operation:
+                    raise InvalidRequest(f"{alias.name!r} serves {alias.serves}, not this route.", param="model")
                 exchange.authorized = self.ambient.monotonic()
                 tokens = self._estimate(exchange, alias)
                 exchange.reservation = await self.limits.reserve(  # 3 budget
@@ -125,7 +128,7 @@ class Gateway:
             first, *rest = call.body.split(b";base64,")
             text, blobs = len(first), len(rest)
             text += sum(len(part) - max(0, part.find(b'"')) for part in rest)
-        exchange.input_tokens_estimate = text // BYTES_PER_TOKEN + 1 + blobs * BLOB_TOKENS
+        exchange.input_tokens_estimate = max(text // BYTES_PER_TOKEN + 1 + blobs * BLOB_TOKENS, request.input_tokens)
         output = alias.default_output_tokens if request.max_output_tokens is None else request.max_output_tokens
         exchange.output_tokens_estimate = output * request.choices
         return max(exchange.input_tokens_estimate + exchange.output_tokens_estimate, call.tokens_hint)
@@ -185,7 +188,7 @@ class Gateway:
         """One request to one target. Raises VendorError; the attempt is noted whatever becomes of it."""
         translator = PROVIDERS[target.provider.kind]
         request, limits = exchange.request, alias.timeouts
-        outgoing = translator.sign(translator.chat(request, target), target.provider.credential, self.ambient.now())
+        outgoing = translator.sign(translator.outgoing(request, target), target.provider.credential, self.ambient.now())
         call = exchange.call
         stamp = Stamp("chatcmpl-" + call.event_id, int(call.received_at), target.model)
         exchange.target = target
@@ -211,7 +214,7 @@ class Gateway:
                     exchange.model_resolved = _word(stream.reader.model)
                     outcome = "success"
                     return answer, stream
-                whole = translator.response(await answer.read(MAX_ANSWER_BYTES), stamp)
+                whole = translator.answer(await answer.read(MAX_ANSWER_BYTES), request, stamp)
                 self._note_answer(exchange, whole)
                 outcome = "success"
                 return answer, whole.body
@@ -322,7 +325,7 @@ class Gateway:
         if exchange.event is None:
             with contextlib.suppress(LedgerUnavailable):  # the client gets its error event all the same
                 self._end_stream(exchange, stream, relay_started)
-        yield tail + openai_chat.error_frames(error)
+        yield tail + exchange.call.dialect.error_frames(error)
 
     def _end_stream(self, exchange: Exchange, stream: _Stream, relay_started: float) -> None:
         """Notes what the stream told, and settles. Raises LedgerUnavailable."""
@@ -342,7 +345,7 @@ class Gateway:
             self.settle(exchange)
         except LedgerUnavailable as fault:
             error = fault
-        body = openai_chat.error_body(error)
+        body = exchange.call.dialect.error_body(error)
         status = error.vendor_status if isinstance(error, VendorRefused) else error.status
         headers = self._headers(exchange, b"application/json")
         headers.append((b"content-length", b"%d" % len(body)))
@@ -454,6 +457,7 @@ class Gateway:
             cost_status="none" if source == "none" else "priced" if charged.priced else "unpriced",
             error_code=None if error is None else _error_code(error),
             limit_tripped=error.limit if isinstance(error, LimitError) else None,
+            operation="chat" if request is None else request.operation,
         )
 
     def _usage(self, exchange: Exchange) -> tuple[Usage, str]:
@@ -469,14 +473,13 @@ class Gateway:
         )
         if not worked:
             return Usage(), "none"
-        return Usage(
-            input=exchange.input_tokens_estimate, output=-(-exchange.text_bytes // BYTES_PER_TOKEN)
-        ), "estimated"
+        written = -(-exchange.text_bytes // BYTES_PER_TOKEN)
+        return estimate(exchange.request.operation, exchange.input_tokens_estimate, written), "estimated"
 
     def _intent(self, exchange: Exchange) -> Intent:
         call, request, tenant, target = exchange.call, exchange.request, exchange.tenant, exchange.target
         reserved = cost(
-            Usage(input=exchange.input_tokens_estimate, output=exchange.output_tokens_estimate),
+            estimate(request.operation, exchange.input_tokens_estimate, exchange.output_tokens_estimate),
             target.price,
             target.priced,
         )
@@ -505,6 +508,7 @@ class Gateway:
             priced=reserved.priced,
             price_version=call.config.price_version,
             chain=exchange.chain,
+            operation=request.operation,
         )
 
 

@@ -400,7 +400,7 @@ def _provider_attributes(
     event: LedgerEvent, attempt: Attempt, last: bool
 ) -> dict[str, str | int | float | bool | tuple[str, ...]]:
     attributes: dict[str, str | int | float | bool | tuple[str, ...]] = {
-        GEN_AI["operation"]: "chat",
+        GEN_AI["operation"]: event.operation,
         GEN_AI["provider"]: attempt.provider,
         GEN_AI["request_model"]: attempt.target.partition("/")[2],
         "target": attempt.target,
@@ -414,7 +414,7 @@ def _provider_attributes(
         attributes |= {
             GEN_AI["response_model"]: event.model_resolved or "",
             GEN_AI["finish_reasons"]: (event.finish_reason or "",),
-            GEN_AI["input_tokens"]: event.usage.input_tokens,
+            GEN_AI["input_tokens"]: event.usage.input_tokens + event.usage.embedding_tokens,
             GEN_AI["output_tokens"]: event.usage.output_tokens,
             GEN_AI["cache_read_tokens"]: event.usage.classes.cache_read,
         }

@@ -5,16 +5,22 @@ Shapes: OpenAI API reference, chat completions, and the recorded answers of vend
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from msgspec import Raw, Struct
 
 ABSENT = Raw()
 """A member that was not there; one that was null reads `null`."""
 
+Operation = Literal["chat", "embeddings"]
+"""What a call wants of a model; a target serves one of them."""
+
 
 class ChatRequest(Struct, frozen=True):
     """A chat completions request: `body` as the client wrote it, `fields` every top-level member of it in its order."""
+
+    operation: ClassVar[Operation] = "chat"
+    input_tokens: ClassVar[int] = 0
 
     body: bytes
     alias: str
@@ -23,6 +29,27 @@ class ChatRequest(Struct, frozen=True):
     include_usage: bool = False
     max_output_tokens: int | None = None
     choices: int = 1
+
+
+class EmbedRequest(Struct, frozen=True):
+    """An embeddings request: `inputs` are texts, or lists of token numbers, of which there are `input_tokens`."""
+
+    operation: ClassVar[Operation] = "embeddings"
+    stream: ClassVar[bool] = False
+    include_usage: ClassVar[bool] = False
+    max_output_tokens: ClassVar[int] = 0
+    choices: ClassVar[int] = 1
+
+    body: bytes
+    alias: str
+    fields: dict[str, Raw]
+    inputs: list[str] | list[list[int]]
+    input_tokens: int = 0
+    encoding: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+
+
+Request = ChatRequest | EmbedRequest
 
 
 class StreamOptions(Struct):
@@ -97,6 +124,19 @@ class OpenAICompletion(Struct):
 
     model: str | None = None
     choices: list[Choice] | None = None
+    usage: OpenAIUsage | None = None
+    error: Raw = ABSENT
+
+
+class OpenAIEmbedding(Struct):
+    embedding: Raw = ABSENT
+
+
+class OpenAIEmbeddings(Struct):
+    """The answer to an embeddings request, as far as the ledger needs it."""
+
+    data: list[OpenAIEmbedding] | None = None
+    model: str | None = None
     usage: OpenAIUsage | None = None
     error: Raw = ABSENT
 

@@ -13,6 +13,7 @@ import msgspec
 from app.ambient import Ambient, timestamp
 from app.config import Alias, Config, ServiceKey, Tenant, Timeouts, WrittenRetry, WrittenSpool
 from app.core import Call, Exchange, LedgerEvent, Reservation
+from app.dialects import ROUTES
 from app.errors import GatewayError, LedgerUnavailable, VendorError
 from app.gateway import Gateway
 from app.ledger import Spool, read_lines
@@ -55,6 +56,7 @@ def call(body: bytes, ambient: Ambient, **fields: Any) -> Call:
         "occurred_at": timestamp(now),
         "started": ambient.monotonic(),
         "config": config(),
+        "dialect": ROUTES["/v1/chat/completions"],
         "key": ServiceKey("k3f9a0b1c2d4", "support-bot", frozenset({"acme-corp"}), None),
         "body": body,
         "tenant_claimed": "acme-corp",

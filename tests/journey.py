@@ -34,7 +34,12 @@ OVERLAY: dict[str, Any] = {
         "retry": {"backoff_base_seconds": 0.02, "backoff_cap_seconds": 1, "cooldown_seconds": 1},
         "drain": {"delay_seconds": 2.5, "limit_seconds": 60},
     },
-    "targets": {"openai/unpriced": {"provider": "openai", "model": "gpt-4.1-nano"}},
+    "targets": {
+        "openai/unpriced": {"provider": "openai", "model": "gpt-4.1-nano"},
+        "openrouter/text-embedding-3-small": {
+            "provider": "openrouter", "model": "openai/text-embedding-3-small", "serves": "embeddings",
+        },
+    },
     "aliases": {
         "one-target": {"targets": ["openai/gpt-4o-mini"]},
         "quick": {
@@ -43,6 +48,7 @@ OVERLAY: dict[str, Any] = {
         },
         "hasty": {"targets": ["openai/gpt-4o-mini"], "timeouts": {"total_seconds": 0.6}},
         "unpriced": {"targets": ["openai/unpriced"]},
+        "embed-chain": {"targets": ["openai/text-embedding-3-small", "openrouter/text-embedding-3-small"]},
     },
     "tenants": {
         "tenant-a": {"plan": "internal", "rpm": 100_000, "daily_token_cap": 1_000_000_000},

@@ -31,6 +31,7 @@ LAYERS = (
 
 WITHIN_A_LAYER = {
     ("core", "wire"): "a call carries its request",
+    ("config", "wire"): "what a target can serve",
     ("core", "config"): "a call carries the snapshot it is served under",
     ("limits", "redis_pipe"): "the pipe is the lower half of the limits",
     ("control", "redis_pipe"): "the channel is a hash in Redis",
@@ -143,7 +144,7 @@ def test_every_third_party_package_has_a_home() -> None:
 
 @pytest.mark.parametrize("module", [name for name in ALL if room(name) in ("providers", "dialects", "sse")])
 def test_pure_modules_import_msgspec_and_no_input_or_output(module: str) -> None:
-    pure = {"app", "msgspec", "collections", "enum", "re", "typing", "__future__"}
+    pure = {"app", "msgspec", "collections", "enum", "re", "struct", "typing", "__future__"}
     assert {name.partition(".")[0] for name in imports(ALL[module])} <= pure
 
 

@@ -15,6 +15,7 @@ import app.api
 from app.ambient import Ambient
 from app.api import FrontDoor
 from app.config import Config
+from app.dialects import ROUTES
 from tests.gateway_parts import STREAM, UNENDED, Rooms, ScriptedAnswer, completion, config, request
 from tests.test_auth import KEY, WIDE_KEY
 
@@ -83,7 +84,7 @@ def visit(rooms: Rooms, client: Client, longest_seconds: float = 5.0) -> FrontDo
 
     async def scenario() -> None:
         async with asyncio.timeout(10):
-            await door.chat(client.scope, client.receive, client.send)
+            await door.serve(ROUTES[client.scope["path"]], client.scope, client.receive, client.send)
 
     asyncio.run(scenario())
     return door

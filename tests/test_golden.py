@@ -1,10 +1,11 @@
 """The golden table of the translators: case x provider.
 
-`tests/golden/requests/*.json` are clients' requests; `tests/golden/<kind>/` holds what a vendor of that kind sends:
-`*.json` whole answers, `*.sse` streams, `*.http` errors (status, headers, empty line, body). The fixtures are ours, in
-the shapes of recorded traffic. `tests/golden/<kind>.outcomes.json` is what becomes of each: the request or its refusal,
-what the ledger learns of an answer and, where it is not relayed as it came, the answer as the client gets it.
-`RECORD=1` rewrites it, and the difference is reviewed.
+`tests/golden/requests/*.json` are clients' requests for chat, `tests/golden/embed_requests/*.json` for embeddings;
+`tests/golden/<kind>/` holds what a vendor of that kind sends: `*.json` whole answers, `*.sse` streams, `*.embedded`
+embeddings, `*.http` errors (status, headers, empty line, body). The fixtures are ours, in the shapes of recorded
+traffic. `tests/golden/<kind>.outcomes.json` is what becomes of each: the request or its refusal, what the ledger learns
+of an answer and, where it is not relayed as it came, the answer as the client gets it. `RECORD=1` rewrites it, and the
+difference is reviewed.
 """
 
 from __future__ import annotations
@@ -18,20 +19,21 @@ from typing import Any
 import msgspec
 import pytest
 
-from app.dialects import openai_chat
+from app.dialects import openai_chat, openai_embeddings
 from app.errors import VendorCannot, VendorError, VendorRefused
 from app.providers import PROVIDERS
 from app.providers.translator import Translator
+from app.wire import Request
 from tests.translation import STAMP, read_stream, target
 
 GOLDEN = Path(__file__).parent / "golden"
 Outcome = dict[str, Any]
 
 
-def _request(kind: str, content: bytes) -> Outcome:
+def _request(kind: str, request: Request) -> Outcome:
     translator, at = PROVIDERS[kind], target(kind)
     try:
-        unsigned = translator.chat(openai_chat.read(content), at)
+        unsigned = translator.outgoing(request, at)
     except VendorCannot as error:
         return {"raises": "VendorCannot", "param": error.param}
     outgoing = translator.sign(unsigned, at.provider.credential, STAMP.created)
@@ -58,6 +60,20 @@ def _stream(translator: Translator, content: bytes) -> Outcome:
     return facts | {"frames": [f"{kind} {frame}" for kind, frame in zip(outcome.kinds, frames, strict=False)]}
 
 
+def _embedded(translator: Translator, content: bytes) -> Outcome:
+    """What a client gets that asked for numbers, and one that asked for base64, where it differs."""
+    request = openai_embeddings.read(b'{"model":"embed-small","input":["a","b"]}')
+    try:
+        floats = translator.answer(content, request, STAMP)
+        base64 = translator.answer(content, msgspec.structs.replace(request, encoding="base64"), STAMP)
+    except VendorError as error:
+        return _error(error)
+    facts = _facts(floats, "model", "usage")
+    if floats.body != content:
+        facts |= {"body": floats.body.decode()}
+    return facts if base64.body == floats.body else facts | {"in_base64": base64.body.decode()}
+
+
 def _http(translator: Translator, content: bytes) -> Outcome:
     head, _, body = content.partition(b"\n\n")
     status, *lines = head.decode().splitlines()
@@ -78,14 +94,23 @@ def _facts(of: object, *names: str) -> Outcome:
     return {name: fact for name, fact in facts.items() if fact is not None}
 
 
-READERS: dict[str, Callable[[Translator, bytes], Outcome]] = {".json": _answer, ".sse": _stream, ".http": _http}
+READERS: dict[str, Callable[[Translator, bytes], Outcome]] = {
+    ".json": _answer,
+    ".sse": _stream,
+    ".embedded": _embedded,
+    ".http": _http,
+}
 
 
 @cache
 def outcomes(kind: str) -> dict[str, Outcome]:
-    requests = sorted((GOLDEN / "requests").glob("*.json"))
+    chats = sorted((GOLDEN / "requests").glob("*.json"))
+    embeds = sorted((GOLDEN / "embed_requests").glob("*.json"))
     answers = sorted(path for path in (GOLDEN / kind).iterdir() if path.suffix in READERS)
-    return {f"request {path.stem}": _request(kind, path.read_bytes()) for path in requests} | {
+    requests = {f"request {path.stem}": openai_chat.read(path.read_bytes()) for path in chats} | {
+        f"embed request {path.stem}": openai_embeddings.read(path.read_bytes()) for path in embeds
+    }
+    return {name: _request(kind, request) for name, request in requests.items()} | {
         path.name: READERS[path.suffix](PROVIDERS[kind], path.read_bytes()) for path in answers
     }
 

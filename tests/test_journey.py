@@ -188,7 +188,16 @@ def test_connection_header_that_strips_the_credential_means_401(journey: Journey
 
 def test_models_lists_what_the_tenant_may_use(journey: Journey) -> None:
     listed = [model.id for model in journey.openai().models.list()]
-    assert set(listed) == {"support-fast", "support-quality", "one-target", "quick", "hasty", "unpriced"}
+    assert set(listed) == {
+        "support-fast",
+        "support-quality",
+        "embed-small",
+        "one-target",
+        "quick",
+        "hasty",
+        "unpriced",
+        "embed-chain",
+    }
     narrow = journey.http.get("/v1/models", headers=journey.headers(x_tenant_id="tenant-narrow")).json()
     assert [model["id"] for model in narrow["data"]] == ["support-fast"]
 

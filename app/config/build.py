@@ -214,6 +214,7 @@ def _targets(written: Written, providers: Mapping[str, Provider], faults: Faults
                 price=price or ceiling,
                 priced=price is not None,
                 drop_params=frozenset(target.drop_params),
+                serves=target.serves,
             )
     return targets
 
@@ -229,12 +230,17 @@ def _aliases(written: Written, targets: Mapping[str, Target], timeouts: Timeouts
         if len(set(alias.targets)) != len(alias.targets):
             faults.add(f"{path}.targets", "names a target twice")
         _positive(alias.default_output_tokens, f"{path}.default_output_tokens", faults)
+        chain = tuple(targets[t] for t in alias.targets if t in targets)
+        serves = {target.serves for target in chain}
+        if len(serves) > 1:
+            faults.add(f"{path}.targets", f"the targets serve different things: {', '.join(sorted(serves))}")
         aliases[name] = Alias(
             name=name,
-            targets=tuple(targets[t] for t in alias.targets if t in targets),
+            targets=chain,
             chain=tuple(alias.targets),
             default_output_tokens=alias.default_output_tokens or written.gateway.default_output_tokens,
             timeouts=_timeouts(alias.timeouts, timeouts, f"{path}.timeouts", faults),
+            serves=chain[0].serves if chain else "chat",
         )
     return aliases
 

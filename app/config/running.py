@@ -13,6 +13,7 @@ from app.config.written import (
     WrittenRetry,
     WrittenSpool,
 )
+from app.wire import Operation
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Tenants, features and aliases: no such name can forge a Redis key or a path."""
@@ -84,7 +85,8 @@ class Provider(Struct, frozen=True):
 class Target(Struct, frozen=True):
     """One pinned model at one provider: `name` is `<provider>/<model>` as the chain shows it.
 
-    `drop_params` names the request's members that are left out here where the vendor cannot carry them.
+    `drop_params` names the request's members that are left out here where the vendor cannot carry them. `serves` says
+    what the model is for.
     """
 
     name: str
@@ -93,6 +95,7 @@ class Target(Struct, frozen=True):
     price: Price
     priced: bool
     drop_params: frozenset[str] = frozenset()
+    serves: Operation = "chat"
 
 
 class Timeouts(Struct, frozen=True, gc=False):
@@ -108,13 +111,14 @@ class Timeouts(Struct, frozen=True, gc=False):
 
 
 class Alias(Struct, frozen=True):
-    """What apps ask for: a chain of targets, tried in order."""
+    """What apps ask for: a chain of targets, tried in order. All of them serve the same."""
 
     name: str
     targets: tuple[Target, ...]
     chain: tuple[str, ...]
     default_output_tokens: int
     timeouts: Timeouts
+    serves: Operation = "chat"
 
 
 class Tenant(Struct, frozen=True):

@@ -8,6 +8,8 @@ from typing import Literal
 
 from msgspec import Struct, field
 
+from app.wire import Operation
+
 
 class WrittenProvider(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     kind: Literal["openai", "openai_compatible"]
@@ -19,6 +21,7 @@ class WrittenProvider(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 class WrittenTarget(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     provider: str
     model: str
+    serves: Operation = "chat"
     drop_params: list[str] = []
 
 

@@ -33,30 +33,16 @@ def read(body: bytes) -> ChatRequest:
 
     Raises InvalidRequest.
     """
-    try:
-        body.decode()
-        fields = _members.decode(body)
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"The body is not UTF-8 at byte {error.start}.") from None
-    except msgspec.ValidationError:
-        raise InvalidRequest("The body must be a JSON object.") from None
-    except msgspec.DecodeError as error:
-        raise InvalidRequest(f"The body is not JSON: {error}.") from None
-    except RecursionError:
-        raise InvalidRequest("The body is nested too deeply.") from None
-    if "model" not in fields:
-        raise InvalidRequest("`model` is required: the name of an alias from GET /v1/models.", param="model")
+    fields = members(body)
+    alias = alias_of(fields)
     if memoryview(fields.get("messages", b""))[:1] != b"[":
         raise InvalidRequest("`messages` must be a list.", param="messages")
-    alias = _member(fields, "model", _text)
-    if not NAME.fullmatch(alias):
-        raise InvalidRequest(f"`model` must name an alias: {NAME.pattern}.", param="model")
-    stream = _member(fields, "stream", _flag) or False
-    options = _member(fields, "stream_options", _options) if stream else None
-    output = _member(fields, "max_completion_tokens", _tokens)
+    stream = member(fields, "stream", _flag) or False
+    options = member(fields, "stream_options", _options) if stream else None
+    output = member(fields, "max_completion_tokens", _tokens)
     if output is None:
-        output = _member(fields, "max_tokens", _tokens)
-    choices = _member(fields, "n", _choices)
+        output = member(fields, "max_tokens", _tokens)
+    choices = member(fields, "n", _choices)
     return ChatRequest(
         body=body,
         alias=alias,
@@ -68,7 +54,33 @@ def read(body: bytes) -> ChatRequest:
     )
 
 
-def _member(fields: dict[str, Raw], name: str, shape: msgspec.json.Decoder[T]) -> T | None:
+def members(body: bytes) -> dict[str, Raw]:
+    """The members of a JSON object as the client wrote them. Raises InvalidRequest."""
+    try:
+        body.decode()
+        return _members.decode(body)
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"The body is not UTF-8 at byte {error.start}.") from None
+    except msgspec.ValidationError:
+        raise InvalidRequest("The body must be a JSON object.") from None
+    except msgspec.DecodeError as error:
+        raise InvalidRequest(f"The body is not JSON: {error}.") from None
+    except RecursionError:
+        raise InvalidRequest("The body is nested too deeply.") from None
+
+
+def alias_of(fields: dict[str, Raw]) -> str:
+    """The alias that `model` names. Raises InvalidRequest."""
+    if "model" not in fields:
+        raise InvalidRequest("`model` is required: the name of an alias from GET /v1/models.", param="model")
+    alias = member(fields, "model", _text)
+    if not NAME.fullmatch(alias):
+        raise InvalidRequest(f"`model` must name an alias: {NAME.pattern}.", param="model")
+    return alias
+
+
+def member(fields: dict[str, Raw], name: str, shape: msgspec.json.Decoder[T]) -> T | None:
+    """One member in its shape, None where it is absent. Raises InvalidRequest that names it."""
     written = fields.get(name)
     if written is None:
         return None

@@ -20,12 +20,23 @@ from app.errors import (
     VendorRefused,
     VendorThrottled,
 )
+from app.providers import embed_shape
 from app.providers.translator import Answer, Frame, Kind, Outgoing, Stamp, StreamReader, Translator, split
 from app.sse import FrameSplitter, data_of, event_of
-from app.wire import ChatRequest, OpenAIChunk, OpenAICompletion, OpenAIErrorBody, OpenAIUsage
+from app.wire import (
+    ChatRequest,
+    EmbedRequest,
+    OpenAIChunk,
+    OpenAICompletion,
+    OpenAIEmbeddings,
+    OpenAIErrorBody,
+    OpenAIUsage,
+)
 
 _completion = msgspec.json.Decoder(OpenAICompletion)
 _chunk = msgspec.json.Decoder(OpenAIChunk)
+_embeddings = msgspec.json.Decoder(OpenAIEmbeddings)
+_items = msgspec.json.Decoder(list[dict[str, Raw]])
 _error = msgspec.json.Decoder(OpenAIErrorBody)
 _members = msgspec.json.Decoder(dict[str, Raw])
 _encode = msgspec.json.encode
@@ -125,6 +136,48 @@ def response(body: bytes, stamp: Stamp) -> Answer:
         finish_reason=answer.choices[0].finish_reason,
         text_bytes=0 if usage else sum(len(bytes(choice.message)) for choice in answer.choices),
     )
+
+
+def embed(request: EmbedRequest, target: Target) -> Outgoing:
+    """The client's members as they came; `model` becomes the target's."""
+    fields = {name: value for name, value in request.fields.items() if name not in target.drop_params}
+    return Outgoing(
+        url=target.provider.base_url + "/embeddings",
+        headers=_WHOLE,
+        body=_encode(fields | {"model": target.model}),
+    )
+
+
+def embedded(body: bytes, request: EmbedRequest, stamp: Stamp) -> Answer:
+    """Relays the body; a vendor that writes numbers whatever it is asked for has them turned into base64."""
+    try:
+        answer = _embeddings.decode(body)
+    except _UNREADABLE as error:
+        raise VendorBroke("the vendor's answer is not a list of embeddings") from error
+    if bytes(answer.error) not in _EMPTY:
+        raise error_in_answer(answer.error)
+    if not answer.data:
+        raise VendorBroke("the vendor's answer has no embeddings")
+    if request.encoding == "base64" and any(bytes(one.embedding)[:1] == b"[" for one in answer.data):
+        body = _with_base64(body)
+    usage = answer.usage
+    tokens = None if usage is None else usage.total_tokens if usage.prompt_tokens is None else usage.prompt_tokens
+    return Answer(
+        body=body,
+        model=answer.model,
+        usage=None if tokens is None or not 0 <= tokens <= MAX_TOKENS else Usage(embedding=tokens),
+        finish_reason=None,
+        text_bytes=0,
+    )
+
+
+def _with_base64(body: bytes) -> bytes:
+    members = _members.decode(body)
+    items = _items.decode(members["data"])
+    for item in items:
+        if bytes(item["embedding"])[:1] == b"[":
+            item["embedding"] = Raw(embed_shape.in_base64(item["embedding"]))
+    return _encode(members | {"data": items})
 
 
 def error_in_answer(written: Raw) -> VendorError:
@@ -301,4 +354,6 @@ OPENAI = Translator(
     stream=OpenAIStream,
     error=error,
     request_id_header="x-request-id",
+    embed=embed,
+    embedded=embedded,
 )

@@ -13,9 +13,9 @@ from msgspec import Struct
 
 from app.config import Credential, Target
 from app.core import Usage
-from app.errors import VendorBroke, VendorError
+from app.errors import VendorBroke, VendorCannot, VendorError
 from app.sse import DONE, FrameSplitter
-from app.wire import ChatRequest
+from app.wire import ChatRequest, EmbedRequest, Request
 
 MAX_FRAME_BYTES = 4_194_304
 """One event of a stream beyond this is broken. Images come as one event of a few MB at most."""
@@ -112,6 +112,8 @@ class Translator(Struct, frozen=True):
     response   reads a whole answer; raises VendorError
     stream     a fresh reader for one streamed answer
     error      what an HTTP status with its headers (lower-case names) and body means
+    embed      the vendor's request for embeddings; None where it has none; raises VendorCannot
+    embedded   reads the answer to it; raises VendorError
     request_id_header   where the vendor puts its own request id
     """
 
@@ -121,3 +123,19 @@ class Translator(Struct, frozen=True):
     stream: Callable[[Stamp], StreamReader]
     error: Callable[[int, Mapping[str, str], bytes], VendorError]
     request_id_header: str
+    embed: Callable[[EmbedRequest, Target], Outgoing] | None = None
+    embedded: Callable[[bytes, EmbedRequest, Stamp], Answer] | None = None
+
+    def outgoing(self, request: Request, target: Target) -> Outgoing:
+        """The vendor's request for what the client wants. Raises VendorCannot."""
+        if type(request) is ChatRequest:
+            return self.chat(request, target)
+        if self.embed is None:
+            raise VendorCannot(f"{target.name} has no embeddings; use another model.", param="model")
+        return self.embed(request, target)
+
+    def answer(self, body: bytes, request: Request, stamp: Stamp) -> Answer:
+        """Reads a whole answer to `request`. Raises VendorError."""
+        if type(request) is ChatRequest:
+            return self.response(body, stamp)
+        return self.embedded(body, request, stamp)
