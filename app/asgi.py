@@ -21,7 +21,7 @@ from uvicorn.lifespan.off import LifespanOff
 
 from app import admin, api
 from app.ambient import Ambient
-from app.config import Config, ConfigError, ConfigSource, Secret
+from app.config import Config, ConfigError, ConfigSource, Secret, utc_day
 from app.control import REVOKED, Control, Entry
 from app.gateway import Gateway
 from app.ledger import Spool
@@ -271,6 +271,10 @@ class Replica:
             keys_removed=sorted({id for id, _ in old} - {id for id, _ in new}),
         )
 
+    def _price_age_days(self) -> float:
+        checked = self.source.current.prices_checked_on
+        return 0.0 if checked is None else float((utc_day(self.ambient) - checked).days)
+
     def status(self) -> dict[str, object]:
         """What the admin port's /status says."""
         now = self.ambient.monotonic()
@@ -300,6 +304,7 @@ class Replica:
         gauge("gateway_dependency_up", "1 when the dependency answers.", lambda: self.pipe.up, name="redis")
         gauge("gateway_dependency_changes", "Turns between up and down.", lambda: self.pipe.changes, name="redis")
         gauge("gateway_control_age_seconds", "Since the control channel was read.", lambda: self.control.age_seconds)
+        gauge("gateway_price_age_days", "Days since the oldest price in use was checked.", self._price_age_days)
         gauge("gateway_spool_available", "0 when the spool cannot take rows.", lambda: self.spool.available)
         gauge("gateway_spool_open_intents", "Calls at a vendor.", lambda: self.spool.open_intents)
         gauge(

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import msgspec
 
-from app import keys, money_commands
+from app import keys, money_commands, price_commands
 from app.ambient import Ambient, timestamp
 from app.audit import audit_line
-from app.config import NAME, ConfigError, Secret, load
+from app.config import NAME, ConfigError, Secret, load, price_tables
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     _config_options(check)
 
     _keys_options(command("keys", _keys_list, "Service keys: make, rotate, revoke, list."))
+
+    prices = command("prices", price_commands.list_prices, "What calls cost: the price table in force.")
+    price_commands.add(prices, _config_options)
 
     usage = command("usage", _usage, "A tenant's day, from the ledger in PostgreSQL.")
     usage.add_argument("--tenant", required=True)
@@ -161,9 +164,22 @@ def _check(arguments: argparse.Namespace) -> int:
         f"{len(config.aliases)} aliases, {len(config.tenants)} tenants, {len(config.keys)} keys, "
         f"prices of {config.price_version}."
     )
-    unpriced = sorted({t.name for alias in config.aliases.values() for t in alias.targets if not t.priced})
+    for table in price_tables(arguments.config):
+        if table.stem > config.price_version:  # in force on a later day: its faults would be found at midnight
+            load(
+                arguments.config, arguments.environment, arguments.overlay,
+                require_secrets=False, day=date.fromisoformat(table.stem),
+            )  # fmt: skip
+    unpriced = sorted(
+        f"{target.name} ({target.provider.name} {target.priced_as})"
+        for target in config.targets.values()
+        if not target.priced
+    )
     if unpriced:
-        print(f"Without a price, charged at the ceiling: {', '.join(unpriced)}.")
+        return _fail(
+            f"Without a price, and so charged at the ceiling: {', '.join(unpriced)}. Add them to a price table in "
+            f"{arguments.config / 'prices'}; `gateway prices sync` writes one."
+        )
     return 0
 
 

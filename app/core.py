@@ -18,11 +18,15 @@ GATEWAY_TENANT = "_gateway"
 
 
 class Usage(Struct, frozen=True, gc=False):
-    """Tokens of one call in disjoint classes; their sum is the vendor's total."""
+    """Tokens of one call in disjoint classes; their sum is the vendor's total.
+
+    `cache_write_1h` are Anthropic's cache writes that live for an hour, which cost more than those of 5 minutes.
+    """
 
     input: int = 0
     cache_read: int = 0
     cache_write: int = 0
+    cache_write_1h: int = 0
     audio_input: int = 0
     image_input: int = 0
     output: int = 0
@@ -32,7 +36,9 @@ class Usage(Struct, frozen=True, gc=False):
 
     @property
     def total_input(self) -> int:
-        return self.input + self.cache_read + self.cache_write + self.audio_input + self.image_input
+        return (
+            self.input + self.cache_read + self.cache_write + self.cache_write_1h + self.audio_input + self.image_input
+        )
 
     @property
     def total_output(self) -> int:
@@ -78,12 +84,27 @@ def cost(usage: Usage, price: Price, priced: bool = True) -> Cost:
         input_nanos += (
             _charge(usage.cache_read, price.cache_read)
             + _charge(usage.cache_write, price.cache_write)
+            + _charge(usage.cache_write_1h, price.cache_write_1h)
             + _charge(usage.audio_input, price.audio_input)
             + _charge(usage.image_input, price.image_input)
-            + _charge(usage.embedding, price.input)
+            + _charge(usage.embedding, price.embedding)
         )
         output_nanos += _charge(usage.reasoning, price.reasoning) + _charge(usage.audio_output, price.audio_output)
     return Cost(input_nanos, output_nanos, priced)
+
+
+def charge(usage: Usage, target: Target, tenant_id: str | None, service_tier: str | None, at: float) -> Cost:
+    """What `usage` costs a tenant at a target; `service_tier` as the vendor names it, `at` the call's arrival."""
+    return cost(usage, target.price_for(tenant_id, usage.total_input, service_tier, at), target.priced)
+
+
+def saved_nanos(usage: Usage, target: Target, tenant_id: str | None, at: float) -> int:
+    """What a cache hit saved: the price, at the target that would have been asked, of the answer that was kept.
+
+    Prompt tokens that the vendor had read from or written to its own cache count at what they cost there and then, for
+    nobody knows what they would cost again. Nothing where the price is unknown: a ceiling is no saving.
+    """
+    return charge(usage, target, tenant_id, None, at).total_nanos if target.priced else 0
 
 
 _ZERO = Raw(b"0")
@@ -183,6 +204,7 @@ class LedgerEvent(Struct, frozen=True, kw_only=True):
     cache_kind: str | None = None
     similarity: float | None = None
     saved_usd: Raw = _ZERO
+    service_tier: str | None = None
     error_code: str | None = None
     limit_tripped: str | None = None
     operation: Operation = "chat"
@@ -356,6 +378,7 @@ class Exchange(Struct, kw_only=True, eq=False):
     model_resolved: str | None = None
     vendor_request_id: str | None = None
     finish_reason: str | None = None
+    service_tier: str | None = None
     usage: Usage | None = None
     text_bytes: int = 0
     error: GatewayError | None = None

@@ -21,7 +21,7 @@ from app.core import (
     LedgerEvent,
     Reply,
     Usage,
-    cost,
+    charge,
     estimate,
     event_cost,
     event_usage,
@@ -248,6 +248,7 @@ class Gateway:
         exchange.model_resolved = _word(answer.model)
         exchange.finish_reason = _word(answer.finish_reason)
         exchange.done = True
+        exchange.service_tier = _word(answer.service_tier)
         exchange.usage = answer.usage
         exchange.text_bytes = answer.text_bytes
 
@@ -333,6 +334,7 @@ class Gateway:
         self.settle(exchange)
 
     def _note_stream(self, exchange: Exchange, stream: _Stream, relay_started: float) -> None:
+        exchange.service_tier = _word(stream.reader.service_tier)
         exchange.usage = stream.reader.usage
         exchange.finish_reason = _word(stream.reader.finish_reason)
         exchange.text_bytes = 0 if stream.reader.usage else stream.text_bytes()
@@ -417,7 +419,7 @@ class Gateway:
         else:
             status = _CUT_STATUS[exchange.cut]
         usage, source = self._usage(exchange)
-        charged = Cost() if target is None else cost(usage, target.price, target.priced)
+        charged = self._charge(exchange, usage)
         total = self.ambient.monotonic() - call.started
         return LedgerEvent(
             event_id=call.event_id,
@@ -455,6 +457,7 @@ class Gateway:
             attempts=tuple(exchange.attempts),
             usage_source=source,
             cost_status="none" if source == "none" else "priced" if charged.priced else "unpriced",
+            service_tier=exchange.service_tier,
             error_code=None if error is None else _error_code(error),
             limit_tripped=error.limit if isinstance(error, LimitError) else None,
             operation="chat" if request is None else request.operation,
@@ -476,12 +479,17 @@ class Gateway:
         written = -(-exchange.text_bytes // BYTES_PER_TOKEN)
         return estimate(exchange.request.operation, exchange.input_tokens_estimate, written), "estimated"
 
+    def _charge(self, exchange: Exchange, usage: Usage) -> Cost:
+        """What the call costs its tenant where it went."""
+        tenant, target = exchange.tenant, exchange.target
+        if tenant is None or target is None:
+            return Cost()
+        return charge(usage, target, tenant.id, exchange.service_tier, exchange.call.received_at)
+
     def _intent(self, exchange: Exchange) -> Intent:
         call, request, tenant, target = exchange.call, exchange.request, exchange.tenant, exchange.target
-        reserved = cost(
-            estimate(request.operation, exchange.input_tokens_estimate, exchange.output_tokens_estimate),
-            target.price,
-            target.priced,
+        reserved = self._charge(
+            exchange, estimate(request.operation, exchange.input_tokens_estimate, exchange.output_tokens_estimate)
         )
         return Intent(
             event_id=call.event_id,

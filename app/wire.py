@@ -111,6 +111,7 @@ class OpenAIChunk(Struct):
     model: str | None = None
     choices: list[ChunkChoice] | None = None
     usage: OpenAIUsage | None = None
+    service_tier: Raw = ABSENT
     error: Raw = ABSENT
 
 
@@ -125,6 +126,7 @@ class OpenAICompletion(Struct):
     model: str | None = None
     choices: list[Choice] | None = None
     usage: OpenAIUsage | None = None
+    service_tier: Raw = ABSENT
     error: Raw = ABSENT
 
 

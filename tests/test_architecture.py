@@ -24,8 +24,8 @@ LAYERS = (
     ("providers", "dialects"),
     ("auth", "control", "limits", "redis_pipe", "ledger", "upstream", "http1", "telemetry"),
     ("routing", "gateway"),
-    ("api", "admin", "keys", "ledger_shipper", "archive", "reports"),
-    ("asgi", "cli", "money_commands"),
+    ("api", "admin", "keys", "ledger_shipper", "archive", "reports", "price_sync"),
+    ("asgi", "cli", "money_commands", "price_commands"),
 )
 """The rooms from the ground up: a file imports only from layers before its own."""
 
@@ -42,6 +42,7 @@ WITHIN_A_LAYER = {
     ("reports", "archive"): "reports read what the shipper wrote",
     ("cli", "asgi"): "`gateway serve`",
     ("cli", "money_commands"): "`gateway rollup`, `gateway export`",
+    ("cli", "price_commands"): "`gateway prices`",
 }
 
 HOMES = {
@@ -54,6 +55,7 @@ HOMES = {
     "prometheus_client": {"telemetry"},
     "psycopg": {"archive"},
     "pyarrow": {"reports"},
+    "genai_prices": {"price_sync"},
     "litestar": {"api", "admin", "asgi"},
     "uvicorn": {"asgi"},
     "uvloop": {"asgi"},

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def test_environments_have_the_same_aliases_and_tenants() -> None:
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
 def test_shipped_models_are_pinned_to_a_dated_version(environment: str) -> None:
-    targets = {target for alias in loaded(environment=environment).aliases.values() for target in alias.targets}
+    targets = [target for alias in loaded(environment=environment).aliases.values() for target in alias.targets]
     floating = [t.model for t in targets if t.serves == "chat" and not re.search(r"-20\d\d-\d\d-\d\d$", t.model)]
     assert floating == []
 
@@ -179,10 +180,18 @@ def test_an_alias_s_own_timeouts_are_over_the_gateway_s(tmp_path: Path) -> None:
     assert (timeouts.idle, timeouts.total) == (5.0, made.aliases["support-quality"].timeouts.total)
 
 
-def test_the_newest_price_table_is_used(folder: Path) -> None:
+def test_the_newest_price_table_that_is_not_ahead_is_in_force(folder: Path) -> None:
+    for day in ("2026-12-01", "2026-12-24"):
+        shutil.copy(folder / "prices" / "2026-11-01.yaml", folder / "prices" / f"{day}.yaml")
+    for name in ("notes.yaml", "2026-13-01.yaml"):
+        (folder / "prices" / name).write_text("not a table")
+    in_force = [load(folder, "prod", environ=ENVIRON, day=date(2026, 12, day)).price_version for day in (1, 23, 24)]
+    assert in_force == ["2026-12-01", "2026-12-01", "2026-12-24"]
+
+
+def test_a_clock_before_all_price_tables_has_the_oldest(folder: Path) -> None:
     shutil.copy(folder / "prices" / "2026-11-01.yaml", folder / "prices" / "2026-12-24.yaml")
-    (folder / "prices" / "notes.yaml").write_text("not a table")
-    assert loaded(folder).price_version == "2026-12-24"
+    assert load(folder, "prod", environ=ENVIRON, day=date(1970, 1, 1)).price_version == "2026-11-01"
 
 
 def test_mappings_merge_and_everything_else_is_replaced(tmp_path: Path) -> None:
@@ -223,7 +232,7 @@ def test_an_empty_file_is_a_fault_and_not_a_folder_without_keys(folder: Path) ->
 # --- faults -----------------------------------------------------------------------------------------------------------
 
 FAULTS: dict[str, tuple[str, str]] = {
-    "unknown section": ("alias: {}", "alias: unknown key; known here: aliases, gateway,"),
+    "unknown section": ("alias: {}", "alias: unknown key; known here: aliases, discounts, gateway,"),
     "unknown key": ("gateway: {max_bodybytes: 5}", "gateway.max_bodybytes: unknown key; known here: "),
     "unknown key, deeper": ("gateway: {retry: {tries: 5}}", "gateway.retry.tries: unknown key"),
     "unknown key of an entry": ("tenants: {a: {plan: free, rpn: 5}}", "tenants.a.rpn: unknown key"),

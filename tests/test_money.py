@@ -26,25 +26,8 @@ from tests.ledger_parts import AMBIENT, Postgres, an_event, query, running_postg
 
 TOKENS = st.integers(0, 2_000_000)
 NANOS_PER_MILLION = st.integers(0, 500_000_000_000)
-USAGES = st.builds(
-    Usage,
-    **dict.fromkeys(
-        (
-            "input", "cache_read", "cache_write", "audio_input", "image_input", "output", "reasoning", "audio_output",
-            "embedding",
-        ),
-        TOKENS,
-    ),
-)  # fmt: skip
-PRICES = st.builds(
-    Price,
-    **dict.fromkeys(
-        (
-            "input", "output", "cache_read", "cache_write", "audio_input", "image_input", "reasoning", "audio_output"
-        ),
-        NANOS_PER_MILLION,
-    ),
-)  # fmt: skip
+USAGES = st.builds(Usage, **dict.fromkeys(Usage.__struct_fields__, TOKENS))
+PRICES = st.builds(Price, **dict.fromkeys(Price.__struct_fields__, NANOS_PER_MILLION))
 
 
 def charge(tokens: int, nanos_per_million: int) -> int:
@@ -62,9 +45,10 @@ def test_each_class_is_rounded_once_half_to_even(used: Usage, price: Price) -> N
         charge(used.input, price.input)
         + charge(used.cache_read, price.cache_read)
         + charge(used.cache_write, price.cache_write)
+        + charge(used.cache_write_1h, price.cache_write_1h)
         + charge(used.audio_input, price.audio_input)
         + charge(used.image_input, price.image_input)
-        + charge(used.embedding, price.input)
+        + charge(used.embedding, price.embedding)
     )
     assert charged.output_nanos == (
         charge(used.output, price.output)
@@ -75,7 +59,7 @@ def test_each_class_is_rounded_once_half_to_even(used: Usage, price: Price) -> N
 
 @pytest.mark.parametrize(("nanos_per_million", "charged"), [(500_000, 0), (1_500_000, 2), (2_500_000, 2), (500_001, 1)])
 def test_half_a_nano_dollar_goes_to_the_even_side(nanos_per_million: int, charged: int) -> None:
-    price = Price(nanos_per_million, 0, 0, 0, 0, 0, 0, 0)
+    price = Price(**dict.fromkeys(Price.__struct_fields__, nanos_per_million))
     assert cost(Usage(input=1), price).input_nanos == charged
 
 

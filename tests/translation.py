@@ -12,7 +12,7 @@ from app.errors import VendorError
 from app.providers.translator import Kind, Stamp, Translator
 
 STAMP = Stamp("chatcmpl-1", 1_767_225_600, "model-2026-01-01")
-PRICE = Price(1, 1, 1, 1, 1, 1, 1, 1)
+PRICE = Price(**dict.fromkeys(Price.__struct_fields__, 1))
 
 
 def target(kind: str, model: str = "model-2026-01-01") -> Target:

@@ -4,14 +4,14 @@ Written shape (`written.py`, what people type) and running shape (`running.py`, 
 types. Loading reports every fault at once with its file and path; `ConfigSource` swaps one pointer.
 """
 
-from app.config.reading import FILES, ConfigError
+from app.config.price_table import CLASSES, PriceTable, read_price_table, usd, write_price_table
+from app.config.reading import FILES, ConfigError, price_table, price_tables
 from app.config.running import (
     NAME,
     SERVICE_KEY,
     Alias,
     Config,
     Credential,
-    Price,
     Provider,
     Secret,
     ServiceKey,
@@ -20,11 +20,25 @@ from app.config.running import (
     Tenant,
     Timeouts,
 )
-from app.config.source import ConfigSource, load
-from app.config.written import Written, WrittenDrain, WrittenRedis, WrittenRetry, WrittenSpool
+from app.config.source import ConfigSource, load, utc_day
+from app.config.tariff import Price, Rate, Tariff, Window
+from app.config.written import (
+    Written,
+    WrittenDiscount,
+    WrittenDrain,
+    WrittenLongContext,
+    WrittenPrice,
+    WrittenRate,
+    WrittenRedis,
+    WrittenRetry,
+    WrittenSpool,
+    WrittenWindow,
+)
 
 __all__ = [
-    "FILES", "NAME", "SERVICE_KEY", "Alias", "Config", "ConfigError", "ConfigSource", "Credential", "Price", "Provider",
-    "Secret", "ServiceKey", "Settings", "Target", "Tenant", "Timeouts", "Written", "WrittenDrain", "WrittenRedis",
-    "WrittenRetry", "WrittenSpool", "load",
+    "CLASSES", "FILES", "NAME", "SERVICE_KEY", "Alias", "Config", "ConfigError", "ConfigSource", "Credential", "Price",
+    "PriceTable", "Provider", "Rate", "Secret", "ServiceKey", "Settings", "Target", "Tariff", "Tenant", "Timeouts",
+    "Window", "Written", "WrittenDiscount", "WrittenDrain", "WrittenLongContext", "WrittenPrice", "WrittenRate",
+    "WrittenRedis", "WrittenRetry", "WrittenSpool", "WrittenWindow", "load", "price_table", "price_tables",
+    "read_price_table", "usd", "utc_day", "write_price_table",
 ]  # fmt: skip

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from datetime import date
-from decimal import Decimal
 from typing import TypeVar
 
 import msgspec
 from msgspec import Struct
 
+from app.config.pricing import ceiling, price_targets
 from app.config.reading import Faults, Secrets
 from app.config.running import (
     BASE_URL,
@@ -21,7 +21,6 @@ from app.config.running import (
     Alias,
     Config,
     Credential,
-    Price,
     Provider,
     ServiceKey,
     Settings,
@@ -33,53 +32,10 @@ from app.config.written import (
     Written,
     WrittenGateway,
     WrittenPlan,
-    WrittenPrice,
     WrittenTimeouts,
 )
 
 T = TypeVar("T")
-
-
-MAX_PRICE_USD = 1_000_000
-
-
-def _nanos(usd: Decimal, path: str, faults: Faults) -> int:
-    if not usd.is_finite() or not 0 <= usd <= MAX_PRICE_USD or (nanos := usd * 1_000_000_000) % 1:
-        faults.add(path, f"{usd} is not a price: from 0 to {MAX_PRICE_USD} USD, with at most 9 decimals")
-        return 0
-    return int(nanos)
-
-
-def _price(written: WrittenPrice, path: str, faults: Faults) -> Price:
-    def nanos(name: str, default: Decimal) -> int:
-        value = getattr(written, name)
-        return _nanos(default if value is None else value, f"{path}.{name}", faults)
-
-    return Price(
-        input=nanos("input", written.input),
-        output=nanos("output", written.output),
-        cache_read=nanos("cache_read", written.input),
-        cache_write=nanos("cache_write", written.input),
-        audio_input=nanos("audio_input", written.input),
-        image_input=nanos("image_input", written.input),
-        reasoning=nanos("reasoning", written.output),
-        audio_output=nanos("audio_output", written.output),
-    )
-
-
-def _ceiling(gateway: WrittenGateway, faults: Faults) -> Price:
-    input_nanos = _nanos(gateway.ceiling_input_usd, "gateway.ceiling_input_usd", faults)
-    output_nanos = _nanos(gateway.ceiling_output_usd, "gateway.ceiling_output_usd", faults)
-    return Price(
-        input=input_nanos,
-        output=output_nanos,
-        cache_read=input_nanos,
-        cache_write=input_nanos,
-        audio_input=input_nanos,
-        image_input=input_nanos,
-        reasoning=output_nanos,
-        audio_output=output_nanos,
-    )
 
 
 _DEFAULT_TIMEOUTS = Timeouts(connect=5.0, first_token=60.0, answer=300.0, idle=60.0, total=1800.0)
@@ -149,11 +105,13 @@ def build(
             secrets,
             faults,
         ),
+        targets=targets,
         aliases=aliases,
         tenants=_tenants(written, faults),
         keys=_keys(written, faults),
         global_tpm=written.global_.tpm,
         price_version=price_version,
+        prices_checked_on=min(_checked_on(written), default=None),
     )
 
 
@@ -195,28 +153,36 @@ def _providers(written: Written, secrets: Secrets, faults: Faults) -> dict[str, 
 
 
 def _targets(written: Written, providers: Mapping[str, Provider], faults: Faults) -> dict[str, Target]:
-    ceiling = _ceiling(written.gateway, faults)
-    prices = {
-        (provider, model): _price(price, f"prices.{provider}.{model}", faults)
-        for provider, models in written.prices.items()
-        for model, price in (models or {}).items()
-        if price is not None
-    }
+    at_ceiling = ceiling(written.gateway, faults)
+    prices = price_targets(written, faults)
     targets: dict[str, Target] = {}
     for name, target in _entries(written.targets, TARGET_NAME, "targets", faults):
         _known(target.provider, written.providers, "provider", f"targets.{name}.provider", faults)
         if target.provider in providers:
-            price = prices.get((target.provider, target.model))
+            priced = prices.get(name)
+            tariffs = None if priced is None else priced.tenant_tariffs
             targets[name] = Target(
                 name=name,
                 provider=providers[target.provider],
                 model=target.model,
-                price=price or ceiling,
-                priced=price is not None,
+                price=at_ceiling if priced is None else priced.tariff.rate.price,
+                priced=priced is not None,
+                priced_as=target.priced_as or target.model,
+                tariff=None if priced is None or (priced.tariff.plain and not tariffs) else priced.tariff,
+                tenant_tariffs=tariffs or {},
                 drop_params=frozenset(target.drop_params),
                 serves=target.serves,
             )
     return targets
+
+
+def _checked_on(written: Written) -> Iterator[date]:
+    """When the prices that are in use were checked."""
+    for target in written.targets.values():
+        models = {} if target is None else written.prices.get(target.provider) or {}
+        price = None if target is None else models.get(target.priced_as or target.model)
+        if price is not None:
+            yield price.checked_on
 
 
 def _aliases(written: Written, targets: Mapping[str, Target], timeouts: Timeouts, faults: Faults) -> dict[str, Alias]:

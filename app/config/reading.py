@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import typing
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -22,6 +24,8 @@ FILES = {
     "service_keys.yaml": {"service_keys"},
 }
 """Which sections each file of the configuration folder may hold. An overlay may hold any."""
+
+PRICE_SECTIONS = {"prices", "discounts"}
 
 
 class ConfigError(Exception):
@@ -130,7 +134,28 @@ def kind(value: Any) -> str:
     return "nothing" if value is None else f"a {type(value).__name__}"
 
 
-def read_files(folder: Path, environment: str, overlays: Sequence[Path]) -> list[tuple[str, set[str] | None, bytes]]:
+def price_tables(folder: Path) -> list[Path]:
+    """The price tables, oldest first. A file that is not named by a date is none."""
+    found = []
+    for path in sorted((folder / "prices").glob("????-??-??.yaml")):
+        with contextlib.suppress(ValueError):
+            date.fromisoformat(path.stem)
+            found.append(path)
+    return found
+
+
+def price_table(folder: Path, day: date) -> Path | None:
+    """The table in force on `day`: the newest that is not of a later day.
+
+    Where all are, the clock is wrong or the tables are: then the oldest, for a call has to cost something.
+    """
+    tables = price_tables(folder)
+    return next((table for table in reversed(tables) if table.stem <= day.isoformat()), next(iter(tables), None))
+
+
+def read_files(
+    folder: Path, environment: str, overlays: Sequence[Path], day: date
+) -> list[tuple[str, set[str] | None, bytes]]:
     """Every file as (name, sections it may hold or None, content), in the order of merging."""
     faults: list[str] = []
     files: list[tuple[str, set[str] | None, bytes]] = []
@@ -145,9 +170,9 @@ def read_files(folder: Path, environment: str, overlays: Sequence[Path]) -> list
         if name == "service_keys.yaml" and not (folder / name).exists():
             continue
         read(folder / name, sections, "every configuration folder has one")
-    tables = sorted((folder / "prices").glob("????-??-??.yaml"))
-    if tables:
-        read(tables[-1], {"prices"}, "the newest price table is used")
+    table = price_table(folder, day)
+    if table is not None:
+        read(table, PRICE_SECTIONS, "it is the price table in force")
     else:
         faults.append(f"{folder / 'prices'}: no price table; write one named by its date, such as 2026-11-01.yaml")
     known = sorted(p.stem for p in (folder / "environments").glob("*.yaml"))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from datetime import date
 
 from msgspec import Struct
 
+from app.config.tariff import Price, Tariff
 from app.config.written import (
     WrittenDrain,
     WrittenRedis,
@@ -51,19 +53,6 @@ class Secret:
         return hash(self._value)
 
 
-class Price(Struct, frozen=True, gc=False):
-    """Nano-dollars per million tokens, by usage class."""
-
-    input: int
-    output: int
-    cache_read: int
-    cache_write: int
-    audio_input: int
-    image_input: int
-    reasoning: int
-    audio_output: int
-
-
 class Credential(Struct, frozen=True):
     """What signs a request to a vendor: an API key or bearer token; at AWS the secret access key with its id."""
 
@@ -86,7 +75,8 @@ class Target(Struct, frozen=True):
     """One pinned model at one provider: `name` is `<provider>/<model>` as the chain shows it.
 
     `drop_params` names the request's members that are left out here where the vendor cannot carry them. `serves` says
-    what the model is for.
+    what the model is for. `price` is what calls usually cost; where that depends on the call, `tariff` says on what,
+    and a tenant may have one of its own. `priced_as` is the model's name in the price table.
     """
 
     name: str
@@ -96,6 +86,14 @@ class Target(Struct, frozen=True):
     priced: bool
     drop_params: frozenset[str] = frozenset()
     serves: Operation = "chat"
+    priced_as: str = ""
+    tariff: Tariff | None = None
+    tenant_tariffs: Mapping[str, Tariff] = {}
+
+    def price_for(self, tenant_id: str | None, input_tokens: int, service_tier: str | None, at: float) -> Price:
+        """The price of one call; `at` is when it arrived, unix seconds."""
+        tariff = self.tenant_tariffs.get(tenant_id, self.tariff) if self.tenant_tariffs else self.tariff
+        return self.price if tariff is None else tariff.price(input_tokens, service_tier, at)
 
 
 class Timeouts(Struct, frozen=True, gc=False):
@@ -163,7 +161,10 @@ class Settings(Struct, frozen=True):
 
 
 class Config(Struct, frozen=True):
-    """One immutable snapshot. `keys` is by SHA-256 digest of the whole key; `version` by content."""
+    """One immutable snapshot. `keys` is by SHA-256 digest of the whole key; `version` by content.
+
+    `price_version` is the date of the price table; `prices_checked_on` the oldest check of a price in use.
+    """
 
     version: str
     environment: str
@@ -173,3 +174,5 @@ class Config(Struct, frozen=True):
     keys: Mapping[bytes, ServiceKey]
     global_tpm: int | None
     price_version: str
+    prices_checked_on: date | None = None
+    targets: Mapping[str, Target] = {}

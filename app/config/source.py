@@ -5,10 +5,22 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from datetime import UTC, date, datetime
 from pathlib import Path
 
+from app.ambient import Ambient
 from app.config.build import build
-from app.config.reading import FAULTY, ConfigError, Faults, Secrets, convert, parse, read_files
+from app.config.reading import (
+    FAULTY,
+    PRICE_SECTIONS,
+    ConfigError,
+    Faults,
+    Secrets,
+    convert,
+    parse,
+    price_table,
+    read_files,
+)
 from app.config.running import (
     Config,
 )
@@ -24,18 +36,26 @@ def load(
     *,
     environ: Mapping[str, str] = os.environ,
     require_secrets: bool = True,
+    day: date | None = None,
 ) -> Config:
-    """The configuration in `folder` for `environment`.
+    """The configuration in `folder` for `environment`, with the price table of `day` (today, UTC).
 
     Raises `ConfigError` with every fault. With `require_secrets` False, references that cannot be resolved pass:
     that is how `gateway check` runs where the secrets are not.
     """
-    return _load(folder, environment, overlays, Secrets(environ, require_secrets))[0]
+    return _load(folder, environment, overlays, Secrets(environ, require_secrets), day or utc_day(Ambient()))[0]
 
 
-def _load(folder: Path, environment: str, overlays: Sequence[Path], secrets: Secrets) -> tuple[Config, bytes]:
+def utc_day(ambient: Ambient) -> date:
+    """Today in UTC."""
+    return datetime.fromtimestamp(ambient.now(), UTC).date()
+
+
+def _load(
+    folder: Path, environment: str, overlays: Sequence[Path], secrets: Secrets, day: date
+) -> tuple[Config, bytes]:
     """The snapshot, and a digest of everything it came from, secrets included: that tells whether it is a new one."""
-    files = read_files(folder, environment, overlays)
+    files = read_files(folder, environment, overlays, day)
     faults = Faults()
     merged = parse(files, faults)
     written = convert(merged, Written, "", faults) if not faults.sentences else FAULTY
@@ -45,7 +65,7 @@ def _load(folder: Path, environment: str, overlays: Sequence[Path], secrets: Sec
     for name, _, part in files:
         content.update(f"{Path(name).name}:{len(part)}\n".encode() + part)
     content.update(environment.encode())
-    price_version = next(Path(name).stem for name, sections, _ in files if sections == {"prices"})
+    price_version = next(Path(name).stem for name, sections, _ in files if sections == PRICE_SECTIONS)
     config = build(written, content.hexdigest()[:12], environment, price_version, secrets, faults)
     if faults.sentences:
         raise ConfigError(faults.sentences)
@@ -56,10 +76,21 @@ def _load(folder: Path, environment: str, overlays: Sequence[Path], secrets: Sec
 
 
 class ConfigSource:
-    """Holds the snapshot that new calls get. `reload` swaps it whole, or keeps it and raises."""
+    """Holds the snapshot that new calls get. `reload` swaps it whole, or keeps it and raises.
 
-    def __init__(self, folder: Path, environment: str, overlays: Sequence[Path], environ: Mapping[str, str]) -> None:
+    A price table dated ahead takes effect when its day begins in UTC: that counts as a change.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        environment: str,
+        overlays: Sequence[Path],
+        environ: Mapping[str, str],
+        ambient: Ambient | None = None,
+    ) -> None:
         self._where = (folder, environment, tuple(overlays), environ)
+        self._ambient = ambient or Ambient()
         self._secret_files: tuple[Path, ...] = ()
         self._looked = self._look()
         self.current, self._seen = self._load()
@@ -84,14 +115,14 @@ class ConfigSource:
         folder, environment, overlays, environ = self._where
         secrets = Secrets(environ, True)
         try:
-            return _load(folder, environment, overlays, secrets)
+            return _load(folder, environment, overlays, secrets, utc_day(self._ambient))
         finally:
             if secrets.files:  # other files than before make the next `changed` true: once more, and nothing is missed
                 self._secret_files = tuple(secrets.files)
 
-    def _look(self) -> tuple[tuple[str, int, int, int], ...]:
+    def _look(self) -> tuple[object, ...]:
         folder, _, overlays, _ = self._where
-        seen = []
+        seen: list[object] = [price_table(folder, utc_day(self._ambient))]
         for file in sorted([*folder.glob("*.yaml"), *folder.glob("*/*.yaml"), *overlays, *self._secret_files]):
             try:
                 stat = file.stat()

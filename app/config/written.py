@@ -19,9 +19,12 @@ class WrittenProvider(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class WrittenTarget(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`priced_as` names the entry of the price table where it is not called `model`: an Azure deployment, an alias."""
+
     provider: str
     model: str
     serves: Operation = "chat"
+    priced_as: str | None = None
     drop_params: list[str] = []
 
 
@@ -62,17 +65,56 @@ class WrittenKey(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     revoked: date | None = None
 
 
-class WrittenPrice(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """USD per million tokens. A class without a price costs what its plain class costs."""
+class WrittenClasses(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """USD per million tokens, by usage class."""
 
-    input: Decimal
-    output: Decimal = Decimal(0)
+    input: Decimal | None = None
     cache_read: Decimal | None = None
     cache_write: Decimal | None = None
+    cache_write_1h: Decimal | None = None
     audio_input: Decimal | None = None
     image_input: Decimal | None = None
+    output: Decimal | None = None
     reasoning: Decimal | None = None
     audio_output: Decimal | None = None
+    embedding: Decimal | None = None
+
+
+class WrittenLongContext(WrittenClasses, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What all tokens of a call cost when its input, cached tokens included, is larger than this."""
+
+    above_input_tokens: int
+
+
+class WrittenRate(WrittenClasses, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Prices, and those of calls with a long context. A class left out costs what it costs without this rate."""
+
+    long_context: list[WrittenLongContext] = []
+
+
+class WrittenWindow(WrittenRate, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The rate between two times of the UTC day, "16:30" to "00:30"; the first window that holds applies."""
+
+    from_: str = field(name="from")
+    to: str
+
+
+class WrittenPrice(WrittenRate, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A model's price. A class without one costs what its plain class costs. Service tiers go before windows."""
+
+    service_tiers: dict[str, WrittenRate] = {}
+    windows: list[WrittenWindow] = []
+    source: str
+    checked_on: date
+
+
+class WrittenDiscount(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What was negotiated for a tenant, a target or a provider; where several are named, for calls that meet all."""
+
+    percent: Decimal
+    tenant: str | None = None
+    target: str | None = None
+    provider: str | None = None
     source: str
     checked_on: date
 
@@ -128,3 +170,4 @@ class Written(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     global_: WrittenGlobal = field(default_factory=WrittenGlobal, name="global")
     service_keys: dict[str, WrittenKey] = {}
     prices: dict[str, dict[str, WrittenPrice]]
+    discounts: list[WrittenDiscount] = []

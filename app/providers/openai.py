@@ -38,6 +38,7 @@ _chunk = msgspec.json.Decoder(OpenAIChunk)
 _embeddings = msgspec.json.Decoder(OpenAIEmbeddings)
 _items = msgspec.json.Decoder(list[dict[str, Raw]])
 _error = msgspec.json.Decoder(OpenAIErrorBody)
+_text = msgspec.json.Decoder(str)
 _members = msgspec.json.Decoder(dict[str, Raw])
 _encode = msgspec.json.encode
 _EMPTY = (b"", b"null", b'""', b"[]")
@@ -135,6 +136,7 @@ def response(body: bytes, stamp: Stamp) -> Answer:
         usage=usage,
         finish_reason=answer.choices[0].finish_reason,
         text_bytes=0 if usage else sum(len(bytes(choice.message)) for choice in answer.choices),
+        service_tier=_tier(answer.service_tier),
     )
 
 
@@ -180,6 +182,14 @@ def _with_base64(body: bytes) -> bytes:
     return _encode(members | {"data": items})
 
 
+def _tier(written: Raw) -> str | None:
+    """A service tier that is text: vendors that copy the shape need not copy the type."""
+    try:
+        return _text.decode(written) if bytes(written)[:1] == b'"' else None
+    except _UNREADABLE:
+        return None
+
+
 def error_in_answer(written: Raw) -> VendorError:
     """An error object inside a 200: OpenRouter and Groq report a failure that way, `code` often being a status."""
     error = _decoded_error(written)
@@ -197,12 +207,13 @@ class OpenAIStream(StreamReader):
     scan picks out.
     """
 
-    __slots__ = ("_splitter", "finish_reason", "model", "started", "usage")
+    __slots__ = ("_splitter", "finish_reason", "model", "service_tier", "started", "usage")
 
     def __init__(self, stamp: Stamp) -> None:
         self.usage = None
         self.model = None
         self.finish_reason = None
+        self.service_tier = None
         self.started = False
         self._splitter = FrameSplitter()
 
@@ -231,6 +242,7 @@ class OpenAIStream(StreamReader):
             raise VendorBroke("the vendor sent an event that cannot be decoded") from error
         if chunk.model:
             self.model = chunk.model
+        self.service_tier = _tier(chunk.service_tier) or self.service_tier
         usage = usage_of(chunk.usage)
         if usage is not None:
             self.usage = usage

@@ -44,7 +44,8 @@ class Answer(Struct, frozen=True):
     """A whole answer: `body` in the internal form, and what it tells the ledger.
 
     `usage` is None where the vendor reported none; `text_bytes` is then the size of the text, for an
-    estimate.
+    estimate. `service_tier` is the vendor's word for how it answered (`priority`, `flex`, `batch`), which prices tell
+    apart.
     """
 
     body: bytes
@@ -52,6 +53,7 @@ class Answer(Struct, frozen=True):
     usage: Usage | None
     finish_reason: str | None
     text_bytes: int
+    service_tier: str | None = None
 
 
 class Kind(IntEnum):
@@ -75,6 +77,7 @@ class StreamReader:
     usage: Usage | None = None
     model: str | None = None
     finish_reason: str | None = None
+    service_tier: str | None = None
 
     @property
     def finished(self) -> bool:

@@ -1,0 +1,148 @@
+"""`gateway prices`: what calls cost, and new tables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from datetime import date, timedelta
+from pathlib import Path
+
+import msgspec
+
+from app.ambient import Ambient
+from app.config import (
+    CLASSES,
+    ConfigError,
+    PriceTable,
+    WrittenPrice,
+    load,
+    price_table,
+    price_tables,
+    read_price_table,
+    usd,
+    utc_day,
+    write_price_table,
+)
+from app.price_sync import SyncError, Wanted, sync
+
+STALE = timedelta(days=7)
+"""A price that nobody has checked for longer is said to be old: vendors announce changes a few weeks ahead."""
+
+
+def add(prices: argparse.ArgumentParser, config_options: Callable[[argparse.ArgumentParser], None]) -> None:
+    """The options and actions of `gateway prices`."""
+    prices.set_defaults(run=list_prices)
+    prices.add_argument("--json", action="store_true")
+    config_options(prices)
+    actions = prices.add_subparsers(metavar="ACTION")
+    new = actions.add_parser("sync", help="Write a new price table from genai-prices, and show what changes.")
+    new.set_defaults(run=sync_prices)
+    config_options(new)
+    new.add_argument("--day", type=date.fromisoformat, help="from when it is in force, YYYY-MM-DD (today, UTC)")
+    new.add_argument("--dry-run", action="store_true", help="only show what would change")
+
+
+def list_prices(arguments: argparse.Namespace) -> int:
+    """Every price of the table in force, by provider and model."""
+    today = utc_day(Ambient())
+    path = price_table(arguments.config, today)
+    if path is None:
+        raise ConfigError([f"{arguments.config / 'prices'}: no price table; write one named by its date"])
+    table = read_price_table(path)
+    if arguments.json:
+        sys.stdout.write(_json(path.stem, table))
+        return 0
+    print(f"Prices of {path.stem}, USD per million tokens")
+    later = [other.stem for other in price_tables(arguments.config) if other.stem > max(path.stem, today.isoformat())]
+    if later:
+        print(f"Tables of later days: {', '.join(later)}")
+    for provider, models in sorted(table.prices.items()):
+        for model, price in sorted(models.items()):
+            old = "" if today - price.checked_on <= STALE else ", OLD"
+            print(f"\n{provider} {model}  ({price.source}; checked on {price.checked_on.isoformat()}{old})")
+            for line in _lines(price):
+                print(f"  {line}")
+    if table.discounts:
+        print("\nDiscounts; of those that hold for a call, the first")
+    for discount in table.discounts:
+        whom = ", ".join(
+            f"{what} {name}"
+            for what in ("tenant", "target", "provider")
+            if (name := getattr(discount, what)) is not None
+        )
+        print(f"  {usd(discount.percent)} % for {whom}  ({discount.source})")
+    return 0
+
+
+def _lines(price: WrittenPrice) -> list[str]:
+    lines = [_classes(price)]
+    lines += [f"above {step.above_input_tokens:,} input tokens: {_classes(step)}" for step in price.long_context]
+    for label, rate in [
+        *((f"service tier {name}", rate) for name, rate in price.service_tiers.items()),
+        *((f"{window.from_} to {window.to} UTC", window) for window in price.windows),
+    ]:
+        lines.append(f"{label}: {_classes(rate)}")
+        lines += [f"{label}, above {step.above_input_tokens:,}: {_classes(step)}" for step in rate.long_context]
+    return lines
+
+
+def _classes(written: object) -> str:
+    return ", ".join(f"{name} {usd(value)}" for name in CLASSES if (value := getattr(written, name)) is not None)
+
+
+def _json(version: str, table: PriceTable) -> str:
+    """Prices as JSON numbers in USD per million tokens; what is not set is left out."""
+    encode = msgspec.json.Encoder(decimal_format="number").encode
+    written = json.loads(encode({"version": version, "prices": table.prices, "discounts": table.discounts}))
+    return json.dumps(_set(written), indent=2) + "\n"
+
+
+def _set(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _set(part) for key, part in value.items() if part is not None and part != [] and part != {}}
+    return [_set(part) for part in value] if isinstance(value, list) else value
+
+
+def sync_prices(arguments: argparse.Namespace) -> int:
+    """A new dated table from the library's data. Rows carry a table's name: one that exists is never written over."""
+    today = utc_day(Ambient())
+    day = arguments.day or today
+    config: Path = arguments.config
+    path = config / "prices" / f"{day.isoformat()}.yaml"
+    tables = price_tables(config)
+    if not arguments.dry_run and path.exists():
+        sys.stderr.write(
+            f"{path} exists, and rows may carry its name: give a later day with --day, or correct it by hand.\n"
+        )
+        return 1
+    old = read_price_table(tables[-1]) if tables else PriceTable("", {})
+    configured = load(config, arguments.environment, arguments.overlay, require_secrets=False)
+    wanted = [
+        Wanted(target.provider.name, target.provider.base_url, target.priced_as)
+        for target in configured.targets.values()
+    ]
+    try:
+        synced = sync(old, wanted, min(day, today))
+    except SyncError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    for title, lines in (
+        ("Changed, USD per million tokens:", synced.changes),
+        ("Kept, for the library does not know them; check them yourself:", synced.kept),
+        ("Without a price; add them by hand:", synced.missing),
+    ):
+        if lines:
+            print("\n  ".join([title, *lines]))
+    if not synced.changes:
+        print("No price has changed.")
+    if not arguments.dry_run:
+        path.write_text(write_price_table(synced.table))
+        try:
+            load(config, arguments.environment, arguments.overlay, require_secrets=False, day=day)
+        except ConfigError:
+            path.unlink()
+            raise
+        print(f"Written: {path}, in force from {day.isoformat()} 00:00 UTC.")
+    return 0
