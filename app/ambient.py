@@ -11,6 +11,10 @@ from datetime import UTC, datetime
 _KEY_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
+TIMER_SECONDS = 0.005
+"""The event loop's timers go in steps of a millisecond, and may fire that much early."""
+
+
 class Ambient:
     """The world outside the process, as far as it is not I/O."""
 
@@ -52,6 +56,70 @@ class Ambient:
     def key_secret(self) -> str:
         """The secret part of a service key: 32 random bytes as 43 url-safe characters."""
         return secrets.token_urlsafe(32)
+
+
+class Patience:
+    """How long the current task waits, as a call goes from one wait to the next, with one timer for all of them.
+
+    `asyncio.timeout` makes and drops a timer for each wait, which costs as much as reading a chunk of a stream. Here
+    setting a limit is an assignment; the timer, when it fires too early, is set again.
+
+        patience.limit(seconds)
+        try:
+            await …
+        except CancelledError:
+            if not patience.over():
+                raise
+            …  # the limit passed
+        finally:
+            patience.lift()
+    """
+
+    __slots__ = ("_loop", "_over", "_task", "_timer", "_timer_at", "_until")
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._until: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._over = False
+
+    def limit(self, seconds: float) -> None:
+        """From now on the task is cancelled after `seconds`, until the next `limit` or `lift`."""
+        self._until = until = self._loop.time() + seconds
+        if self._timer is None or until < self._timer_at:
+            self._set(until)
+
+    def lift(self) -> None:
+        self._until = None
+
+    def over(self) -> bool:
+        """Whether the cancellation that the task has just met was the limit's alone; it is taken back then."""
+        over, self._over = self._over, False
+        return over and self._task.uncancel() == 0
+
+    def end(self) -> None:
+        """Drops the timer: nothing is waited for any more."""
+        self._until = None
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _set(self, at: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = at
+        self._timer = self._loop.call_at(at, self._fire)
+
+    def _fire(self) -> None:
+        self._timer = None
+        if self._until is None:
+            return
+        if self._until > self._loop.time() + TIMER_SECONDS:
+            self._set(self._until)
+            return
+        self._over = True
+        self._task.cancel()
 
 
 _second = (0, "")

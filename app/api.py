@@ -9,13 +9,14 @@ import logging
 import re
 from collections.abc import Container, Mapping
 from contextlib import aclosing
+from functools import partial
 
 import msgspec
 from litestar import Litestar, MediaType, Request, Response, get
 from litestar.exceptions import HTTPException
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.ambient import Ambient, timestamp
+from app.ambient import Ambient, Patience, timestamp
 from app.auth import authorize, identify
 from app.config import NAME, Config, ConfigSource, ServiceKey
 from app.core import Call, Cut, Dialect, Exchange
@@ -77,25 +78,28 @@ class FrontDoor:
             return
         fault: GatewayError | None = None
         body: bytes | None = b""
+        patience = Patience()
         try:
-            body = await _body(headers, receive, config.settings.max_body_bytes)
+            body = await _body(headers, receive, config.settings.max_body_bytes, patience)
         except GatewayError as error:
             fault = error
         started = self.ambient.monotonic()  # the upload was the client's time
         call = self._call(config, key, dialect, headers, body or b"", fault, started, received_at)
-        exchange = Exchange(call=call)
+        exchange = Exchange(call=call, patience=patience)
         if body is None:
             exchange.cut = "client_closed"
             with contextlib.suppress(LedgerUnavailable):
                 self.gateway.settle(exchange)
             return
-        await self._send(exchange, receive, send)
+        await self._send(exchange, scope, send)
 
-    async def _send(self, exchange: Exchange, receive: Receive, send: Send) -> None:
+    async def _send(self, exchange: Exchange, scope: Scope, send: Send) -> None:
         """The sending loop. A hang-up or the drain's limit cancels this task; `exchange.cut` says which."""
         task = asyncio.current_task()
         self.in_flight[task] = exchange
-        watcher = asyncio.ensure_future(_watch(receive, exchange, task))
+        scope["hang_up"] = partial(_cut, exchange, task, "client_closed")
+        if "hung_up" in scope:
+            scope["hang_up"]()
         longest = exchange.call.config.settings.longest_seconds + STALLED_SECONDS
         overdue = asyncio.get_running_loop().call_later(longest, _cut, exchange, task, "deadline")
         streaming = False
@@ -128,8 +132,9 @@ class FrontDoor:
             elif exchange.request is not None and exchange.request.stream:
                 await send({"type": "http.response.body", "body": exchange.call.dialect.error_frames(error)})
         finally:
-            watcher.cancel()
+            del scope["hang_up"]
             overdue.cancel()
+            exchange.patience.end()
             del self.in_flight[task]
 
     async def _not_too_soon(self, started: float) -> None:
@@ -229,7 +234,7 @@ def _headers(scope: Scope) -> dict[bytes, str]:
     return {name: value.decode("latin-1") for name, value in reversed(scope["headers"])}
 
 
-async def _body(headers: Mapping[bytes, str], receive: Receive, max_bytes: int) -> bytes | None:
+async def _body(headers: Mapping[bytes, str], receive: Receive, max_bytes: int, patience: Patience) -> bytes | None:
     """The request body, up to `max_bytes`; None when the client hung up. Raises RequestTooLarge, InvalidRequest.
 
     Of a body that is too large as much again is read and dropped: closing on a sender that still writes would reset
@@ -241,18 +246,22 @@ async def _body(headers: Mapping[bytes, str], receive: Receive, max_bytes: int) 
     parts: list[bytes] = []
     size = 0
     message: Message = {"type": "http.request", "more_body": True}
+    patience.limit(UPLOAD_SECONDS)
     try:
-        async with asyncio.timeout(UPLOAD_SECONDS):
-            while message.get("more_body") and size <= 2 * max_bytes:
-                message = await receive()
-                part = message.get("body", b"")
-                size += len(part)
-                if size <= max_bytes:
-                    parts.append(part)
-                else:
-                    parts.clear()
-    except TimeoutError:
+        while message.get("more_body") and size <= 2 * max_bytes:
+            message = await receive()
+            part = message.get("body", b"")
+            size += len(part)
+            if size <= max_bytes:
+                parts.append(part)
+            else:
+                parts.clear()
+    except asyncio.CancelledError:
+        if not patience.over():
+            raise
         raise InvalidRequest(f"The body did not arrive within {UPLOAD_SECONDS:g} s.") from None
+    finally:
+        patience.lift()
     if message["type"] == "http.disconnect":
         return None
     if size > max_bytes:
@@ -262,13 +271,6 @@ async def _body(headers: Mapping[bytes, str], receive: Receive, max_bytes: int) 
 
 def _too_large(max_bytes: int) -> RequestTooLarge:
     return RequestTooLarge(f"The body is above {max_bytes} bytes. Send less, or ask for a higher limit.")
-
-
-async def _watch(receive: Receive, exchange: Exchange, task: asyncio.Task[None]) -> None:
-    """Waits for the client to hang up, and ends the call then, unless its row is written already."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    _cut(exchange, task, "client_closed")
 
 
 def _cut(exchange: Exchange, task: asyncio.Task[None], why: Cut) -> bool:

@@ -18,6 +18,7 @@ import uvloop
 from litestar.types import ASGIApp
 from msgspec import Struct
 from uvicorn.lifespan.off import LifespanOff
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app import admin, api
 from app.ambient import Ambient
@@ -327,10 +328,24 @@ class Replica:
         gauge("gateway_ledger_dead_letters", "Undecodable lines set aside.", lambda: shipper.status.dead_letters)
 
 
+class _Protocol(HttpToolsProtocol):
+    """uvicorn's protocol, which tells a call at once that its client is gone.
+
+    ASGI has a call wait for that in a task of its own: a tenth of the time of a call that has nothing else to wait for.
+    """
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        if self.scope is not None:
+            self.scope["hung_up"] = True
+            if hang_up := self.scope.get("hang_up"):
+                hang_up()
+
+
 def _server(app: ASGIApp, host: str, port: int) -> uvicorn.Server:
     """uvicorn under our own signals and lifespan: hang-ups and the drain are ours to decide."""
     config = uvicorn.Config(
-        app, host=host, port=port, loop="none", http="httptools", ws="none", lifespan="off", interface="asgi3",
+        app, host=host, port=port, loop="none", http=_Protocol, ws="none", lifespan="off", interface="asgi3",
         proxy_headers=False, server_header=False, date_header=False, access_log=False, log_config=None,
         timeout_keep_alive=75, backlog=4096,
     )  # fmt: skip

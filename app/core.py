@@ -7,6 +7,7 @@ from typing import Literal
 
 from msgspec import Raw, Struct, field
 
+from app.ambient import Patience
 from app.config import Config, Price, ServiceKey, Target, Tenant
 from app.errors import GatewayError
 from app.wire import Operation, Request
@@ -359,11 +360,13 @@ class Exchange(Struct, kw_only=True, eq=False):
     """The notes on one call: the only mutable record. Written along the journey, read once at settlement.
 
     `done` is set where an answer was good to its end: what is neither done, cut nor an error is a defect.
-    `cut` says who ended the call before its answer did; whoever cancels the task sets it first.
+    `cut` says who ended the call before its answer did; whoever cancels the task sets it first. `patience` cancels it
+    too, where a vendor does not answer in time.
     `text_bytes` is the size of the answer's text, for an estimate where the vendor reported no usage.
     """
 
     call: Call
+    patience: Patience
     request: Request | None = None
     tenant: Tenant | None = None
     reservation: Reservation | None = None

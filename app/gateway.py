@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 import msgspec
 
-from app.ambient import Ambient
+from app.ambient import TIMER_SECONDS, Ambient
 from app.auth import allow, authorize
 from app.config import Alias, Target
 from app.core import (
@@ -54,8 +54,6 @@ BLOB_TOKENS = 1024
 MAX_ANSWER_BYTES = 67_108_864
 """A vendor's unary answer beyond this is broken: it would be held in memory whole."""
 MAX_ERROR_BYTES = 65_536
-TIMER_SECONDS = 0.005
-"""The event loop's timers go in steps of a millisecond, and may fire that much early."""
 KEPT_BYTES = 8_192
 """How much of a stream's frames is kept to estimate its tokens if the client hangs up; beyond it, extrapolated."""
 
@@ -197,28 +195,30 @@ class Gateway:
         limit = limits.first_token if request.stream else limits.answer
         answer: VendorAnswer | None = None
         outcome = "cancelled"
+        exchange.patience.limit(min(limit, deadline - started))
         try:
-            async with asyncio.timeout(min(limit, deadline - started)):
-                answer = await self.upstream.open(outgoing, limits.connect)
-                if not 200 <= answer.status < 300:
-                    raise translator.error(answer.status, answer.headers, await answer.read(MAX_ERROR_BYTES))
-                exchange.vendor_request_id = _word(answer.headers.get(translator.request_id_header))
-                if request.stream:
-                    stream = _Stream(
-                        translator.stream(stamp),
-                        call.config.settings.start_buffer_bytes,
-                        withhold_usage=not request.include_usage,
-                    )
-                    await stream.begin(answer)
-                    exchange.first_token = self.ambient.monotonic()
-                    exchange.model_resolved = _word(stream.reader.model)
-                    outcome = "success"
-                    return answer, stream
-                whole = translator.answer(await answer.read(MAX_ANSWER_BYTES), request, stamp)
-                self._note_answer(exchange, whole)
+            answer = await self.upstream.open(outgoing, limits.connect)
+            if not 200 <= answer.status < 300:
+                raise translator.error(answer.status, answer.headers, await answer.read(MAX_ERROR_BYTES))
+            exchange.vendor_request_id = _word(answer.headers.get(translator.request_id_header))
+            if request.stream:
+                stream = _Stream(
+                    translator.stream(stamp),
+                    call.config.settings.start_buffer_bytes,
+                    withhold_usage=not request.include_usage,
+                )
+                await stream.begin(answer)
+                exchange.first_token = self.ambient.monotonic()
+                exchange.model_resolved = _word(stream.reader.model)
                 outcome = "success"
-                return answer, whole.body
-        except TimeoutError:
+                return answer, stream
+            whole = translator.answer(await answer.read(MAX_ANSWER_BYTES), request, stamp)
+            self._note_answer(exchange, whole)
+            outcome = "success"
+            return answer, whole.body
+        except asyncio.CancelledError:
+            if not exchange.patience.over():
+                raise
             outcome = VendorTimeout.fault
             raise VendorTimeout("the vendor did not answer in time") from None
         except VendorError as error:
@@ -226,6 +226,7 @@ class Gateway:
             self.telemetry.vendor_error(target.provider.name, error)
             raise
         finally:
+            exchange.patience.lift()
             ended = self.ambient.monotonic()
             exchange.provider_seconds += ended - started
             exchange.attempts.append(
@@ -287,6 +288,7 @@ class Gateway:
         """
         deadline = exchange.call.started + alias.timeouts.total
         relay_started = self.ambient.monotonic()
+        patience = exchange.patience
         try:
             while True:
                 ready, done = stream.take()
@@ -297,10 +299,14 @@ class Gateway:
                     return
                 if ready:
                     yield ready
-                wait = min(alias.timeouts.idle, deadline - self.ambient.monotonic())
-                async with asyncio.timeout(wait):
-                    await stream.more(answer)
-        except TimeoutError:
+                patience.limit(min(alias.timeouts.idle, deadline - self.ambient.monotonic()))
+                await stream.more(answer)
+                patience.lift()
+        except asyncio.CancelledError:  # hang-up, drain or our own patience
+            if not patience.over():
+                if exchange.event is None:
+                    self._note_stream(exchange, stream, relay_started)  # what was relayed is charged
+                raise
             if self.ambient.monotonic() >= deadline - TIMER_SECONDS:
                 error: GatewayError = sum_up([], True)
             else:
@@ -310,10 +316,11 @@ class Gateway:
             error = sum_up([fault], False)
         except LedgerUnavailable as fault:
             error = fault
-        except BaseException:  # hang-up or drain: what was relayed is charged
+        except BaseException:  # a defect, or a reader that went away: what was relayed is charged
             if exchange.event is None:
                 self._note_stream(exchange, stream, relay_started)
             raise
+        patience.lift()
         exchange.error = error
         exchange.done = False
         last = exchange.attempts[-1]

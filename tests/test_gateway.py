@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from app.core import Cut, Exchange, Reply
+from app.ambient import Patience
+from app.core import Call, Cut, Exchange, Reply
 from app.errors import RequestTooLarge, VendorBroke, VendorFailed
 from tests.gateway_parts import (
     DONE,
@@ -49,8 +50,9 @@ def rooms(tmp_path: Path) -> Iterator[Make]:
         each.spool.close()
 
 
-async def sent(rooms: Rooms, exchange: Exchange, out: list[bytes]) -> Reply:
-    """Serves a call as the front door does; `out` gets each part of the body."""
+async def sent(rooms: Rooms, call: Call, out: list[bytes], why: Cut | None = None) -> Reply:
+    """Serves a call as the front door does; `out` gets each part of the body. `why` is who would cancel it."""
+    exchange = Exchange(call=call, patience=Patience(), cut=why)
     async with rooms.gateway.serve(exchange) as reply:
         if reply.frames is None:
             out.append(reply.first)
@@ -64,7 +66,7 @@ async def sent(rooms: Rooms, exchange: Exchange, out: list[bytes]) -> Reply:
 def serve(rooms: Rooms, body: bytes, **fields: Any) -> tuple[Reply, bytes]:
     """The reply to a call, and its whole body."""
     out: list[bytes] = []
-    reply = asyncio.run(sent(rooms, Exchange(call=call(body, rooms.ambient, **fields)), out))
+    reply = asyncio.run(sent(rooms, call(body, rooms.ambient, **fields), out))
     return reply, b"".join(out)
 
 
@@ -72,10 +74,9 @@ def hang_up(rooms: Rooms, body: bytes, why: Cut = "client_closed") -> type[BaseE
     """Cancels a stream once its first part is out; returns what the task ended with."""
 
     async def scenario() -> type[BaseException] | None:
-        exchange, out = Exchange(call=call(body, rooms.ambient)), []
-        task = asyncio.ensure_future(sent(rooms, exchange, out))
+        out: list[bytes] = []
+        task = asyncio.ensure_future(sent(rooms, call(body, rooms.ambient), out, why))
         await until(lambda: bool(out))
-        exchange.cut = why
         task.cancel()
         await asyncio.wait({task})
         return asyncio.CancelledError if task.cancelled() else type(task.exception())
@@ -115,7 +116,7 @@ def test_a_defect_in_what_sends_the_reply_leaves_one_row_that_says_so(rooms: Mak
     at = rooms(ScriptedAnswer(STREAM[0], UNENDED))
 
     async def scenario() -> None:
-        async with at.gateway.serve(Exchange(call=call(STREAMED, at.ambient))):
+        async with at.gateway.serve(Exchange(call=call(STREAMED, at.ambient), patience=Patience())):
             raise TypeError("defect")
 
     with pytest.raises(TypeError, match="defect"):
