@@ -199,7 +199,7 @@ class Gateway:
         try:
             answer = await self.upstream.open(outgoing, limits.connect)
             if not 200 <= answer.status < 300:
-                raise translator.error(answer.status, answer.headers, await answer.read(MAX_ERROR_BYTES))
+                raise translator.error(answer.status, answer.headers, await _error_body(answer))
             exchange.vendor_request_id = _word(answer.headers.get(translator.request_id_header))
             if request.stream:
                 stream = _Stream(
@@ -604,6 +604,14 @@ class _Stream:
 
 
 _CUT_STATUS = {"client_closed": "client_closed", "deadline": "timeout", "drain": "interrupted", None: "interrupted"}
+
+
+async def _error_body(answer: VendorAnswer) -> bytes:
+    """What a vendor says of its failure; nothing where that is cut or too large, as the status says enough."""
+    try:
+        return await answer.read(MAX_ERROR_BYTES)
+    except VendorBroke:
+        return b""
 
 
 def _word(text: str | None) -> str | None:

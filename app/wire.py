@@ -86,6 +86,7 @@ class OpenAIErrorBody(Struct):
     type: str | None = None
     param: str | None = None
     code: str | int | None = None
+    metadata: Raw = ABSENT
 
 
 class Delta(Struct):

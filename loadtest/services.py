@@ -247,15 +247,22 @@ def section(config: Path, environment: str, file: str, name: str) -> dict[str, d
     return entries
 
 
-def providers_without_key(config: Path, environment: str, environ: Mapping[str, str]) -> list[str]:
-    """The providers whose key refers to an unset variable: the simulator takes their place. In `ci`, all."""
+SIMULATED_PATHS = {"openai": "/v1", "openai_compatible": "/v1"}
+"""Of the simulator's addresses, what follows the provider's name; nothing for kinds that are not here."""
+
+
+def providers_without_key(config: Path, environment: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """The providers whose key refers to an unset variable: the simulator takes their place. In `ci`, all.
+
+    Each with its path at the simulator.
+    """
     providers = section(config, environment, "gateway_models.yaml", "providers")
     references = {name: str(entry.get("api_key", "")) for name, entry in providers.items()}
-    return [
-        name
+    return {
+        name: f"/{name}{SIMULATED_PATHS.get(str(providers[name].get('kind')), '')}"
         for name, reference in references.items()
         if environment == "ci" or (reference.startswith("env:") and not environ.get(reference[4:]))
-    ]
+    }
 
 
 # --- small things ---------------------------------------------------------------------------------------------------

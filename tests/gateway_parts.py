@@ -14,7 +14,7 @@ from app.ambient import Ambient, timestamp
 from app.config import Alias, Config, ServiceKey, Tenant, Timeouts, WrittenRetry, WrittenSpool
 from app.core import Call, Exchange, LedgerEvent, Reservation
 from app.dialects import ROUTES
-from app.errors import GatewayError, LedgerUnavailable, VendorError
+from app.errors import GatewayError, LedgerUnavailable, VendorBroke, VendorError
 from app.gateway import Gateway
 from app.ledger import Spool, read_lines
 from app.providers.translator import Outgoing
@@ -118,6 +118,8 @@ class ScriptedAnswer:
         whole = b""
         while (part := await self.chunk()) is not None:
             whole += part
+            if len(whole) > max_bytes:
+                raise VendorBroke("the vendor's answer is too large")
         return whole
 
     async def close(self, ended: bool = False) -> None:
@@ -191,6 +193,9 @@ class KeptTelemetry:
         self.audited.append((who, action, what))
 
     def vendor_error(self, *_: object) -> None:
+        pass
+
+    def target_misconfigured(self, *_: object) -> None:
         pass
 
     def fell_back(self, *_: object) -> None:

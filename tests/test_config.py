@@ -270,7 +270,7 @@ FAULTS: dict[str, tuple[str, str]] = {
         f"service_keys: {{k3f9a0b1c2d4: {{digest: '{DIGEST}', service: s, tenants: [x]}}}}",
         "service_keys.k3f9a0b1c2d4.tenants: no tenant 'x'; known: acme-corp",
     ),
-    "unknown kind": ("providers: {openai: {kind: x}}", "providers.openai.kind: expected one of openai, openai_compat"),
+    "unknown kind": ("providers: {openai: {kind: x}}", "providers.openai.kind: expected one of openai, azure"),
     "no target": ("aliases: {a: {targets: []}}", "aliases.a.targets: needs at least one target"),
     "a target twice": ("aliases: {a: {targets: [openai/gpt-4o, openai/gpt-4o]}}", "aliases.a.targets: names a target"),
     "a limit of zero": ("plans: {a: {rpm: 0}}", "plans.a.rpm: must be above 0; leave it out for no limit"),

@@ -14,6 +14,7 @@ import pytest
 from app.ambient import Patience
 from app.core import Call, Cut, Exchange, Reply
 from app.errors import RequestTooLarge, VendorBroke, VendorFailed
+from app.gateway import MAX_ERROR_BYTES
 from tests.gateway_parts import (
     DONE,
     STREAM,
@@ -175,6 +176,18 @@ def test_a_broken_stream_whose_row_cannot_be_written_still_ends_with_one_error_e
 def test_a_cancellation_is_not_replaced_by_the_spools_failure(rooms: Make) -> None:
     at = rooms(ScriptedAnswer(STREAM[0], UNENDED), spool=FailingSpool)
     assert hang_up(at, STREAMED) is asyncio.CancelledError
+
+
+# --- a vendor's error -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [[b"x" * (MAX_ERROR_BYTES + 1)], [VendorBroke("cut")]], ids=["too large", "cut"])
+def test_an_error_whose_body_cannot_be_read_is_classed_by_its_status(rooms: Make, parts: list[Any]) -> None:
+    at = rooms(ScriptedAnswer(*parts, status=401))
+    reply, _ = serve(at, UNARY)
+    row = at.row()
+    assert (reply.status, row["error_code"]) == (502, "upstream_misconfigured")
+    assert [(attempt["outcome"], attempt["status"]) for attempt in row["attempts"]] == [("misconfigured", 401)]
 
 
 # --- closing the vendor's answer --------------------------------------------------------------------------------------

@@ -419,6 +419,11 @@ def test_every_status_is_classed(status: int) -> None:
         ({"retry-after": "inf"}, None),
         ({"retry-after": "soon"}, None),
         ({"retry-after": "99999999"}, None),
+        ({"retry-after": "Thu, 01 Jan 2026 00:00:07 GMT", "date": "Thu, 01 Jan 2026 00:00:00 GMT"}, 7.0),
+        ({"retry-after": "Thu, 01 Jan 2026 00:00:00 GMT", "date": "Thu, 01 Jan 2026 00:00:07 GMT"}, None),
+        ({"retry-after": "Thu, 01 Jan 2026 00:00:07 GMT"}, None),
+        ({"retry-after": "Thu, 01 Jan 2026 00:00:07 GMT", "date": "now"}, None),
+        ({"retry-after": "Thu, 01 Jan 2026 00:00:07", "date": "Thu, 01 Jan 2026 00:00:00 GMT"}, None),
     ],
 )
 def test_the_wait_that_a_vendor_asks_for(headers: dict[str, str], seconds: float | None) -> None:

@@ -10,6 +10,7 @@ from app.config import Credential, Price, Provider, Secret, Target
 from app.core import Usage
 from app.errors import VendorError
 from app.providers.translator import Kind, Stamp, Translator
+from app.vendors import KINDS
 
 STAMP = Stamp("chatcmpl-1", 1_767_225_600, "model-2026-01-01")
 PRICE = Price(**dict.fromkeys(Price.__struct_fields__, 1))
@@ -17,8 +18,9 @@ PRICE = Price(**dict.fromkeys(Price.__struct_fields__, 1))
 
 def target(kind: str, model: str = "model-2026-01-01") -> Target:
     """A target at a vendor of that kind; its credential is `vendor-key`."""
+    version = "2024-10-21" if KINDS[kind].versioned else None
     provider = Provider(
-        kind, kind, f"https://{kind.replace('_', '-')}.example/v1", Credential(Secret("vendor-key")), "eu"
+        kind, kind, f"https://{kind.replace('_', '-')}.example/v1", Credential(Secret("vendor-key")), "eu", version
     )
     return Target(f"{kind}/{model}", provider, model, PRICE, True)
 

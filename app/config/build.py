@@ -13,6 +13,7 @@ from msgspec import Struct
 from app.config.pricing import ceiling, price_targets
 from app.config.reading import Faults, Secrets
 from app.config.running import (
+    API_VERSION,
     BASE_URL,
     DIGEST,
     KEY_ID,
@@ -22,6 +23,7 @@ from app.config.running import (
     Config,
     Credential,
     Provider,
+    Secret,
     ServiceKey,
     Settings,
     Target,
@@ -32,8 +34,10 @@ from app.config.written import (
     Written,
     WrittenGateway,
     WrittenPlan,
+    WrittenProvider,
     WrittenTimeouts,
 )
+from app.vendors import COMPATIBLE, COMPATIBLE_KIND, KINDS, Vendor
 
 T = TypeVar("T")
 
@@ -140,16 +144,47 @@ def _settings(gateway: WrittenGateway, longest_seconds: float, secrets: Secrets,
 
 
 def _providers(written: Written, secrets: Secrets, faults: Faults) -> dict[str, Provider]:
-    return {
-        name: Provider(
+    used = _used(written)
+    providers: dict[str, Provider] = {}
+    for name, provider in _entries(written.providers, NAME, "providers", faults):
+        path = f"providers.{name}"
+        vendor = _vendor(provider, path, faults)
+        base_url = provider.base_url or vendor.base_url
+        if base_url is None:
+            faults.add(f"{path}.base_url", "is required: each installation of this kind has an address of its own")
+        if provider.api_version is not None and not (vendor.versioned and API_VERSION.fullmatch(provider.api_version)):
+            faults.add(f"{path}.api_version", f"is for kind azure, and matches {API_VERSION.pattern}")
+        secret = Secret("")
+        if provider.api_key is not None:
+            secret = secrets.resolve(provider.api_key, f"{path}.api_key", faults, needed=name in used)
+        elif not vendor.keyless:
+            faults.add(f"{path}.api_key", "is required")
+        providers[name] = Provider(
             name=name,
-            kind=provider.kind,
-            base_url=_base_url(provider.base_url, f"providers.{name}.base_url", faults),
-            credential=Credential(secrets.resolve(provider.api_key, f"providers.{name}.api_key", faults)),
+            kind=provider.vendor or provider.kind,
+            base_url=_base_url(base_url or "https://none", f"{path}.base_url", faults),
+            credential=Credential(secret),
             region=provider.region,
+            api_version=provider.api_version,
         )
-        for name, provider in _entries(written.providers, NAME, "providers", faults)
-    }
+    return providers
+
+
+def _used(written: Written) -> frozenset[str]:
+    """The providers that an alias may ask: only they need their secrets, so that the others can stand there unused."""
+    targets = [name for alias in written.aliases.values() if alias is not None for name in alias.targets]
+    found = [written.targets.get(name) for name in targets]
+    return frozenset(target.provider for target in found if target is not None)
+
+
+def _vendor(provider: WrittenProvider, path: str, faults: Faults) -> Vendor:
+    """What is known of the provider's kind, or of the vendor that it names."""
+    if provider.vendor is None:
+        return KINDS[provider.kind]
+    if provider.kind != COMPATIBLE_KIND:
+        faults.add(f"{path}.vendor", f"is for kind {COMPATIBLE_KIND}")
+    _known(provider.vendor, COMPATIBLE, "vendor", f"{path}.vendor", faults)
+    return COMPATIBLE.get(provider.vendor, KINDS[provider.kind])
 
 
 def _targets(written: Written, providers: Mapping[str, Provider], faults: Faults) -> dict[str, Target]:
@@ -159,6 +194,9 @@ def _targets(written: Written, providers: Mapping[str, Provider], faults: Faults
     for name, target in _entries(written.targets, TARGET_NAME, "targets", faults):
         _known(target.provider, written.providers, "provider", f"targets.{name}.provider", faults)
         if target.provider in providers:
+            provider = written.providers[target.provider]
+            if provider is not None and KINDS[provider.kind].versioned and not NAME.fullmatch(target.model):
+                faults.add(f"targets.{name}.model", f"is the name of a deployment and matches {NAME.pattern}")
             priced = prices.get(name)
             tariffs = None if priced is None else priced.tenant_tariffs
             targets[name] = Target(

@@ -221,22 +221,24 @@ class Secrets:
         self.read: list[bytes] = []
         self.files: list[Path] = []
 
-    def resolve(self, reference: str, path: str, faults: Faults) -> Secret:
+    def resolve(self, reference: str, path: str, faults: Faults, needed: bool = True) -> Secret:
+        """Where it is not `needed`, what cannot be found is an empty secret and no fault."""
+        require = self.require and needed
         scheme, _, name = reference.partition(":")
         value = ""
         if scheme == "env" and name:
             value = self.environ.get(name, "")
-            if not value and self.require:
+            if not value and require:
                 faults.add(path, f"the environment variable {name} is not set")
         elif scheme == "file" and name:
             self.files.append(Path(name))
             try:
                 value = Path(name).read_text().strip()
             except (OSError, ValueError):
-                if self.require:
+                if require:
                     faults.add(path, f"the file {name} cannot be read")
             else:
-                if not value and self.require:
+                if not value and require:
                     faults.add(path, f"the file {name} is empty")
         else:
             faults.add(path, "a secret is a reference, env:NAME or file:/path, never the value itself")

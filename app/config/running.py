@@ -27,6 +27,7 @@ BASE_URL = re.compile(
     r"https?://(?:[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})*\.?|\[[0-9a-fA-F:]+\])"
     r"(?::(?P<port>\d{1,5}))?(?:/[A-Za-z0-9._~/-]*)?"
 )
+API_VERSION = re.compile(r"20\d\d-\d\d-\d\d(-preview)?")
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -62,13 +63,14 @@ class Credential(Struct, frozen=True):
 
 
 class Provider(Struct, frozen=True):
-    """A vendor's endpoint. `base_url` has no trailing slash."""
+    """A vendor's endpoint. `kind` is its translator's name, `base_url` has no trailing slash."""
 
     name: str
     kind: str
     base_url: str
     credential: Credential
     region: str | None
+    api_version: str | None = None
 
 
 class Target(Struct, frozen=True):

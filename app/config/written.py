@@ -12,9 +12,11 @@ from app.wire import Operation
 
 
 class WrittenProvider(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    kind: Literal["openai", "openai_compatible"]
-    base_url: str
-    api_key: str
+    kind: Literal["openai", "azure", "openai_compatible"]
+    vendor: str | None = None
+    base_url: str | None = None
+    api_key: str | None = None
+    api_version: str | None = None
     region: str | None = None
 
 

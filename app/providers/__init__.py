@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from app.providers.azure import AZURE
 from app.providers.openai import OPENAI
+from app.providers.openai_compatible import compatible
 from app.providers.translator import Translator
+from app.vendors import COMPATIBLE, KINDS
 
 PROVIDERS: dict[str, Translator] = {
     "openai": OPENAI,
-    "openai_compatible": OPENAI,
+    "azure": AZURE,
+    "openai_compatible": compatible(KINDS["openai_compatible"]),
+    **{name: compatible(vendor) for name, vendor in COMPATIBLE.items()},
 }
+"""By `Provider.kind`."""

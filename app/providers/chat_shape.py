@@ -7,7 +7,8 @@ vLLM), `reasoning_details` for what a vendor wants back unchanged (OpenRouter: `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import msgspec
 from msgspec import Raw, Struct
@@ -16,10 +17,11 @@ from app.config import Target
 from app.core import Usage
 from app.errors import InvalidRequest, VendorCannot
 from app.providers.translator import Stamp
-from app.sse import frame
+from app.sse import FrameSplitter, data_of, frame
 from app.wire import AllowedTools, ChatBody, ChatRequest, ToolSubset
 
 _encode = msgspec.json.encode
+_decode = msgspec.json.decode
 _body = msgspec.json.Decoder(ChatBody)
 
 NEUTRAL = {
@@ -33,6 +35,7 @@ NEUTRAL = {
     "service_tier": (b'"auto"', b'"default"'),
     "modalities": (b'["text"]',),
     "tools": (b"[]",),
+    "tool_choice": (b'"auto"',),
     "stop": (b"[]",),
 }
 """Values that ask for what happens anyway: they pass where the parameter cannot be carried. So does null everywhere."""
@@ -49,10 +52,9 @@ def read(request: ChatRequest, target: Target, carried: frozenset[str]) -> ChatB
     if dropped:
         fields = {name: value for name, value in fields.items() if name not in dropped}
     for name, value in fields.items():
-        if name not in carried and name not in ("model", "stream", "stream_options"):
-            written = bytes(value)
-            if written != b"null" and b"".join(written.split()) not in NEUTRAL.get(name, ()):
-                raise cannot(name, target)
+        known = name in carried or name in ("model", "stream", "stream_options")
+        if not known and not asks_nothing(name, value):
+            raise cannot(name, target)
     body = request.body if not dropped else _encode(fields)
     try:
         typed = _body.decode(body)
@@ -68,12 +70,39 @@ def _narrowed(body: ChatBody, allowed: ToolSubset) -> ChatBody:
     return msgspec.structs.replace(body, tools=tools, tool_choice=allowed.mode)
 
 
+def asks_nothing(name: str, value: Raw) -> bool:
+    """Whether a member asks for what happens without it."""
+    written = bytes(value)
+    return written == b"null" or b"".join(written.split()) in NEUTRAL.get(name, ())
+
+
 def cannot(param: str, target: Target, why: str = "") -> VendorCannot:
     """The refusal of a parameter that the target's vendor has no equivalent for; only top-level ones can be dropped."""
     act = "Leave it out, or use another model"
     if param.isidentifier():
         act += "; the platform team may name it in the target's `drop_params`"
     return VendorCannot(f"`{param}` cannot be carried to {target.name}{': ' + why if why else ''}. {act}.", param=param)
+
+
+def rewritten(body: bytes, change: Callable[[dict[str, Any]], None]) -> bytes:
+    """An answer with `change` made to each of its choices; what is not of our shape stays as the vendor sent it."""
+    try:
+        answer = _decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return body
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    for choice in choices if isinstance(choices, list) else ():
+        if isinstance(choice, dict):
+            change(choice)
+    return _encode(answer)
+
+
+def rewritten_frames(frames: bytes, change: Callable[[dict[str, Any]], None]) -> bytes:
+    """The same for the frames of a stream: those of chunks are rewritten, the others stay."""
+    return b"".join(
+        frame(rewritten(data, change)) if (data := data_of(one))[:1] == b"{" else one
+        for one in FrameSplitter().feed(frames)
+    )
 
 
 class WrittenToolCall(Struct, omit_defaults=True):

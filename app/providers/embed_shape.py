@@ -10,7 +10,7 @@ from msgspec import Raw, Struct
 from app.config import Target
 from app.core import Usage
 from app.errors import VendorBroke
-from app.providers.chat_shape import NEUTRAL, cannot
+from app.providers.chat_shape import asks_nothing, cannot
 from app.providers.translator import Answer, Stamp
 from app.wire import EmbedRequest
 
@@ -41,7 +41,7 @@ def texts(request: EmbedRequest, target: Target, carried: frozenset[str]) -> lis
     for name, value in request.fields.items():
         if name in _READ or name in carried or name in target.drop_params:
             continue
-        if bytes(value) != b"null" and bytes(value) not in NEUTRAL.get(name, ()):
+        if not asks_nothing(name, value):
             raise cannot(name, target)
     if request.input_tokens:
         raise cannot("input", target, "it reads texts, not token numbers")

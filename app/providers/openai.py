@@ -5,7 +5,9 @@ Source: OpenAI API reference; behaviours that differ from it are noted where the
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
+from email.utils import parsedate_to_datetime
 
 import msgspec
 from msgspec import Raw
@@ -53,15 +55,23 @@ _INCLUDE_USAGE = b'{"include_usage":true}'
 
 def chat(request: ChatRequest, target: Target) -> Outgoing:
     """The client's members as they came; `model` becomes the target's, and a stream is asked for its usage."""
+    return outgoing(request, request.fields, target)
+
+
+def outgoing(
+    request: ChatRequest, fields: Mapping[str, Raw], target: Target, *, stream_options: bool = True
+) -> Outgoing:
+    """The same with `fields` in place of the client's, and no `stream_options` for a vendor that takes none."""
+    ask = stream_options and request.stream and not request.include_usage
     parts = []
-    for name, value in request.fields.items():
+    for name, value in fields.items():
         if name == "model":
             value = _encode(target.model)
-        elif name in target.drop_params or (name == "stream_options" and request.stream and not request.include_usage):
+        elif name in target.drop_params or (name == "stream_options" and (ask or not stream_options)):
             continue
         parts.append(b"%b:%b" % (_encode(name), value))
-    if request.stream and not request.include_usage:
-        parts.append(b'"stream_options":' + _stream_options(request.fields.get("stream_options")))
+    if ask:
+        parts.append(b'"stream_options":' + _stream_options(fields.get("stream_options")))
     return Outgoing(
         url=target.provider.base_url + "/chat/completions",
         headers=_STREAMED if request.stream else _WHOLE,
@@ -314,6 +324,9 @@ _STATUSES = frozenset(map(str, range(400, 600)))
 def _error_by_status(status: int, written: OpenAIErrorBody, wait_seconds: float | None) -> VendorError:
     code = None if written.code is None else str(written.code)
     facts = {"vendor_status": status, "vendor_code": code}
+    if status == 403 and b'"flagged_input"' in bytes(written.metadata):  # OpenRouter: this prompt, not our key
+        facts["vendor_code"] = "content_filter"
+        return VendorRefused(written.message or "The vendor's moderation flagged the request.", **facts)
     if status in (401, 402, 403, 404) or code == "insufficient_quota":  # the latter: OpenAI's 429 of an unpaid account
         return VendorMisconfigured(f"the vendor answered {status}", **facts)
     if status == 429:
@@ -349,13 +362,20 @@ def _decoded_error(written: Raw) -> OpenAIErrorBody:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds the vendor asks for. Azure sends `Retry-After: 1` with `Retry-After-Ms: 0`: the longer one stands."""
+    """Seconds the vendor asks for. Azure sends `Retry-After: 1` with `Retry-After-Ms: 0`: the longer one stands.
+
+    A date (RFC 9110, 10.2.3) is measured by the `Date` of the same answer, the vendor's own clock.
+    """
     waits = []
     for name, scale in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         try:
             waits.append(float(headers[name]) * scale)
         except (KeyError, ValueError):
             continue
+    if not waits and "retry-after" in headers and "date" in headers:
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            until, now = (parsedate_to_datetime(headers[name]) for name in ("retry-after", "date"))
+            waits.append((until - now).total_seconds())
     return max((w for w in waits if 0 <= w < 86_400), default=None)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,17 @@ LIMITS = {"rpm": 600_000, "daily_token_cap": 1_000_000_000}
 
 
 def overlay(
-    key: str, simulated: Sequence[str], simulator_url: str, tenants: Collection[str], extra: Mapping[str, Any]
+    key: str, simulated: Mapping[str, str], simulator_url: str, tenants: Collection[str], extra: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The overlay document.
 
-    simulated: the providers that the simulator stands in for. tenants: those of the configuration. extra: laid on top.
+    simulated: the providers that the simulator stands in for, each with its path there. tenants: those of the
+    configuration. extra: laid on top.
     """
     document = {
         "providers": {
-            name: {"base_url": f"{simulator_url}/{name}/v1", "api_key": "env:SIMULATOR_API_KEY"} for name in simulated
+            name: {"base_url": simulator_url + path, "api_key": "env:SIMULATOR_API_KEY"}
+            for name, path in simulated.items()
         },
         "tenants": {TENANT: {"plan": "internal", "allowed_models": ["*"], **LIMITS}},
         "service_keys": {
