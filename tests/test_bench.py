@@ -7,9 +7,12 @@ import json
 
 import pytest
 
-from loadtest import bench, bench_plot, bench_report, mock_vendor
-from loadtest.bench_parts import Subject
-from loadtest.bench_report import Facts, Report, Row, Sample
+from loadtest import mock_vendor
+from loadtest.bench import __main__ as bench
+from loadtest.bench import plot
+from loadtest.bench import report as reporting
+from loadtest.bench.parts import Subject
+from loadtest.bench.report import Facts, Report, Row, Sample
 from loadtest.load import Latency, LoadResult, latency, percentile, request_bytes, run_load
 
 ANSWER = b'{"ok":true}'
@@ -191,7 +194,7 @@ def sample(
 
 
 def gateway_row(*samples: Sample) -> Row:
-    row = bench_report.find(bench_report.rows(samples), "unary", 64, "gateway")
+    row = reporting.find(reporting.rows(samples), "unary", 64, "gateway")
     assert row is not None
     return row
 
@@ -244,36 +247,36 @@ def test_the_subjects_are_measured_in_another_order_each_round() -> None:
 def report(*samples: Sample, answered: int | None = None, ledger_rows: int | None = None) -> Report:
     memory = {"idle_memory_mb": (60.0, 20.0), "loaded_memory_mb": (70.0, 25.0)}
     facts = Facts("on", "a machine", [], {}, [1.5], **memory, answered_calls=answered, ledger_rows=ledger_rows)
-    return Report(facts, bench_report.rows(samples), list(samples))
+    return Report(facts, reporting.rows(samples), list(samples))
 
 
 def test_answers_that_were_not_whole_are_a_fault() -> None:
     load = LoadResult(1.0, 1, 0, {"truncated": 2}, Latency(1, 1, 1), Latency(1, 1, 1), 0)
-    faults = bench_report.faults(report(Sample("unary", 1, "gateway", 0, load, 1, 0)))
+    faults = reporting.faults(report(Sample("unary", 1, "gateway", 0, load, 1, 0)))
     assert faults == ["FAULT: gateway at unary, concurrency 1: answers that were not whole: 2 x truncated"]
 
 
 def test_answers_of_other_proxies_that_were_not_whole_are_a_remark() -> None:
     load = LoadResult(1.0, 1, 0, {"truncated": 1}, Latency(1, 1, 1), Latency(1, 1, 1), 0)
     made = report(Sample("unary", 1, "traefik", 0, load, 1, 0))
-    assert (bench_report.faults(made), len(bench_report.remarks(made))) == ([], 1)
+    assert (reporting.faults(made), len(reporting.remarks(made))) == ([], 1)
 
 
 def test_a_ledger_without_a_row_for_each_call_is_a_fault() -> None:
-    faults = bench_report.faults(report(answered=10, ledger_rows=9))
+    faults = reporting.faults(report(answered=10, ledger_rows=9))
     assert faults == ["FAULT: the ledger has 9 rows for 10 answered calls"]
 
 
 def test_a_ledger_with_a_row_for_each_call_is_no_fault() -> None:
-    assert bench_report.faults(report(answered=10, ledger_rows=10)) == []
+    assert reporting.faults(report(answered=10, ledger_rows=10)) == []
 
 
 def test_the_table_says_which_goal_was_missed() -> None:
-    text = bench_report.table(report(sample("gateway", 0, 2500, 0, cpu_us=400)), bench.CASES)
+    text = reporting.table(report(sample("gateway", 0, 2500, 0, cpu_us=400)), bench.CASES)
     assert "goal 4000 missed, floor 2000 met" in text
 
 
 def test_the_plot_is_one_page_that_loads_nothing() -> None:
-    page = bench_plot.page(report(sample("mock", 0, 9, 1), sample("gateway", 0, 5, 3)), bench.CASES)
+    page = plot.page(report(sample("mock", 0, 9, 1), sample("gateway", 0, 5, 3)), bench.CASES)
     assert page.count("<svg") == 2
     assert not [word for word in ("http", "src=", "@import") if word in page]

@@ -7,7 +7,7 @@ from statistics import median
 
 import msgspec
 
-from .load import LoadResult
+from loadtest.load import LoadResult
 
 BASELINE = "mock"
 FLOOR_PER_SECOND, GOAL_PER_SECOND = 2_000, 4_000
@@ -55,7 +55,9 @@ class Row(msgspec.Struct, frozen=True):
 
 
 class Facts(msgspec.Struct, frozen=True):
-    """What holds for the whole run. Memory is resident megabytes (10^6 bytes), the gateway's own and its shipper's."""
+    """What holds for the whole run. Memory is megabytes (10^6 bytes) of proportional set size, of the gateway and its
+    shipper.
+    """
 
     on: str
     machine: str

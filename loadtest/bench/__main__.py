@@ -25,13 +25,23 @@ from pathlib import Path
 import msgspec
 import uvloop
 
-from . import bench_parts, bench_plot, bench_report
-from .bench_parts import Parts, Subject, Usage
-from .bench_report import Facts, Report, Sample
-from .load import LoadResult, request_bytes, run_load
-from .mock_vendor import AT_ONCE, STREAM_CHUNKS
-from .processes import ROOT
-from .services import StackError
+from loadtest.bench import plot
+from loadtest.bench import report as reporting
+from loadtest.bench.parts import (
+    TRACE_SAMPLE_RATIO,
+    Parts,
+    Subject,
+    Usage,
+    nginx_program,
+    traefik_installed,
+    usage,
+    versions,
+)
+from loadtest.bench.report import Facts, Report, Sample
+from loadtest.load import LoadResult, request_bytes, run_load
+from loadtest.mock_vendor import AT_ONCE, STREAM_CHUNKS
+from loadtest.processes import ROOT
+from loadtest.services import StackError
 
 CASES = {
     "unary": "1 KB chat request, 1 KB answer",
@@ -77,9 +87,9 @@ class Meter:
         self.answered: dict[str, int] = {}
 
     def measure(self, subject: Subject, case: str, concurrency: int, round_: int) -> Sample:
-        before = bench_parts.usage(subject)
+        before = usage(subject)
         load = self.load(subject, case, concurrency, self._duration_seconds)
-        after = bench_parts.usage(subject)
+        after = usage(subject)
         calls = max(1, load.completed + load.late + sum(load.errors.values()))
         return Sample(
             case=case,
@@ -130,20 +140,20 @@ def run(options: argparse.Namespace) -> int:
         os.sched_setaffinity(0, set(cores))
     shutil.rmtree(folder, ignore_errors=True)
     show.clear()
-    print(bench_report.table(report, CASES))
+    print(reporting.table(report, CASES))
     if options.json:
         options.json.write_bytes(msgspec.json.format(msgspec.json.encode(report)))
     if options.plot:
-        options.plot.write_text(bench_plot.page(report, CASES))
-    return 1 if bench_report.faults(report) else 0
+        options.plot.write_text(plot.page(report, CASES))
+    return 1 if reporting.faults(report) else 0
 
 
 def measure(parts: Parts, options: argparse.Namespace, cores: int, notes: list[str], show: Progress) -> Report:
     cases = [case for case in CASES if case in options.only] or list(CASES)
     wanted = [name for name in SUBJECTS if name in options.only] or list(SUBJECTS)
     for name, installed in (
-        ("traefik", bench_parts.traefik_installed()),
-        ("nginx", bench_parts.nginx_program() is not None),
+        ("traefik", traefik_installed()),
+        ("nginx", nginx_program() is not None),
     ):
         if name in wanted and not installed:
             wanted.remove(name)
@@ -160,7 +170,7 @@ def measure(parts: Parts, options: argparse.Namespace, cores: int, notes: list[s
         gateway, cold_starts = parts.start_gateway(options.rounds)
         subjects.append(gateway)
         time.sleep(1)  # what it does once after its start is not part of being idle
-        idle = bench_parts.usage(gateway)
+        idle = usage(gateway)
     if "traefik" in wanted:
         show("starting Traefik")
         subjects.append(parts.start_traefik())
@@ -180,27 +190,27 @@ def measure(parts: Parts, options: argparse.Namespace, cores: int, notes: list[s
                 for subject in interleaved(subjects, round_):
                     show(f"round {round_ + 1} of {options.rounds}: {case}, concurrency {concurrency}, {subject.name}")
                     samples.append(meter.measure(subject, case, concurrency, round_))
-    loaded = bench_parts.usage(gateway) if gateway else None
+    loaded = usage(gateway) if gateway else None
     ledger_rows = None
     if gateway:
         show("waiting until the shipper has shipped")
         ledger_rows = parts.ledger_rows(meter.answered["gateway"], SHIPPING_SECONDS)
     facts = Facts(
-        on=ON.format(ratio=bench_parts.TRACE_SAMPLE_RATIO) if gateway else "The gateway was not measured.",
+        on=ON.format(ratio=TRACE_SAMPLE_RATIO) if gateway else "The gateway was not measured.",
         machine=machine(cores, options),
         notes=notes,
-        versions=bench_parts.versions([subject.name for subject in subjects]),
+        versions=versions([subject.name for subject in subjects]),
         cold_start_seconds=cold_starts,
         idle_memory_mb=_megabytes(idle),
         loaded_memory_mb=_megabytes(loaded),
         answered_calls=meter.answered["gateway"] if gateway else None,
         ledger_rows=ledger_rows,
     )
-    return Report(facts, bench_report.rows(samples), samples)
+    return Report(facts, reporting.rows(samples), samples)
 
 
-def _megabytes(usage: Usage | None) -> tuple[float, float] | None:
-    return None if usage is None else (usage.memory_bytes / 1e6, usage.children_memory_bytes / 1e6)
+def _megabytes(used: Usage | None) -> tuple[float, float] | None:
+    return None if used is None else (used.memory_bytes / 1e6, used.children_memory_bytes / 1e6)
 
 
 def machine(cores: int, options: argparse.Namespace) -> str:

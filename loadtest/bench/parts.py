@@ -21,9 +21,9 @@ import msgspec
 import psycopg
 import yaml
 
-from . import services
-from .processes import Child, Service, family, free_port
-from .services import StackError, get
+from loadtest import services
+from loadtest.processes import Child, Service, family, free_port
+from loadtest.services import StackError, get
 
 TENANT = "bench"
 ENVIRONMENT = "dev"
@@ -47,7 +47,7 @@ class Subject(msgspec.Struct, frozen=True):
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """Since the process began. Memory is resident, in bytes."""
+    """Since the process began. Memory is in bytes: what is resident, and of pages that processes share, their share."""
 
     cpu_seconds: float
     children_cpu_seconds: float
@@ -75,10 +75,10 @@ def _cpu_seconds(pid: int) -> float:
 
 def _memory_bytes(pid: int) -> int:
     try:
-        pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
 class Parts:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from . import bench_report
-from .bench_report import Report, Row
+from loadtest.bench import report as reporting
+from loadtest.bench.report import Report, Row
 
 COLOURS = {"mock": "#9aa0a6", "gateway": "#1a73e8", "traefik": "#f29900", "nginx": "#188038"}
 WIDTH, BAR_HEIGHT, GAP, LABEL_WIDTH, VALUE_WIDTH = 720, 16, 12, 130, 90
@@ -29,7 +29,7 @@ def page(report: Report, titles: dict[str, str]) -> str:
         if added:
             parts.append("<h3>Added to the bare mock at the median (less is better)</h3>")
             parts.append(bars(added))
-    parts.append(f"<pre>{escape(bench_report.table(report, titles))}</pre>")
+    parts.append(f"<pre>{escape(reporting.table(report, titles))}</pre>")
     head = f"<meta charset='utf-8'><title>LLM gateway benchmark</title><style>{_STYLE}</style>"
     body = f"<h1>LLM gateway benchmark</h1>{''.join(parts)}"
     return f"<!doctype html><html lang='en'><head>{head}</head><body>{body}</body></html>"
