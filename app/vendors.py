@@ -38,6 +38,7 @@ class Vendor(Struct, frozen=True, kw_only=True):
 
 KINDS = {
     "openai": Vendor(base_url="https://api.openai.com/v1"),
+    "anthropic": Vendor(base_url="https://api.anthropic.com/v1"),
     "azure": Vendor(versioned=True),
     "openai_compatible": Vendor(keyless=True),
 }

@@ -165,7 +165,7 @@ class InputFile(Struct, frozen=True, forbid_unknown_fields=True):
     file_id: str | None = None
 
 
-class CacheControl(Struct, frozen=True, forbid_unknown_fields=True):
+class CacheControl(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A prompt-cache hint: the prefix up to here may be cached. `ttl` is `5m` or `1h`."""
 
     type: Literal["ephemeral"]

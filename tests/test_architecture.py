@@ -152,6 +152,7 @@ def test_pure_modules_import_msgspec_and_no_input_or_output(module: str) -> None
         "msgspec",
         "collections",
         "contextlib",
+        "datetime",
         "email",
         "enum",
         "functools",

@@ -13,12 +13,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from app.providers import PROVIDERS
+from app.vendors import COMPATIBLE, KINDS
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "runbooks" / "providers.md"
 GOLDEN = ROOT / "tests" / "golden"
-TABLE = re.compile(r"(?<=<!-- matrix -->\n).*?(?=<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- (matrix|vendors) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 FEATURES = {
     "System message": "system_message",
@@ -79,6 +79,25 @@ FEATURES = {
     "Neutral values of all of these": "neutral_values",
 }
 """Row of the table -> request of the golden table."""
+EMBEDDINGS = {
+    "Embeddings": "text",
+    "Embeddings of several texts": "texts",
+    "Embeddings of token numbers": "tokens",
+    "Embeddings, dimensions": "dimensions",
+    "Embeddings, user": "user",
+}
+MARKS = {
+    "request participant_name": "ada",
+    "request reasoning_returned": "c2lnbmVk",
+    "request reasoning_of_another_vendor": "eA==",
+    "request cache_hints": "ephemeral",
+    "request prompt_cache_key": "handbook",
+    "request user": "u-1",
+    "request metadata": "support",
+    "request image_low_detail": "low",
+    "request tools_strict": "strict",
+}
+"""Where a vendor may leave something out: what must then be found in its request for a `yes`."""
 NO_FEATURES = {
     "plain", "stream", "stream_with_usage", "stream_with_null_options", "stream_with_other_options",
     "not_streamed_with_options", "tools", "unknown_members",
@@ -89,34 +108,49 @@ def _outcomes(kind: str) -> dict[str, Any]:
     return msgspec.json.decode((GOLDEN / f"{kind}.outcomes.json").read_bytes())
 
 
-def _word(outcome: dict[str, Any]) -> str:
+def _word(case: str, outcome: dict[str, Any]) -> str:
     if "raises" not in outcome:
-        return "yes"
+        return "yes" if MARKS.get(case, "") in outcome["body"] else "dropped"
     assert outcome["raises"] == "VendorCannot"
-    return f"refused or dropped (`{outcome['param']}`)" if outcome["param"].isidentifier() else "refused"
+    droppable = outcome["param"].isidentifier() and outcome["param"] != "model"
+    return f"refused or dropped (`{outcome['param']}`)" if droppable else "refused"
 
 
 def matrix() -> str:
     """The table in Markdown."""
-    found = {kind: _outcomes(kind) for kind in PROVIDERS}
+    found = {kind: _outcomes(kind) for kind in KINDS}
     rows = [["Feature", *(f"`{kind}`" for kind in found)], ["---"] * (len(found) + 1)]
-    for feature, case in FEATURES.items():
-        rows.append([feature, *(_word(outcomes[f"request {case}"]) for outcomes in found.values())])
+    cases = {name: f"request {case}" for name, case in FEATURES.items()}
+    cases |= {name: f"embed request {case}" for name, case in EMBEDDINGS.items()}
+    for feature, case in cases.items():
+        rows.append([feature, *(_word(case, outcomes[case]) for outcomes in found.values())])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def test_the_page_has_the_matrix_of_the_golden_table() -> None:
+def vendors() -> str:
+    """What vendors of OpenAI's shape do not carry, in Markdown."""
+    rows = [["`vendor`", "Refused or dropped"], ["---", "---"]]
+    for name, vendor in COMPATIBLE.items():
+        rows.append([f"`{name}`", ", ".join(f"`{param}`" for param in sorted(vendor.uncarried)) or "nothing"])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def test_the_page_has_the_tables_as_they_are() -> None:
+    tables = {"matrix": matrix(), "vendors": vendors()}
     page = PAGE.read_text()
+    made = TABLE.sub(lambda found: found[1] + tables[found[2]], page)
     if os.environ.get("RECORD"):
-        PAGE.write_text(page := TABLE.sub(lambda _: matrix(), page))
-    assert TABLE.findall(page) == [matrix()]
+        PAGE.write_text(page := made)
+    assert [found[2] for found in TABLE.finditer(page)] == list(tables)
+    assert page == made
 
 
 def test_every_request_of_the_golden_table_is_a_feature_or_none() -> None:
     cases = {path.stem for path in (GOLDEN / "requests").glob("*.json")}
     assert cases == set(FEATURES.values()) | NO_FEATURES
+    assert {path.stem for path in (GOLDEN / "embed_requests").glob("*.json")} == set(EMBEDDINGS.values())
 
 
-@pytest.mark.parametrize("kind", PROVIDERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_provider_has_a_section_on_the_page(kind: str) -> None:
     assert f"\n## `{kind}`\n" in PAGE.read_text()

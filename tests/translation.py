@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from msgspec import Struct
+from openai.lib.streaming.chat import ChatCompletionStreamState
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from app.config import Credential, Price, Provider, Secret, Target
 from app.core import Usage
 from app.errors import VendorError
 from app.providers.translator import Kind, Stamp, Translator
+from app.sse import FrameSplitter, data_of
 from app.vendors import KINDS
 
 STAMP = Stamp("chatcmpl-1", 1_767_225_600, "model-2026-01-01")
 PRICE = Price(**dict.fromkeys(Price.__struct_fields__, 1))
 
 
-def target(kind: str, model: str = "model-2026-01-01") -> Target:
+MODELS = {"anthropic": "claude-sonnet-4-6"}
+"""Where the words of a request depend on the model."""
+
+
+def target(kind: str, model: str | None = None) -> Target:
     """A target at a vendor of that kind; its credential is `vendor-key`."""
+    model = model or MODELS.get(kind, "model-2026-01-01")
     version = "2024-10-21" if KINDS[kind].versioned else None
     provider = Provider(
         kind, kind, f"https://{kind.replace('_', '-')}.example/v1", Credential(Secret("vendor-key")), "eu", version
@@ -64,3 +73,29 @@ def read_stream(translator: Translator, chunks: Iterable[bytes]) -> StreamOutcom
         text_bytes,
         error,
     )
+
+
+def sdk_answer(body: bytes) -> dict[str, Any]:
+    """A whole answer as OpenAI's SDK reads it, strictly, without what is null."""
+    return _told(ChatCompletion.model_validate_json(body, extra="allow").to_dict())
+
+
+def sdk_stream(frames: bytes) -> dict[str, Any]:
+    """A stream as OpenAI's SDK accumulates it, in the form of `sdk_answer`."""
+    state = ChatCompletionStreamState()
+    for data in map(data_of, FrameSplitter().feed(frames)):
+        if data != b"[DONE]":
+            list(state.handle_chunk(ChatCompletionChunk.model_validate_json(data, extra="allow")))
+    return _told(state.current_completion_snapshot.to_dict())
+
+
+def _told(value: Any, within: str = "") -> Any:
+    """Without nulls, and without the place that a call has in a stream alone."""
+    if isinstance(value, list):
+        return [_told(item, within) for item in value]
+    if isinstance(value, dict):
+        places = ("index",) if within == "tool_calls" else ()
+        return {
+            name: _told(item, name) for name, item in value.items() if item not in (None, []) and name not in places
+        }
+    return value

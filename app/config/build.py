@@ -193,6 +193,7 @@ def _targets(written: Written, providers: Mapping[str, Provider], faults: Faults
     targets: dict[str, Target] = {}
     for name, target in _entries(written.targets, TARGET_NAME, "targets", faults):
         _known(target.provider, written.providers, "provider", f"targets.{name}.provider", faults)
+        _positive(target.max_output_tokens, f"targets.{name}.max_output_tokens", faults)
         if target.provider in providers:
             provider = written.providers[target.provider]
             if provider is not None and KINDS[provider.kind].versioned and not NAME.fullmatch(target.model):
@@ -210,6 +211,7 @@ def _targets(written: Written, providers: Mapping[str, Provider], faults: Faults
                 tenant_tariffs=tariffs or {},
                 drop_params=frozenset(target.drop_params),
                 serves=target.serves,
+                max_output_tokens=target.max_output_tokens,
             )
     return targets
 

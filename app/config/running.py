@@ -79,6 +79,7 @@ class Target(Struct, frozen=True):
     `drop_params` names the request's members that are left out here where the vendor cannot carry them. `serves` says
     what the model is for. `price` is what calls usually cost; where that depends on the call, `tariff` says on what,
     and a tenant may have one of its own. `priced_as` is the model's name in the price table.
+    `max_output_tokens` is the length of an answer whose request names none, for vendors that must be told one.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Target(Struct, frozen=True):
     priced: bool
     drop_params: frozenset[str] = frozenset()
     serves: Operation = "chat"
+    max_output_tokens: int = 8192
     priced_as: str = ""
     tariff: Tariff | None = None
     tenant_tariffs: Mapping[str, Tariff] = {}

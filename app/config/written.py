@@ -12,7 +12,7 @@ from app.wire import Operation
 
 
 class WrittenProvider(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    kind: Literal["openai", "azure", "openai_compatible"]
+    kind: Literal["openai", "azure", "openai_compatible", "anthropic"]
     vendor: str | None = None
     base_url: str | None = None
     api_key: str | None = None
@@ -28,6 +28,7 @@ class WrittenTarget(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     serves: Operation = "chat"
     priced_as: str | None = None
     drop_params: list[str] = []
+    max_output_tokens: int = 8192
 
 
 class WrittenTimeouts(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

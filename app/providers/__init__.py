@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from app.providers.anthropic import ANTHROPIC
 from app.providers.azure import AZURE
 from app.providers.openai import OPENAI
 from app.providers.openai_compatible import compatible
@@ -10,6 +11,7 @@ from app.vendors import COMPATIBLE, KINDS
 
 PROVIDERS: dict[str, Translator] = {
     "openai": OPENAI,
+    "anthropic": ANTHROPIC,
     "azure": AZURE,
     "openai_compatible": compatible(KINDS["openai_compatible"]),
     **{name: compatible(vendor) for name, vendor in COMPATIBLE.items()},

@@ -196,7 +196,7 @@ def usage_of(usage: Usage) -> Mapping[str, object]:
         "total_tokens": given + made,
         "prompt_tokens_details": {
             "cached_tokens": usage.cache_read,
-            "cache_write_tokens": usage.cache_write,
+            "cache_write_tokens": usage.cache_write + usage.cache_write_1h,
             "audio_tokens": usage.audio_input,
         },
         "completion_tokens_details": {
