@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 from litestar import Litestar, MediaType, Response, get
 from litestar.connection import ASGIConnection
 from litestar.exceptions import HTTPException
-from litestar.handlers import BaseRouteHandler
+from litestar.handlers import BaseRouteHandler, HTTPRouteHandler
 from litestar.types import ASGIApp
 
 from app.ambient import same
@@ -18,8 +18,13 @@ from app.errors import AdminForbidden, GatewayError, InvalidApiKey
 from app.telemetry import Telemetry
 
 
-def app(token: Secret | None, telemetry: Telemetry, status: Callable[[], dict[str, object]]) -> ASGIApp:
-    """The routes of the admin port. Without a token nothing but health answers."""
+def app(
+    token: Secret | None,
+    telemetry: Telemetry,
+    status: Callable[[], dict[str, object]],
+    more: Sequence[HTTPRouteHandler] = (),
+) -> ASGIApp:
+    """The routes of the admin port, with `more` of other doors. Without a token nothing but health answers."""
 
     def admin_only(connection: ASGIConnection, _: BaseRouteHandler) -> None:
         written = connection.headers.get("authorization")
@@ -41,7 +46,7 @@ def app(token: Secret | None, telemetry: Telemetry, status: Callable[[], dict[st
         return "ok"
 
     return Litestar(
-        [metrics, show_status, health],
+        [metrics, show_status, health, *more],
         exception_handlers={GatewayError: answer_error, HTTPException: answer_http_error},
         openapi_config=None,
         logging_config=None,

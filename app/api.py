@@ -7,13 +7,14 @@ import contextlib
 import hashlib
 import logging
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 
 import msgspec
 from litestar import Litestar, MediaType, Request, Response, get
 from litestar.exceptions import HTTPException
+from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.ambient import Ambient, Patience, timestamp
@@ -285,9 +286,12 @@ def _cut(exchange: Exchange, task: asyncio.Task[None], why: Cut) -> bool:
     return True
 
 
-def app(door: FrontDoor) -> ASGIApp:
-    """The routes of the main port. Calls are met before Litestar, whose part would be a fifth of their time."""
-    others = _others(door)
+def app(door: FrontDoor, more: Sequence[HTTPRouteHandler] = ()) -> ASGIApp:
+    """The routes of the main port, with `more` of other doors.
+
+    Calls are met before Litestar, whose part would be a fifth of their time.
+    """
+    others = _others(door, more)
 
     async def front(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (dialect := ROUTES.get(scope["path"])) is not None:
@@ -298,7 +302,7 @@ def app(door: FrontDoor) -> ASGIApp:
     return front
 
 
-def _others(door: FrontDoor) -> Litestar:
+def _others(door: FrontDoor, more: Sequence[HTTPRouteHandler]) -> Litestar:
     """Everything but the hot path."""
 
     @get("/v1/models", media_type=MediaType.JSON, sync_to_thread=False)
@@ -333,7 +337,7 @@ def _others(door: FrontDoor) -> Litestar:
         return Response("ok")
 
     return Litestar(
-        [models, health, ready],
+        [models, health, ready, *more],
         exception_handlers={GatewayError: answer_error, HTTPException: answer_http_error, Exception: _defect},
         openapi_config=None,
         logging_config=None,
@@ -354,6 +358,8 @@ def answer_http_error(request: Request, error: HTTPException) -> Response:
         return answer_error(request, NotFound(f"There is no route {request.url.path}."))
     if error.status_code == 405:
         return answer_error(request, MethodNotAllowed(f"{request.url.path} does not take {request.method}."))
+    if error.status_code == 413:
+        return answer_error(request, RequestTooLarge("The body is larger than this route takes."))
     return answer_error(request, InvalidRequest("The request cannot be read."))
 
 

@@ -20,14 +20,16 @@ from msgspec import Struct
 from uvicorn.lifespan.off import LifespanOff
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from app import admin, api
+from app import admin, api, usage_pages
 from app.ambient import Ambient
+from app.archive import ArchiveError
 from app.config import Config, ConfigError, ConfigSource, Secret, utc_day
 from app.control import REVOKED, Control, Entry
 from app.gateway import Gateway
 from app.ledger import Spool
 from app.limits import Limits
 from app.redis_pipe import RedisPipe
+from app.reports.period import UsageReader
 from app.telemetry import JsonLog, Lines, Telemetry, open_spans
 from app.upstream import engine
 
@@ -147,6 +149,7 @@ class Replica:
             ambient=ambient,
         )
         self.door = api.FrontDoor(source, self.gateway, ambient, self.control.kind(REVOKED))
+        self.usage = self._usage_reader()
         self.stop = asyncio.Event()
         self.hurry = asyncio.Event()
         self._started = ambient.monotonic()
@@ -159,9 +162,12 @@ class Replica:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
         self.spool.open()
-        main = _server(api.app(self.door), self.options.host, self.options.port)
+        pages = usage_pages.tenant_routes(self.source, self.usage, self.ambient, self.door.revoked)
+        main = _server(api.app(self.door, pages), self.options.host, self.options.port)
+        token = self.options.admin_token
+        pages = usage_pages.admin_routes(self.source, self.usage, self.ambient, token)
         control = _server(
-            admin.app(self.options.admin_token, self.telemetry, self.status), self.options.host, self.options.admin_port
+            admin.app(token, self.telemetry, self.status, pages), self.options.host, self.options.admin_port
         )
         loops = [
             asyncio.ensure_future(self._keep(run))
@@ -184,10 +190,22 @@ class Replica:
             await self.shipper.stop()
             await shipping
         await self.upstream.close()
+        if self.usage:
+            await self.usage.close()
         await control.shutdown()
         if self.spans:
             await asyncio.to_thread(self.spans.close)
         log.info("stopped")
+
+    def _usage_reader(self) -> UsageReader | None:
+        """Reads usage from PostgreSQL; None without one. A replica serves calls whatever DATABASE_URL says."""
+        if not self.options.database_url:
+            return None
+        try:
+            return UsageReader(self.options.database_url, self.ambient)
+        except ArchiveError as error:
+            log.error("usage cannot be read: %s", error)
+            return None
 
     async def _keep(self, run: Callable[[], Awaitable[None]]) -> None:
         """Runs a loop, and again after a second should a defect end it: none of them may stop unseen."""

@@ -6,7 +6,15 @@ import hashlib
 from collections.abc import Container
 
 from app.config import NAME, Alias, Config, ServiceKey, Tenant
-from app.errors import InvalidApiKey, InvalidRequest, ModelNotAllowed, ModelNotFound, TenantNotAllowed, TenantRequired
+from app.errors import (
+    InvalidApiKey,
+    InvalidRequest,
+    ModelNotAllowed,
+    ModelNotFound,
+    RoleRequired,
+    TenantNotAllowed,
+    TenantRequired,
+)
 
 
 def identify(
@@ -49,6 +57,14 @@ def authorize(config: Config, key: ServiceKey, claimed: str | None) -> Tenant:
     if tenant is None or not key.may_act_for(claimed):
         raise TenantNotAllowed(f"This key may not act for the tenant {claimed!r}.", param="X-Tenant-Id")
     return tenant
+
+
+def require(key: ServiceKey, role: str) -> None:
+    """Raises RoleRequired unless the key has the role."""
+    if role not in key.roles:
+        raise RoleRequired(
+            f"This key does not have the role `{role}`: ask your platform team for one with `roles: [{role}]`."
+        )
 
 
 def allow(config: Config, tenant: Tenant, alias: str) -> Alias:

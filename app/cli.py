@@ -95,6 +95,9 @@ def _keys_options(parser: argparse.ArgumentParser) -> None:
     new = action("new", _keys_new, "Make a key: shown once, its digest is added to service_keys.yaml.")
     new.add_argument("--service", required=True, help="who will call with it")
     new.add_argument("--tenant", required=True, action="append", help="whom it may act for; repeatable; '*' for all")
+    new.add_argument(
+        "--role", choices=("call", "usage"), action="append", help="call models, or read usage; repeatable (call)"
+    )
     new.add_argument("--expires", type=date.fromisoformat, help="last valid day, YYYY-MM-DD (UTC)")
 
     rotate = action("rotate", _keys_rotate, "Make a key that takes another's place; the old one stays for a while.")
@@ -188,11 +191,12 @@ def _keys_new(arguments: argparse.Namespace) -> int:
         return _fail(f"--service must match {NAME.pattern}.")
     ambient = Ambient()
     try:
-        made = keys.new(arguments.config, ambient, arguments.service, arguments.tenant, arguments.expires)
+        roles = arguments.role or ("call",)
+        made = keys.new(arguments.config, ambient, arguments.service, arguments.tenant, arguments.expires, roles)
     except OSError as error:
         return _fail(_unwritable(arguments.config, error))
     _show_key(made, arguments.config)
-    _audit(ambient, "key.make", key=made.id, service=arguments.service, tenants=arguments.tenant)
+    _audit(ambient, "key.make", key=made.id, service=arguments.service, tenants=arguments.tenant, roles=roles)
     return 0
 
 

@@ -9,6 +9,7 @@ GatewayError
 │   ├── MethodNotAllowed            405 method_not_allowed
 │   ├── InvalidApiKey               401 invalid_api_key
 │   ├── AdminForbidden              403 admin_forbidden
+│   ├── RoleRequired                403 role_required
 │   ├── TenantRequired              401 tenant_required
 │   ├── TenantNotAllowed            403 tenant_not_allowed
 │   ├── ModelNotFound               404 model_not_found
@@ -18,6 +19,7 @@ GatewayError
 │   └── BudgetExceeded              429 budget_exceeded
 ├── OwnFault                        this replica cannot serve just now
 │   ├── LedgerUnavailable           503 ledger_unavailable
+│   ├── UsageUnavailable            503 ledger_unavailable
 │   ├── LimitsUnavailable           503 gateway_overloaded
 │   ├── Draining                    503 gateway_overloaded
 │   └── InternalError               500 internal_error
@@ -126,6 +128,14 @@ class AdminForbidden(RequestError):
     type = "permission_error"
 
 
+class RoleRequired(RequestError):
+    """The key is valid and not for this: its entry in service_keys.yaml needs the role that the message names."""
+
+    code = "role_required"
+    status = 403
+    type = "permission_error"
+
+
 class TenantRequired(RequestError):
     """The credential says who calls; X-Tenant-Id must say on whose behalf."""
 
@@ -185,6 +195,12 @@ class OwnFault(GatewayError):
 
 class LedgerUnavailable(OwnFault):
     """The spool cannot take a row, so no new call is accepted: free disk space, see `gateway_spool_*`."""
+
+    code = "ledger_unavailable"
+
+
+class UsageUnavailable(OwnFault):
+    """PostgreSQL, which has the ledger, is away or not configured: calls go on, their usage can be read later."""
 
     code = "ledger_unavailable"
 

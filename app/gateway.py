@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from app.ambient import TIMER_SECONDS, Ambient
-from app.auth import allow, authorize
+from app.auth import allow, authorize, require
 from app.config import Alias, Target
 from app.core import (
     Attempt,
@@ -83,6 +83,7 @@ class Gateway:
         try:
             try:
                 exchange.tenant = tenant = authorize(call.config, call.key, call.tenant_claimed)  # 2 permission
+                require(call.key, "call")
                 if call.fault is not None:
                     raise call.fault
                 self.spool.admit()

@@ -34,14 +34,22 @@ class ListedKey(Struct, frozen=True):
     id: str
     service: str
     tenants: tuple[str, ...]
+    roles: tuple[str, ...]
     expires: str | None
     state: str
 
 
-def new(folder: Path, ambient: Ambient, service: str, tenants: Sequence[str], expires: date | None) -> MadeKey:
+def new(
+    folder: Path,
+    ambient: Ambient,
+    service: str,
+    tenants: Sequence[str],
+    expires: date | None,
+    roles: Sequence[str] = ("call",),
+) -> MadeKey:
     """Makes a key and writes its entry. Raises ConfigError, OSError."""
     made = _made(ambient)
-    _change(folder, lambda text: _added(text, made, ambient, service, tenants, expires))
+    _change(folder, lambda text: _added(text, made, ambient, service, tenants, roles, expires))
     return made
 
 
@@ -58,7 +66,7 @@ def rotate(folder: Path, ambient: Ambient, key_id: str, overlap_days: int, expir
         last = today + timedelta(days=overlap_days)
         if old.expires is None or old.expires > last.isoformat():
             text = set_member(text, SECTION, key_id, "expires", last.isoformat())
-        return _added(text, made, ambient, old.service, old.tenants, expires)
+        return _added(text, made, ambient, old.service, old.tenants, old.roles, expires)
 
     _change(folder, change)
     return made
@@ -79,6 +87,7 @@ def listed(folder: Path, ambient: Ambient) -> list[ListedKey]:
             id=key.id,
             service=key.service,
             tenants=("*",) if key.tenants is None else tuple(sorted(key.tenants)),
+            roles=tuple(sorted(key.roles)),
             expires=None if key.expires is None else timestamp(key.expires - 1)[:10],
             state="revoked" if key.revoked else "expired" if key.expires and key.expires <= now else "active",
         )
@@ -100,13 +109,21 @@ def _made(ambient: Ambient) -> MadeKey:
 
 
 def _added(
-    text: str, made: MadeKey, ambient: Ambient, service: str, tenants: Sequence[str], expires: date | None
+    text: str,
+    made: MadeKey,
+    ambient: Ambient,
+    service: str,
+    tenants: Sequence[str],
+    roles: Sequence[str],
+    expires: date | None,
 ) -> str:
     members = {
         "digest": f"sha256:{hashlib.sha256(made.key.encode()).hexdigest()}",
         "service": service,
         "tenants": "[" + ", ".join(f'"{tenant}"' for tenant in tenants) + "]",
     }
+    if tuple(roles) != ("call",):
+        members["roles"] = f"[{', '.join(roles)}]"
     if expires is not None:
         members["expires"] = expires.isoformat()
     return add_entry(text, SECTION, made.id, members, f"made {_today(ambient)}")

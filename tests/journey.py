@@ -19,6 +19,7 @@ from loadtest.stack import Stack
 
 DEADLINE_SECONDS = 20.0
 OTHER_KEY = "sk-gw-otherkey0001-" + "o" * 43
+VIEWER_KEY = "sk-gw-viewerkey001-" + "v" * 43
 EXPIRED_KEY = "sk-gw-expired00001-" + "e" * 43
 SIMULATED = {"provider": "openai", "model": "gpt-4o-mini-2024-07-18"}
 
@@ -56,15 +57,21 @@ OVERLAY: dict[str, Any] = {
         "tenant-few": {"plan": "internal", "rpm": 5},
         "tenant-poor": {"plan": "internal", "daily_token_cap": 3_000},
         "tenant-narrow": {"plan": "free"},
+        "usage-a": {"plan": "internal", "daily_token_cap": 10_000},
+        "usage-b": {"plan": "internal"},
     },
     "service_keys": {
         "otherkey0001": {"digest": _digest(OTHER_KEY), "service": "other", "tenants": ["tenant-b"]},
+        "viewerkey001": {
+            "digest": _digest(VIEWER_KEY), "service": "viewer", "tenants": ["usage-a"], "roles": ["usage"],
+        },
         "expired00001": {
             "digest": _digest(EXPIRED_KEY), "service": "old", "tenants": ["*"], "expires": "2020-01-01",
         },
         "suitekey0001": {
             "digest": _digest("sk-gw-suitekey0001-" + "s" * 43),
             "service": "suite",
+            "roles": ["call", "usage"],
             "tenants": ["tenant-a", "tenant-few", "tenant-poor", "tenant-narrow"],
         },
     },

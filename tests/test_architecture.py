@@ -24,7 +24,7 @@ LAYERS = (
     ("providers", "dialects"),
     ("auth", "control", "limits", "redis_pipe", "ledger", "upstream", "http1", "telemetry"),
     ("routing", "gateway"),
-    ("api", "admin", "keys", "ledger_shipper", "archive", "reports", "price_sync"),
+    ("api", "admin", "keys", "ledger_shipper", "archive", "reports", "price_sync", "usage_pages"),
     ("asgi", "cli", "money_commands", "price_commands"),
 )
 """The rooms from the ground up: a file imports only from layers before its own."""
@@ -41,6 +41,8 @@ WITHIN_A_LAYER = {
     ("admin", "api"): "both doors answer errors alike",
     ("ledger_shipper", "archive"): "the archive is the shipper's far end",
     ("reports", "archive"): "reports read what the shipper wrote",
+    ("usage_pages", "archive"): "pages say when there is nothing to read from",
+    ("usage_pages", "reports"): "pages show what reports found",
     ("cli", "asgi"): "`gateway serve`",
     ("cli", "money_commands"): "`gateway rollup`, `gateway export`",
     ("cli", "price_commands"): "`gateway prices`",
@@ -57,7 +59,7 @@ HOMES = {
     "psycopg": {"archive"},
     "pyarrow": {"reports"},
     "genai_prices": {"price_sync"},
-    "litestar": {"api", "admin", "asgi"},
+    "litestar": {"api", "admin", "asgi", "usage_pages"},
     "uvicorn": {"asgi"},
     "uvloop": {"asgi"},
     "time": {"ambient"},

@@ -80,8 +80,8 @@ def test_curl_line_gets_an_answer(checkout: Path) -> None:
 
 
 def test_key_that_the_command_makes_is_the_one_whose_digest_it_writes(checkout: Path) -> None:
-    printed = shell(block_with("gateway keys new"), checkout).stdout.splitlines()[-1]
-    public = SERVICE_KEY.fullmatch(printed)[1]
+    printed = shell(block_with("gateway keys new"), checkout).stdout.splitlines()
+    (public,) = (match[1] for line in printed if (match := SERVICE_KEY.fullmatch(line)))
     keys = load(checkout / "config", "prod", require_secrets=False).keys
     assert [(key.id, key.service, key.tenants) for key in keys.values()] == [
         (public, "billing", frozenset({"acme-corp"}))

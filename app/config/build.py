@@ -298,6 +298,7 @@ def _keys(written: Written, faults: Faults) -> dict[bytes, ServiceKey]:
             tenants=None if "*" in key.tenants else frozenset(key.tenants),
             expires=None if key.expires is None else _midnight(key.expires),
             revoked=key.revoked is not None,
+            roles=frozenset(key.roles),
         )
     return keys
 

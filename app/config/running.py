@@ -138,13 +138,17 @@ class Tenant(Struct, frozen=True):
 
 
 class ServiceKey(Struct, frozen=True):
-    """Who calls. `tenants` None means every configured tenant; `expires` is unix seconds."""
+    """Who calls. `tenants` None means every configured tenant; `expires` is unix seconds.
+
+    `roles`: with `call` it may call models, with `usage` it may read what its tenants have used.
+    """
 
     id: str
     service: str
     tenants: frozenset[str] | None
     expires: float | None
     revoked: bool = False
+    roles: frozenset[str] = frozenset({"call"})
 
     def may_act_for(self, tenant: str) -> bool:
         return self.tenants is None or tenant in self.tenants

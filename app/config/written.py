@@ -64,6 +64,7 @@ class WrittenKey(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     digest: str
     service: str
     tenants: list[str]
+    roles: list[Literal["call", "usage"]] = field(default_factory=lambda: ["call"])
     expires: date | None = None
     revoked: date | None = None
 

@@ -1,0 +1,205 @@
+"""Usage of a span: the same with rollups, without them and with old ones; trends; and how figures are written."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from datetime import UTC, date, datetime, timedelta
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from app.ambient import Ambient
+from app.config import Tenant
+from app.core import Cost, LedgerEvent
+from app.reports.charts import Series, bars
+from app.reports.markup import document, el
+from app.reports.page import money, share
+from app.reports.period import Figures, Period, Trend, UsageReader, spending, trend, window_start
+from app.reports.rollup import Rollups
+from tests.ledger_parts import Postgres, an_event, query, running_postgres
+from tests.test_rollup import DAY, DAY_SECONDS, EVENTS, NOON, record, roll, working
+
+ACME = Tenant("acme-corp", "p", "p", None, None, None)
+
+
+class Noon(Ambient):
+    """The clock stands at noon of DAY."""
+
+    def now(self) -> float:
+        return NOON
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Postgres]:
+    with running_postgres() as server:
+        yield server
+
+
+def period(url: str, tenant: Tenant | None = ACME, environment: str | None = None) -> Period:
+    async def read() -> Period:
+        reader = UsageReader(url, Noon())
+        try:
+            return (await reader.usage(tenant, DAY - timedelta(3), DAY + timedelta(2), environment)).period
+        finally:
+            await reader.close()
+
+    return asyncio.run(read())
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    events=st.lists(EVENTS, min_size=1, max_size=20),
+    late=st.lists(EVENTS, max_size=6),
+    tenant=st.sampled_from([ACME, None]),
+)
+def test_usage_is_the_same_from_rows_from_rollups_and_from_both(
+    postgres: Postgres, events: list[LedgerEvent], late: list[LedgerEvent], tenant: Tenant | None
+) -> None:
+    url = postgres.database()
+    record(url, events)
+    without = period(url, tenant)
+    roll(url)
+    assert period(url, tenant) == without
+    query(url, "UPDATE rollup_state SET complete_at = %s", datetime(2025, 11, 24, 9, tzinfo=UTC))
+    assert period(url, tenant) == without
+    record(url, late)
+    roll(url)
+    wanted = [event for event in events + late if tenant is None or event.tenant_id == tenant.id]
+    assert period(url, tenant).total.requests == len(wanted)
+    assert period(url, tenant).total.cost_nanos == sum(nanos(event) for event in wanted)
+
+
+def nanos(event: LedgerEvent) -> int:
+    return round(float(bytes(event.cost_usd.total)) * 10**9)
+
+
+def test_one_environment_can_be_chosen(postgres: Postgres) -> None:
+    url = postgres.database()
+    record(url, [an_event(at=NOON, environment="prod"), an_event(at=NOON, environment="staging")])
+    assert period(url, environment="prod").total.requests == 1
+
+
+# --- trends -----------------------------------------------------------------------------------------------------------
+
+
+def spent(*costs: int) -> dict[date, Figures]:
+    """Days that end with DAY, the 24th of a month of 30."""
+    return {DAY - timedelta(back): Figures(cost_nanos=cost) for back, cost in enumerate(reversed(costs))}
+
+
+def test_a_steady_spender_is_forecast_the_same_for_the_rest_of_the_month() -> None:
+    found = trend(spent(*[10] * 30), DAY)
+    assert found == Trend(today=10, average=10, month=240, forecast=300)
+
+
+def test_a_day_above_120_percent_of_the_week_before_is_a_spike() -> None:
+    assert not trend(spent(*[100] * 7, 120), DAY).spike
+    assert trend(spent(*[100] * 7, 121), DAY).spike
+
+
+def test_days_before_the_first_spend_do_not_lower_the_average() -> None:
+    assert trend(spent(0, 0, 0, 0, 0, 90, 110, 50), DAY).average == 100
+
+
+def test_quiet_days_after_the_first_spend_do() -> None:
+    assert trend(spent(0, 0, 0, 0, 90, 0, 0, 50), DAY).average == 30
+
+
+def test_a_first_day_is_no_spike() -> None:
+    assert trend(spent(500), DAY) == Trend(today=500, average=None, month=500, forecast=3500)
+
+
+def test_the_rollups_name_those_whose_spend_has_jumped_first(postgres: Postgres) -> None:
+    url = postgres.database()
+    plan = {"steady": [100, 100, 100], "jumps": [10, 10, 13], "new": [0, 0, 50], "small": [1, 1, 1]}
+    record(
+        url,
+        [
+            an_event(at=NOON - (2 - back) * DAY_SECONDS, tenant=tenant, cost=Cost(cost, 0))
+            for tenant, costs in plan.items()
+            for back, cost in enumerate(costs)
+            if cost
+        ],
+    )
+    roll(url)
+    found = working(url, lambda archive: spending(archive, DAY, 3))
+    assert [(each.tenant, each.today, each.average, each.spike) for each in found] == [
+        ("jumps", 13, 10, True), ("steady", 100, 100, False), ("new", 50, None, False),
+    ]  # fmt: skip
+
+
+def test_a_budgets_day_begins_at_midnight_of_its_own_zone() -> None:
+    late = datetime(2026, 3, 1, 2, 30, tzinfo=UTC).timestamp()
+    assert window_start("day", "America/New_York", late) == datetime(2026, 2, 28, 5, tzinfo=UTC)
+    assert window_start("month", "America/New_York", late) == datetime(2026, 2, 1, 5, tzinfo=UTC)
+    assert window_start("month", "UTC", late) == datetime(2026, 3, 1, tzinfo=UTC)
+
+
+def test_rollups_need_not_exist(postgres: Postgres) -> None:
+    url = postgres.database()
+    record(url, [an_event(at=NOON)])
+    assert period(url, None).total.requests == 1
+    working(url, lambda archive: Rollups(archive).prepare())
+    assert period(url, None).total.requests == 1
+
+
+# --- how it is written ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("nanos", "text"),
+    [
+        (0, "$0.00"), (1, "$0.000000001"), (463_000, "$0.000463"), (9_999_999, "$0.009999999"), (10_000_000, "$0.01"),
+        (1_994_999_999, "$1.99"), (1_995_000_000, "$2.00"), (1_234_567_890_000_000, "$1,234,567.89"),
+    ],
+)  # fmt: skip
+def test_money_is_written_in_cents_and_what_is_less_in_full(nanos: int, text: str) -> None:
+    assert money(nanos) == text
+
+
+def test_a_share_of_nothing_is_a_dash() -> None:
+    assert (share(1, 3), share(0, 0), share(5, 4)) == ("33.3 %", "-", "125.0 %")
+
+
+class Seen(HTMLParser):
+    """The tags of a page with their attributes, and its text."""
+
+    def __init__(self, page: bytes) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, list[tuple[str, str | None]]]] = []
+        self.text = ""
+        self.feed(page.decode())
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, attrs))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@given(st.text(st.characters(min_codepoint=32, exclude_categories=["Cs"])))
+def test_text_and_attributes_never_become_markup(text: str) -> None:
+    seen = Seen(document(el("p", text, el("b"), text, title=text)))
+    assert seen.tags == [("p", [("title", text)]), ("b", [])]
+    assert seen.text == "\n" + text + text
+
+
+@given(st.lists(st.integers(0, 10**15), min_size=1, max_size=100))
+def test_bars_stay_within_their_chart(values: list[int]) -> None:
+    days = [DAY + timedelta(number) for number in range(len(values))]
+    drawing = bars("Spend", days, [Series("Spend", "s1", values)], str)
+    for rect in drawing.iter("rect"):
+        x, y, width, height = (float(rect.get(name)) for name in ("x", "y", "width", "height"))
+        assert x >= -0.02
+        assert x + width <= 720.02
+        assert y >= -0.02
+        assert y + height <= 220.02
+
+
+def test_empty_days_are_a_chart_that_says_so() -> None:
+    drawn = document(bars("Spend", [DAY], [Series("Spend", "s1", [0])], str)).decode()
+    assert "Spend: nothing in these days." in drawn
