@@ -49,6 +49,12 @@ OVERLAY: dict[str, Any] = {
         },
         "hasty": {"targets": ["openai/gpt-4o-mini"], "timeouts": {"total_seconds": 0.6}},
         "unpriced": {"targets": ["openai/unpriced"]},
+        "azure": {"targets": ["azure/gpt-4o-mini"]},
+        "azure-first": {"targets": ["azure/gpt-4o-mini", "openai/gpt-4o-mini"]},
+        "embed-azure": {"targets": ["azure/text-embedding-3-small"]},
+        "groq": {"targets": ["groq/gpt-oss-120b"]},
+        "mistral": {"targets": ["mistral/mistral-small"]},
+        "mistral-first": {"targets": ["mistral/mistral-small", "openai/gpt-4o-mini"]},
         "embed-chain": {"targets": ["openai/text-embedding-3-small", "openrouter/text-embedding-3-small"]},
     },
     "tenants": {

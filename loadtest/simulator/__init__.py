@@ -2,9 +2,9 @@
 
     python -m loadtest.simulator --port 4010
 
-Vendors live under `/{vendor}/v1/...` (`/openai/v1/chat/completions`, `/openrouter/v1/models`); a vendor without a
-shape of its own speaks OpenAI's. Any bearer token is good but those that begin with `bad-`. What is said depends on
-the request alone (`content`, which also lists the directives that a prompt may hold, such as
+Vendors live under `/{vendor}/...` with their own paths after it (`/openai/v1/chat/completions`; `azure` has Azure's); a
+vendor without a shape of its own speaks OpenAI's. Any key is good but those that begin with `bad-`. What is said
+depends on the request alone (`content`, which also lists the directives that a prompt may hold, such as
 `tokens=500 chunk_ms=20`).
 
 Admin calls, on the same port:

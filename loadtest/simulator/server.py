@@ -11,15 +11,16 @@ from typing import Any
 
 import msgspec
 
-from loadtest.simulator import faults
+from loadtest.simulator import compatible, faults
+from loadtest.simulator.azure import AZURE
 from loadtest.simulator.http import Connection, Reply, Request
 from loadtest.simulator.openai import OPENAI
 from loadtest.simulator.openrouter import OPENROUTER
 from loadtest.simulator.shape import Problem, Shape, Stream, Unary
 from loadtest.simulator.state import Vendor
 
-# A name that is not here speaks OpenAI's shape, with faults and counts of its own.
-SHAPES = {"openai": OPENAI, "openrouter": OPENROUTER}
+# A name that is not here speaks its first word's shape (azure-eu), else OpenAI's, with faults and counts of its own.
+SHAPES = {"openai": OPENAI, "azure": AZURE, "openrouter": OPENROUTER, **compatible.SHAPES}
 
 _VENDOR_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _BATCH_EVENTS = 64
@@ -66,7 +67,8 @@ class Simulator:
             vendor = self._vendors.setdefault(first, Vendor())
             request = msgspec.structs.replace(request, path="/" + rest)
             with vendor.call(request, reply):
-                await self._answer_as(vendor, SHAPES.get(first, OPENAI), request, reply)
+                shape = SHAPES.get(first) or SHAPES.get(re.split("[-_]", first)[0], OPENAI)
+                await self._answer_as(vendor, shape, request, reply)
 
     async def _answer_as(self, vendor: Vendor, shape: Shape, request: Request, reply: Reply) -> None:
         if self._latency_seconds:
