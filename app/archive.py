@@ -19,6 +19,13 @@ from app.sql import statements
 
 DEADLINE_SECONDS = 15.0
 _PARTITIONS_SECONDS = 3600.0
+_SCHEMA = (
+    "create_ledger",
+    "add_adjusts",
+    "create_tenant_index",
+    "create_default_partition",
+    "create_partition_function",
+)
 _CONNECTION: Mapping[str, str | int] = {
     "connect_timeout": 5,
     "application_name": "llm-gateway ledger",
@@ -93,8 +100,8 @@ class Archive:
             if (await cursor.fetchone()) != (True,):
                 async with connection.transaction():
                     await self._run(connection, "lock")
-                    for name in ("ledger", "tenant_index", "default_partition", "partition_function"):
-                        await self._run(connection, f"create_{name}")
+                    for name in _SCHEMA:
+                        await self._run(connection, name)
             try:
                 async with connection.transaction():
                     await self._run(connection, "lock")

@@ -166,7 +166,11 @@ class Attempt(Struct, frozen=True, gc=False):
 
 
 class LedgerEvent(Struct, frozen=True, kw_only=True):
-    """One call, whatever became of it. The guide's fields first, with its names and nesting; ours after them."""
+    """One call, whatever became of it. The guide's fields first, with its names and nesting; ours after them.
+
+    A row with `adjusts` is no call: it corrects the cost of the call with that `event_id`, and has no tokens. Its
+    `cost_status` is `repriced` where the call had been charged at the ceiling, `unpriced`.
+    """
 
     schema: str = field(default="cost-ledger-v1", name="$schema")
     event_id: str
@@ -201,11 +205,12 @@ class LedgerEvent(Struct, frozen=True, kw_only=True):
     vendor_request_id: str | None = None
     attempts: tuple[Attempt, ...] = ()
     usage_source: Literal["vendor", "estimated", "none"]
-    cost_status: Literal["priced", "unpriced", "none"]
+    cost_status: Literal["priced", "unpriced", "repriced", "none"]
     cache_kind: str | None = None
     similarity: float | None = None
     saved_usd: Raw = _ZERO
     service_tier: str | None = None
+    adjusts: str | None = None
     error_code: str | None = None
     limit_tripped: str | None = None
     operation: Operation = "chat"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
+import os
 import sys
 from collections.abc import Callable
 from datetime import date, timedelta
@@ -25,8 +27,10 @@ from app.config import (
     utc_day,
     write_price_table,
 )
+from app.core import usd as dollars
 from app.price_sync import SyncError, Wanted, sync
 
+BATCH_DEADLINE_SECONDS = 600.0
 STALE = timedelta(days=7)
 """A price that nobody has checked for longer is said to be old: vendors announce changes a few weeks ahead."""
 
@@ -42,6 +46,19 @@ def add(prices: argparse.ArgumentParser, config_options: Callable[[argparse.Argu
     config_options(new)
     new.add_argument("--day", type=date.fromisoformat, help="from when it is in force, YYYY-MM-DD (today, UTC)")
     new.add_argument("--dry-run", action="store_true", help="only show what would change")
+    again = actions.add_parser(
+        "rerate", help="Charge calls of the past anew; the differences become rows of their own."
+    )
+    again.set_defaults(run=rerate_calls)
+    config_options(again)
+    again.add_argument(
+        "--from", dest="first", type=date.fromisoformat, required=True, help="first day, YYYY-MM-DD (UTC)"
+    )
+    again.add_argument("--to", dest="last", type=date.fromisoformat, required=True, help="last day, included")
+    again.add_argument("--table", type=date.fromisoformat, help="the price table's day (the one in force)")
+    again.add_argument("--dry-run", action="store_true", help="only say what it would come to")
+    again.add_argument("--json", action="store_true")
+    again.add_argument("--database-url", default=os.environ.get("DATABASE_URL"), help="DATABASE_URL by default")
 
 
 def list_prices(arguments: argparse.Namespace) -> int:
@@ -113,10 +130,7 @@ def sync_prices(arguments: argparse.Namespace) -> int:
     path = config / "prices" / f"{day.isoformat()}.yaml"
     tables = price_tables(config)
     if not arguments.dry_run and path.exists():
-        sys.stderr.write(
-            f"{path} exists, and rows may carry its name: give a later day with --day, or correct it by hand.\n"
-        )
-        return 1
+        return _fail(f"{path} exists, and rows may carry its name: give a later day with --day, or correct it by hand.")
     old = read_price_table(tables[-1]) if tables else PriceTable("", {})
     configured = load(config, arguments.environment, arguments.overlay, require_secrets=False)
     wanted = [
@@ -126,8 +140,7 @@ def sync_prices(arguments: argparse.Namespace) -> int:
     try:
         synced = sync(old, wanted, min(day, today))
     except SyncError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
+        return _fail(str(error))
     for title, lines in (
         ("Changed, USD per million tokens:", synced.changes),
         ("Kept, for the library does not know them; check them yourself:", synced.kept),
@@ -146,3 +159,57 @@ def sync_prices(arguments: argparse.Namespace) -> int:
             raise
         print(f"Written: {path}, in force from {day.isoformat()} 00:00 UTC.")
     return 0
+
+
+def rerate_calls(arguments: argparse.Namespace) -> int:
+    """Adjustments for the calls of some days, by the prices of one table."""
+    from app.archive import Archive, ArchiveError
+    from app.rerate import Rerated, rerate
+
+    if not arguments.database_url:
+        return _fail("Which PostgreSQL? Set DATABASE_URL, or give --database-url.")
+    if arguments.last < arguments.first:
+        return _fail("--to is before --from.")
+    day = arguments.table or utc_day(Ambient())
+    if arguments.table and arguments.table.isoformat() not in {table.stem for table in price_tables(arguments.config)}:
+        return _fail(f"{arguments.config / 'prices'} has no table of {arguments.table.isoformat()}.")
+    config = load(arguments.config, arguments.environment, arguments.overlay, require_secrets=False, day=day)
+
+    def progress(so_far: Rerated) -> None:
+        sys.stderr.write(f"{so_far.calls:,} calls looked at, {so_far.adjusted:,} differ\n")
+
+    async def work() -> Rerated:
+        archive = Archive(arguments.database_url, Ambient(), BATCH_DEADLINE_SECONDS)
+        try:
+            await archive.prepare()
+            return await rerate(
+                archive, config, arguments.first, arguments.last, write=not arguments.dry_run, progress=progress
+            )
+        finally:
+            await archive.close()
+
+    try:
+        result = asyncio.run(work())
+    except ArchiveError as error:
+        return _fail(str(error))
+    differences = {tenant or "": nanos for tenant, nanos in sorted(result.difference_nanos.items(), key=str)}
+    if arguments.json:
+        by_tenant = {tenant: dollars(nanos) for tenant, nanos in differences.items()}
+        report = {"price_table_version": config.price_version, "calls": result.calls, "adjusted": result.adjusted,
+                  "without_price": result.unpriced, "unknown_target": result.unknown,
+                  "difference_usd": by_tenant}  # fmt: skip
+        print(msgspec.json.encode(report).decode())
+        return 0
+    verb = "would differ" if arguments.dry_run else "differ, and have an adjustment"
+    print(f"{result.calls:,} calls at the prices of {config.price_version}: {result.adjusted:,} {verb}.")
+    if result.unpriced or result.unknown:
+        left = f"{result.unpriced:,} without a price, {result.unknown:,} whose target is not configured"
+        print(f"Left as they were: {left}.")
+    for tenant, nanos in differences.items():
+        print(f"  {tenant or '(no tenant)'}: {bytes(dollars(nanos)).decode()} USD")
+    return 0
+
+
+def _fail(sentence: str) -> int:
+    sys.stderr.write(sentence.rstrip() + "\n")
+    return 1

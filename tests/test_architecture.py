@@ -24,7 +24,7 @@ LAYERS = (
     ("providers", "dialects"),
     ("auth", "control", "limits", "redis_pipe", "ledger", "upstream", "http1", "telemetry"),
     ("routing", "gateway"),
-    ("api", "admin", "keys", "ledger_shipper", "archive", "reports", "price_sync", "usage_pages"),
+    ("api", "admin", "keys", "ledger_shipper", "archive", "reports", "price_sync", "rerate", "usage_pages"),
     ("asgi", "cli", "money_commands", "price_commands"),
 )
 """The rooms from the ground up: a file imports only from layers before its own."""
@@ -43,6 +43,7 @@ WITHIN_A_LAYER = {
     ("reports", "archive"): "reports read what the shipper wrote",
     ("usage_pages", "archive"): "pages say when there is nothing to read from",
     ("usage_pages", "reports"): "pages show what reports found",
+    ("rerate", "archive"): "adjustments are rows of the ledger",
     ("cli", "asgi"): "`gateway serve`",
     ("cli", "money_commands"): "`gateway rollup`, `gateway export`",
     ("cli", "price_commands"): "`gateway prices`",
@@ -73,6 +74,7 @@ READS_ENVIRONMENT = {
     "asgi": "composition root",
     "cli": "command line",
     "money_commands": "command line",
+    "price_commands": "command line",
     "ledger_shipper": "composition root of its own process",
     "config/source": "the default of `load`",
     "telemetry": "OpenTelemetry's own variables",

@@ -9,13 +9,16 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from app.ambient import Patience
+from app.config import Price, Rate, Tariff
 from app.core import Call, Cut, Exchange, Reply
 from app.errors import RequestTooLarge, VendorBroke, VendorFailed
 from app.gateway import MAX_ERROR_BYTES
 from tests.gateway_parts import (
+    ALIAS,
     DONE,
     STREAM,
     UNENDED,
@@ -28,6 +31,7 @@ from tests.gateway_parts import (
     call,
     chunk,
     completion,
+    config,
     frame,
     request,
 )
@@ -310,3 +314,19 @@ def test_the_wait_before_a_retry_is_no_time_of_ours(rooms: Make) -> None:
     assert at.ambient.ahead == pytest.approx(1.0)  # half the backoff's base of two seconds, by the clock's chance
     assert latency["total"] >= 1000
     assert latency["gateway"] < 500
+
+
+# --- money ---
+
+
+def test_a_call_is_charged_by_the_service_tier_it_was_answered_in(rooms: Make) -> None:
+    usual, dear = (Price(**dict.fromkeys(Price.__struct_fields__, usd * 10**9)) for usd in (1, 2))
+    tariff = Tariff(Rate(usual), service_tiers={"priority": Rate(dear)})
+    made = config()
+    alias = made.aliases[ALIAS]
+    tiered = msgspec.structs.replace(alias.targets[0], price=usual, tariff=tariff)
+    aliases = {ALIAS: msgspec.structs.replace(alias, targets=(tiered,))}
+    gateway = rooms(ScriptedAnswer(completion(service_tier="priority")))
+    serve(gateway, UNARY, config=msgspec.structs.replace(made, aliases=aliases))
+    row = gateway.row()
+    assert (row["service_tier"], row["cost_usd"]["total"]) == ("priority", 0.000024)

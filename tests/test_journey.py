@@ -97,8 +97,8 @@ def test_cost_is_exact_to_the_nano_dollar(journey: Journey) -> None:
 
 
 def test_stream_costs_what_the_unary_call_costs(journey: Journey) -> None:
-    unary = journey.post(chat("tokens=21"))
-    with journey.stream(chat("tokens=21")) as streamed:
+    unary = journey.post(chat("tokens=21 cached=7"))
+    with journey.stream(chat("tokens=21 cached=7")) as streamed:
         events(streamed)
     found = journey.rows([unary.headers["x-request-id"], streamed.headers["x-request-id"]])
     one, other = found.values()

@@ -31,6 +31,8 @@ from app.config import (
 )
 from app.core import Usage, charge, saved_nanos
 from app.price_sync import Wanted, sync
+from app.providers.openai import OPENAI
+from app.providers.translator import Stamp
 from tests.test_config import ENVIRON, SHIPPED
 
 DAY = date(2026, 11, 1)
@@ -147,6 +149,21 @@ def test_a_plain_price_has_no_tariff_to_go_through(tmp_path: Path) -> None:
 def test_a_deployment_is_priced_as_the_model_it_names(tmp_path: Path) -> None:
     targets = configured(tmp_path).targets
     assert targets["openai/deployed"].price == targets["openai/plain"].price
+
+
+@pytest.mark.parametrize(
+    ("written", "tier"), [(b'"priority"', "priority"), (b"null", None), (b"3", None), (b'{"a":1}', None)]
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_service_tier_that_the_vendor_names_is_read(written: bytes, tier: str | None, stream: bool) -> None:
+    stamp = Stamp("chatcmpl-1", 0, "m")
+    choice = b'"choices":[{"index":0,"%b":{"content":"hi"},"finish_reason":"stop"}],"service_tier":%b}'
+    if not stream:
+        assert OPENAI.response(b'{"model":"m",' + choice % (b"message", written), stamp).service_tier == tier
+        return
+    reader = OPENAI.stream(stamp)
+    list(reader.feed(b'data: {"model":"m",' + choice % (b"delta", written) + b"\n\n"))
+    assert reader.service_tier == tier
 
 
 # --- discounts ---

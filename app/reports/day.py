@@ -70,6 +70,7 @@ class _Row(Struct, frozen=True, array_like=True):
     total_tokens: int
     cost_usd: Decimal
     saved_usd: Decimal
+    unpriced: int
 
 
 async def usage(database_url: str, tenant: str, day: date, environment: str | None = None) -> UsageReport:
@@ -109,7 +110,7 @@ def _sums(rows: Sequence[_Row]) -> dict[str, Any]:
         "total_tokens": sum(row.total_tokens for row in rows),
         "cost_usd": _usd(row.cost_usd for row in rows),
         "saved_usd": _usd(row.saved_usd for row in rows),
-        "unpriced": sum(row.requests for row in rows if row.cost_status == "unpriced"),
+        "unpriced": sum(row.unpriced for row in rows),
     }
 
 

@@ -25,7 +25,7 @@ _LEDGER = (
     Column("output_tokens", "integer"), Column("total_tokens", "integer"), Column("cost_input_usd", "usd"),
     Column("cost_output_usd", "usd"), Column("cost_usd", "usd"), Column("saved_usd", "usd"), Column("cost_status"),
     Column("usage_source"), Column("price_table_version"), Column("config_version"), Column("prompt_version"),
-    Column("event"),
+    Column("adjusts"), Column("event"),
 )  # fmt: skip
 """The statement `ledger_page`, in its order."""
 

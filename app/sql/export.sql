@@ -4,14 +4,15 @@ SELECT
     occurred_at, event_id, request_id, trace_id, tenant_id, feature_id, key_id, purpose, environment,
     model_alias, model_resolved, provider, vendor_request_id, status, error_code, cache_hit, fallback_used,
     input_tokens, output_tokens, total_tokens, cost_input_usd, cost_output_usd, cost_usd, saved_usd,
-    cost_status, usage_source, price_table_version, config_version, event ->> 'prompt_version', event::text
+    cost_status, usage_source, price_table_version, config_version, event ->> 'prompt_version', adjusts::text, event::text
 FROM ledger
 WHERE occurred_at >= greatest(%(first)s::date::timestamp AT TIME ZONE 'UTC', %(after_at)s::timestamptz)
   AND occurred_at < (%(last)s::date::timestamp + interval '1 day') AT TIME ZONE 'UTC'
   AND (occurred_at, event_id) > (%(after_at)s::timestamptz, %(after_id)s::uuid)
   AND (%(tenant)s::text IS NULL OR tenant_id = %(tenant)s::text)
   AND (%(environment)s::text IS NULL OR environment = %(environment)s::text)
-  AND (%(purpose)s::text IS NULL OR purpose = %(purpose)s::text)
+  -- Who asks for calls of one purpose asks for calls: adjustments are none.
+  AND (%(purpose)s::text IS NULL OR (purpose = %(purpose)s::text AND adjusts IS NULL))
   AND (%(cache_hits)s::boolean OR NOT cache_hit)
 ORDER BY occurred_at, event_id
 LIMIT %(rows)s;

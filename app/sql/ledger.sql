@@ -5,8 +5,8 @@ SELECT set_config('statement_timeout', %(statement_ms)s::text, false),
        set_config('TimeZone', 'UTC', false);
 
 -- name: exists
--- Whether the ledger's table is there, so that a role that may not create tables can still ship.
-SELECT to_regclass('ledger') IS NOT NULL;
+-- Whether the ledger's table is there as it is today, so that a role that may not create tables can still ship.
+SELECT EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('ledger') AND attname = 'adjusts');
 
 -- name: lock
 -- Keeps other shippers from preparing the schema until this transaction ends.
@@ -43,10 +43,15 @@ CREATE TABLE IF NOT EXISTS ledger (
     usage_source        text           NOT NULL,
     price_table_version text           NOT NULL,
     config_version      text           NOT NULL,
+    adjusts             uuid,
     event               jsonb          NOT NULL,
     recorded_at         timestamptz    NOT NULL DEFAULT now(),
     PRIMARY KEY (occurred_at, event_id)
 ) PARTITION BY RANGE (occurred_at);
+
+-- name: add_adjusts
+-- The column that an older ledger lacks: which call a row corrects.
+ALTER TABLE ledger ADD COLUMN IF NOT EXISTS adjusts uuid;
 
 -- name: create_tenant_index
 -- A tenant's rows of a time span.
@@ -93,7 +98,7 @@ INSERT INTO ledger (
     occurred_at, event_id, request_id, trace_id, tenant_id, feature_id, key_id, purpose, environment,
     model_alias, model_resolved, provider, vendor_request_id, status, error_code, cache_hit, fallback_used,
     input_tokens, output_tokens, total_tokens, cost_input_usd, cost_output_usd, cost_usd, saved_usd,
-    cost_status, usage_source, price_table_version, config_version, event
+    cost_status, usage_source, price_table_version, config_version, adjusts, event
 )
 SELECT
     (event ->> 'timestamp')::timestamptz,
@@ -124,6 +129,7 @@ SELECT
     event ->> 'usage_source',
     event -> 'cost_usd' ->> 'price_table_version',
     event ->> 'config_version',
+    (event ->> 'adjusts')::uuid,
     event
 FROM jsonb_array_elements(%(events)s::jsonb) AS events (event)
 ON CONFLICT (occurred_at, event_id) DO NOTHING;

@@ -97,18 +97,19 @@ DELETE FROM rollup WHERE day = %(day)s;
 INSERT INTO rollup
 SELECT
     %(day)s::date, tenant_id, feature_id, model_alias, model_resolved, provider, environment,
-    count(*),
-    count(*) FILTER (WHERE status = 'success'),
-    count(*) FILTER (WHERE status = 'error'),
-    count(*) FILTER (WHERE status = 'refused'),
-    count(*) FILTER (WHERE status = 'rate_limited'),
-    count(*) FILTER (WHERE status = 'blocked'),
-    count(*) FILTER (WHERE status = 'client_closed'),
-    count(*) FILTER (WHERE status = 'interrupted'),
-    count(*) FILTER (WHERE status = 'timeout'),
-    count(*) FILTER (WHERE cache_hit),
-    count(*) FILTER (WHERE fallback_used),
-    count(*) FILTER (WHERE cost_status = 'unpriced'),
+    -- Adjustments are no calls: they have costs and nothing else.
+    count(*) FILTER (WHERE adjusts IS NULL),
+    count(*) FILTER (WHERE status = 'success' AND adjusts IS NULL),
+    count(*) FILTER (WHERE status = 'error' AND adjusts IS NULL),
+    count(*) FILTER (WHERE status = 'refused' AND adjusts IS NULL),
+    count(*) FILTER (WHERE status = 'rate_limited' AND adjusts IS NULL),
+    count(*) FILTER (WHERE status = 'blocked' AND adjusts IS NULL),
+    count(*) FILTER (WHERE status = 'client_closed' AND adjusts IS NULL),
+    count(*) FILTER (WHERE status = 'interrupted' AND adjusts IS NULL),
+    count(*) FILTER (WHERE status = 'timeout' AND adjusts IS NULL),
+    count(*) FILTER (WHERE cache_hit AND adjusts IS NULL),
+    count(*) FILTER (WHERE fallback_used AND adjusts IS NULL),
+    count(*) FILTER (WHERE cost_status = 'unpriced') - count(*) FILTER (WHERE cost_status = 'repriced'),
     sum(input_tokens), sum(output_tokens), sum(total_tokens),
     sum(cost_input_usd), sum(cost_output_usd), sum(cost_usd), sum(saved_usd)
 FROM ledger

@@ -5,12 +5,14 @@ SELECT
     model_resolved,
     status,
     cost_status,
-    count(*),
+    count(*) FILTER (WHERE adjusts IS NULL),
     sum(input_tokens)::bigint,
     sum(output_tokens)::bigint,
     sum(total_tokens)::bigint,
     sum(cost_usd),
-    sum(saved_usd)
+    sum(saved_usd),
+    -- A call at the ceiling until its adjustment gave it its price.
+    count(*) FILTER (WHERE cost_status = 'unpriced') - count(*) FILTER (WHERE cost_status = 'repriced')
 FROM ledger
 WHERE tenant_id = %(tenant)s
   AND occurred_at >= %(day)s::date::timestamp AT TIME ZONE 'UTC'
