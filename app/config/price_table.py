@@ -9,6 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import msgspec
+import yaml
 from msgspec import Struct
 
 from app.config.reading import FAULTY, PRICE_SECTIONS, ConfigError, Faults, convert, parse
@@ -115,7 +116,8 @@ def _classes(written: WrittenClasses) -> str:
 
 
 def _key(name: str) -> str:
-    return name if _PLAIN_KEY.fullmatch(name) else _text(name)
+    """Plain where YAML then reads this very text: `no` and `True` are none."""
+    return name if _PLAIN_KEY.fullmatch(name) and yaml.safe_load(name) == name else _text(name)
 
 
 def _text(text: str) -> str:
