@@ -195,13 +195,15 @@ class Gateway:
         started = self.ambient.monotonic()
         limit = limits.first_token if request.stream else limits.answer
         answer: VendorAnswer | None = None
+        request_id: str | None = None
         outcome = "cancelled"
         exchange.patience.limit(min(limit, deadline - started))
         try:
             answer = await self.upstream.open(outgoing, limits.connect)
+            request_id = _word(answer.headers.get(translator.request_id_header))
             if not 200 <= answer.status < 300:
                 raise translator.error(answer.status, answer.headers, await _error_body(answer))
-            exchange.vendor_request_id = _word(answer.headers.get(translator.request_id_header))
+            exchange.vendor_request_id = request_id
             if request.stream:
                 stream = _Stream(
                     translator.stream(stamp),
@@ -211,10 +213,12 @@ class Gateway:
                 await stream.begin(answer)
                 exchange.first_token = self.ambient.monotonic()
                 exchange.model_resolved = _word(stream.reader.model)
+                exchange.vendor_request_id = request_id = request_id or _word(stream.reader.request_id)
                 outcome = "success"
                 return answer, stream
             whole = translator.answer(await answer.read(MAX_ANSWER_BYTES), request, stamp)
             self._note_answer(exchange, whole)
+            exchange.vendor_request_id = request_id = request_id or _word(whole.request_id)
             outcome = "success"
             return answer, whole.body
         except asyncio.CancelledError:
@@ -238,9 +242,7 @@ class Gateway:
                     status=None if answer is None else answer.status,
                     started_ms=_ms(started - exchange.call.started),
                     duration_ms=_ms(ended - started),
-                    vendor_request_id=(
-                        None if answer is None else _word(answer.headers.get(translator.request_id_header))
-                    ),
+                    vendor_request_id=request_id,
                 )
             )
             if outcome != "success" and answer is not None:

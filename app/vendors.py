@@ -41,6 +41,8 @@ KINDS = {
     "anthropic": Vendor(base_url="https://api.anthropic.com/v1"),
     "azure": Vendor(versioned=True),
     "openai_compatible": Vendor(keyless=True),
+    "gemini": Vendor(base_url="https://generativelanguage.googleapis.com/v1beta"),
+    "vertex": Vendor(),
 }
 """By the `kind` of a provider."""
 COMPATIBLE_KIND = "openai_compatible"

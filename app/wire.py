@@ -209,7 +209,7 @@ class ReasoningDetail(Struct, frozen=True):
 
 
 class ChatMessage(Struct, frozen=True, forbid_unknown_fields=True):
-    """A message of a conversation. `annotations` and `audio` of an assistant's earlier answer are not sent again."""
+    """A message of a conversation. `annotations`, `audio` and `images` of an earlier answer are not sent again."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None
@@ -221,6 +221,7 @@ class ChatMessage(Struct, frozen=True, forbid_unknown_fields=True):
     reasoning_details: list[ReasoningDetail] | None = None
     annotations: Raw = ABSENT
     audio: Raw = ABSENT
+    images: Raw = ABSENT
     function_call: None = None
 
 

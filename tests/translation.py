@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from msgspec import Struct
@@ -12,7 +12,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from app.config import Credential, Price, Provider, Secret, Target
 from app.core import Usage
 from app.errors import VendorError
-from app.providers.translator import Kind, Stamp, Translator
+from app.providers.translator import Frame, Kind, Stamp, StreamReader, Translator
 from app.sse import FrameSplitter, data_of
 from app.vendors import KINDS
 
@@ -48,19 +48,20 @@ class StreamOutcome(Struct, frozen=True):
 
 
 def read_stream(translator: Translator, chunks: Iterable[bytes]) -> StreamOutcome:
-    """Splits and scans as the relay does; stops at the first error, as it does."""
+    """Splits and scans as the relay does; stops at the last frame or at the first error, as it does."""
     reader = translator.stream(STAMP)
     kinds: list[str] = []
     frames: list[bytes] = []
     text_bytes = 0
     error = None
     try:
-        for chunk in chunks:
-            for kind, frame in reader.feed(chunk):
-                kinds.append(kind.name)
-                frames.append(frame)
-                if kind is Kind.CONTENT:
-                    text_bytes += reader.text_bytes(frame)
+        for kind, frame in _frames(reader, chunks):
+            kinds.append(kind.name)
+            frames.append(frame)
+            if kind is Kind.CONTENT:
+                text_bytes += reader.text_bytes(frame)
+            if kind is Kind.DONE:
+                break
     except VendorError as raised:
         error = raised
     return StreamOutcome(
@@ -73,6 +74,13 @@ def read_stream(translator: Translator, chunks: Iterable[bytes]) -> StreamOutcom
         text_bytes,
         error,
     )
+
+
+def _frames(reader: StreamReader, chunks: Iterable[bytes]) -> Iterator[Frame]:
+    for chunk in chunks:
+        yield from reader.feed(chunk)
+    if reader.finished:
+        yield from reader.end()
 
 
 def sdk_answer(body: bytes) -> dict[str, Any]:

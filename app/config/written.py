@@ -12,7 +12,7 @@ from app.wire import Operation
 
 
 class WrittenProvider(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    kind: Literal["openai", "azure", "openai_compatible", "anthropic"]
+    kind: Literal["openai", "azure", "openai_compatible", "anthropic", "gemini", "vertex"]
     vendor: str | None = None
     base_url: str | None = None
     api_key: str | None = None

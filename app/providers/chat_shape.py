@@ -2,7 +2,8 @@
 
 What OpenAI's shape has no member for is written as the field does: `reasoning_content` for reasoning as text (DeepSeek,
 vLLM), `reasoning_details` for what a vendor wants back unchanged (OpenRouter: `reasoning.text` with a `signature`,
-`reasoning.encrypted` with `data`), `cache_control` on content parts and tools for prompt-cache hints (OpenRouter).
+`reasoning.encrypted` with `data`), `cache_control` on content parts and tools for prompt-cache hints (OpenRouter),
+`images` for images that the model made (OpenRouter: parts of type `image_url`).
 """
 
 from __future__ import annotations
@@ -127,6 +128,7 @@ class WrittenMessage(Struct, omit_defaults=True):
     reasoning_details: list[dict[str, object]] | msgspec.UnsetType = msgspec.UNSET
     tool_calls: list[WrittenToolCall] | msgspec.UnsetType = msgspec.UNSET
     annotations: list[dict[str, object]] | msgspec.UnsetType = msgspec.UNSET
+    images: list[dict[str, object]] | msgspec.UnsetType = msgspec.UNSET
 
 
 class WrittenChoice(Struct):

@@ -45,7 +45,7 @@ class Answer(Struct, frozen=True):
 
     `usage` is None where the vendor reported none; `text_bytes` is then the size of the text, for an
     estimate. `service_tier` is the vendor's word for how it answered (`priority`, `flex`, `batch`), which prices tell
-    apart.
+    apart. `request_id` is the vendor's own where it stands in the body, not in a header.
     """
 
     body: bytes
@@ -54,6 +54,7 @@ class Answer(Struct, frozen=True):
     finish_reason: str | None
     text_bytes: int
     service_tier: str | None = None
+    request_id: str | None = None
 
 
 class Kind(IntEnum):
@@ -78,6 +79,7 @@ class StreamReader:
     model: str | None = None
     finish_reason: str | None = None
     service_tier: str | None = None
+    request_id: str | None = None
 
     @property
     def finished(self) -> bool:
