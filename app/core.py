@@ -294,9 +294,10 @@ def event_cost(cost: Cost, price_version: str) -> EventCost:
 class Dialect(Struct, frozen=True):
     """What a route's clients speak: how a request is read, and how an error is written, whole or to end a stream.
 
-    `read` raises InvalidRequest.
+    `read` raises InvalidRequest. `name` finds the translators that answer in this dialect: `dialects.translator`.
     """
 
+    name: str
     read: Callable[[bytes], Request]
     error_body: Callable[[GatewayError], bytes]
     error_frames: Callable[[GatewayError], bytes]

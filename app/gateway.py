@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 
 import msgspec
 
+from app import dialects
 from app.ambient import TIMER_SECONDS, Ambient
 from app.auth import allow, authorize, require
 from app.config import Alias, Target
@@ -41,7 +42,6 @@ from app.errors import (
 )
 from app.ledger import Spool
 from app.limits import Limits
-from app.providers import PROVIDERS
 from app.providers.translator import Answer, Frame, Kind, Stamp, StreamReader
 from app.routing import Cooldowns, after, plan, sum_up
 from app.telemetry import Telemetry
@@ -185,10 +185,9 @@ class Gateway:
         self, exchange: Exchange, alias: Alias, target: Target, deadline: float
     ) -> tuple[VendorAnswer, _Stream | bytes]:
         """One request to one target. Raises VendorError; the attempt is noted whatever becomes of it."""
-        translator = PROVIDERS[target.provider.kind]
-        request, limits = exchange.request, alias.timeouts
+        call, request, limits = exchange.call, exchange.request, alias.timeouts
+        translator = dialects.translator(call.dialect, target.provider.kind)
         outgoing = translator.sign(translator.outgoing(request, target), target.provider.credential, self.ambient.now())
-        call = exchange.call
         stamp = Stamp("chatcmpl-" + call.event_id, int(call.received_at), target.model)
         exchange.target = target
         self.spool.intend(self._intent(exchange))

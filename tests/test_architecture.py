@@ -31,6 +31,7 @@ LAYERS = (
 
 WITHIN_A_LAYER = {
     ("config", "vendors"): "what a kind of provider needs",
+    ("dialects", "providers"): "a dialect wraps a vendor's translator",
     ("core", "wire"): "a call carries its request",
     ("config", "wire"): "what a target can serve",
     ("core", "config"): "a call carries the snapshot it is served under",

@@ -20,3 +20,8 @@ PROVIDERS: dict[str, Translator] = {
     "vertex": VERTEX,
 }
 """By `Provider.kind`."""
+
+NATIVE: dict[tuple[str, str], Translator] = {}
+"""By dialect and kind, for vendors that speak a dialect other than the internal form themselves: requests and answers
+are relayed as they are.
+"""

@@ -133,7 +133,7 @@ class Translator(Struct, frozen=True):
 
     def outgoing(self, request: Request, target: Target) -> Outgoing:
         """The vendor's request for what the client wants. Raises VendorCannot."""
-        if type(request) is ChatRequest:
+        if request.operation == "chat":
             return self.chat(request, target)
         if self.embed is None:
             raise VendorCannot(f"{target.name} has no embeddings; use another model.", param="model")
@@ -141,6 +141,6 @@ class Translator(Struct, frozen=True):
 
     def answer(self, body: bytes, request: Request, stamp: Stamp) -> Answer:
         """Reads a whole answer to `request`. Raises VendorError."""
-        if type(request) is ChatRequest:
+        if request.operation == "chat":
             return self.response(body, stamp)
         return self.embedded(body, request, stamp)
