@@ -154,7 +154,11 @@ class EventLatency(Struct, frozen=True, gc=False):
 
 
 class Attempt(Struct, frozen=True, gc=False):
-    """One request to a vendor: `outcome` is `success`, a `VendorError.fault`, or what cut it short."""
+    """One request to a vendor: `outcome` is `success`, a `VendorError.fault`, or what cut it short.
+
+    `estimated_usd` is what the vendor may charge for an attempt that fell silent or broke off and was followed by
+    another: the prompt, by estimate. The row's own cost is that of the last attempt alone.
+    """
 
     target: str
     provider: str
@@ -163,6 +167,7 @@ class Attempt(Struct, frozen=True, gc=False):
     started_ms: float
     duration_ms: float
     vendor_request_id: str | None = None
+    estimated_usd: Raw = _ZERO
 
 
 class LedgerEvent(Struct, frozen=True, kw_only=True):

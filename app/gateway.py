@@ -26,6 +26,7 @@ from app.core import (
     estimate,
     event_cost,
     event_usage,
+    usd,
 )
 from app.errors import (
     GatewayError,
@@ -174,6 +175,8 @@ class Gateway:
             late = now + (step.wait_seconds if step else 0.0) >= deadline - TIMER_SECONDS
             if step is None or late:
                 raise sum_up(errors, late)
+            if isinstance(error, VendorTimeout | VendorBroke):
+                self._note_lost(exchange)
             if step.wait_seconds:
                 await self.ambient.sleep(step.wait_seconds)
                 exchange.provider_seconds += step.wait_seconds  # the vendor made us wait: no overhead of ours
@@ -246,6 +249,11 @@ class Gateway:
             )
             if outcome != "success" and answer is not None:
                 await answer.close()
+
+    def _note_lost(self, exchange: Exchange) -> None:
+        """The vendor had read the prompt, and may charge for it; the tenant pays for the answer that it gets."""
+        lost = self._charge(exchange, estimate(exchange.request.operation, exchange.input_tokens_estimate, 0))
+        exchange.attempts[-1] = msgspec.structs.replace(exchange.attempts[-1], estimated_usd=usd(lost.total_nanos))
 
     def _note_answer(self, exchange: Exchange, answer: Answer) -> None:
         exchange.model_resolved = _word(answer.model)

@@ -67,6 +67,17 @@ def test_primary_is_tried_again_before_the_secondary(journey: Journey) -> None:
     assert answer.headers["x-gateway-fallback"] == "false"
 
 
+@pytest.mark.parametrize("mood", ["hanging", "failing"])
+def test_what_a_silent_vendor_may_charge_stands_with_its_attempt_alone(journey: Journey, mood: str) -> None:
+    journey.fault("openai", **BLOCKED[mood])
+    answer = journey.post(chat("tokens=4 " + "word " * 400, model="quick"))
+    event = journey.row(answer.headers["x-request-id"])
+    lost = [attempt["estimated_usd"] for attempt in event["attempts"]]
+    assert (lost[0] > 0) == (mood == "hanging")
+    assert lost[-1] == 0
+    assert event["usage"]["input_tokens"] == answer.json()["usage"]["prompt_tokens"]
+
+
 def test_retry_waits_as_long_as_the_vendor_asks(journey: Journey) -> None:
     journey.fault("openai", kind="throttle", retry_after=1, times=1)
     answer = journey.post(chat("tokens=4", model="one-target"))
