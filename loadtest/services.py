@@ -247,7 +247,7 @@ def section(config: Path, environment: str, file: str, name: str) -> dict[str, d
     return entries
 
 
-SIMULATED_PATHS = {"openai": "/v1", "openai_compatible": "/v1"}
+SIMULATED_PATHS = {"openai": "/v1", "openai_compatible": "/v1", "anthropic": "/v1"}
 """Of the simulator's addresses, what follows the provider's name; nothing for kinds that are not here."""
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from loadtest.simulator import compatible, faults
+from loadtest.simulator.anthropic import ANTHROPIC
 from loadtest.simulator.azure import AZURE
 from loadtest.simulator.http import Connection, Reply, Request
 from loadtest.simulator.openai import OPENAI
@@ -20,7 +21,13 @@ from loadtest.simulator.shape import Problem, Shape, Stream, Unary
 from loadtest.simulator.state import Vendor
 
 # A name that is not here speaks its first word's shape (azure-eu), else OpenAI's, with faults and counts of its own.
-SHAPES = {"openai": OPENAI, "azure": AZURE, "openrouter": OPENROUTER, **compatible.SHAPES}
+SHAPES = {
+    "openai": OPENAI,
+    "anthropic": ANTHROPIC,
+    "azure": AZURE,
+    "openrouter": OPENROUTER,
+    **compatible.SHAPES,
+}
 
 _VENDOR_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _BATCH_EVENTS = 64
