@@ -52,6 +52,8 @@ OVERLAY: dict[str, Any] = {
         "azure": {"targets": ["azure/gpt-4o-mini"]},
         "azure-first": {"targets": ["azure/gpt-4o-mini", "openai/gpt-4o-mini"]},
         "embed-azure": {"targets": ["azure/text-embedding-3-small"]},
+        "claude": {"targets": ["anthropic/claude-haiku-4-5"]},
+        "claude-first": {"targets": ["anthropic/claude-haiku-4-5", "openai/gpt-4o-mini"]},
         "groq": {"targets": ["groq/gpt-oss-120b"]},
         "mistral": {"targets": ["mistral/mistral-small"]},
         "mistral-first": {"targets": ["mistral/mistral-small", "openai/gpt-4o-mini"]},
