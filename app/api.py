@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import logging
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 
@@ -18,7 +18,7 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.ambient import Ambient, Patience, timestamp
-from app.auth import authorize, identify
+from app.auth import Callers, allowed, authorize, header_map
 from app.config import NAME, Config, ConfigSource, ServiceKey
 from app.core import Call, Cut, Dialect, Exchange
 from app.dialects import ROUTES, openai_chat
@@ -28,6 +28,7 @@ from app.errors import (
     InternalError,
     InvalidApiKey,
     InvalidRequest,
+    IssuerUnavailable,
     LedgerUnavailable,
     MethodNotAllowed,
     NotFound,
@@ -54,9 +55,9 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{
 class FrontDoor:
     """Reception and departure. `in_flight` holds every call that is being served, by its task."""
 
-    def __init__(self, source: ConfigSource, gateway: Gateway, ambient: Ambient, revoked: Container[str] = ()) -> None:
+    def __init__(self, source: ConfigSource, gateway: Gateway, callers: Callers, ambient: Ambient) -> None:
         self.source = source
-        self.revoked = revoked
+        self.callers = callers
         self.gateway = gateway
         self.ambient = ambient
         self.in_flight: dict[asyncio.Task[None], Exchange] = {}
@@ -66,13 +67,15 @@ class FrontDoor:
         """POST to a route of `dialects.ROUTES`, from the first byte in to the last byte out."""
         started, received_at = self.ambient.monotonic(), self.ambient.now()
         config = self.source.current
-        headers = _headers(scope)
+        headers = header_map(scope["headers"])
         if scope["method"] != "POST":
             await self._refuse(send, dialect, MethodNotAllowed("This route takes POST."))
             return
         try:
-            key = identify(config, headers.get(b"authorization"), headers.get(b"x-api-key"), received_at, self.revoked)
-        except InvalidApiKey as error:
+            key = self.callers.known(config, headers, received_at)
+            if key is None:  # a token that is new to this replica
+                key = await self.callers.verified(config, headers, received_at)
+        except (InvalidApiKey, IssuerUnavailable) as error:
             self.gateway.telemetry.unidentified(error)
             await self._not_too_soon(started)
             await self._refuse(send, dialect, error)
@@ -230,11 +233,6 @@ class FrontDoor:
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
-def _headers(scope: Scope) -> dict[bytes, str]:
-    """By lower-case name. Of a header written twice the first counts, as it does for Traefik's limits."""
-    return {name: value.decode("latin-1") for name, value in reversed(scope["headers"])}
-
-
 async def _body(headers: Mapping[bytes, str], receive: Receive, max_bytes: int, patience: Patience) -> bytes | None:
     """The request body, up to `max_bytes`; None when the client hung up. Raises RequestTooLarge, InvalidRequest.
 
@@ -305,22 +303,18 @@ def app(door: FrontDoor, more: Sequence[HTTPRouteHandler] = ()) -> ASGIApp:
 def _others(door: FrontDoor, more: Sequence[HTTPRouteHandler]) -> Litestar:
     """Everything but the hot path."""
 
-    @get("/v1/models", media_type=MediaType.JSON, sync_to_thread=False)
-    def models(request: Request) -> Response:
+    @get("/v1/models", media_type=MediaType.JSON)
+    async def models(request: Request) -> Response:
         """The aliases that the tenant may use, in OpenAI's shape."""
-        config, now = door.source.current, door.ambient.now()
+        config, headers, now = door.source.current, header_map(request.scope["headers"]), door.ambient.now()
         try:
-            key = identify(
-                config, request.headers.get("authorization"), request.headers.get("x-api-key"), now, door.revoked
-            )
-        except InvalidApiKey as error:
+            key = await door.callers.identify(config, headers, now)
+        except (InvalidApiKey, IssuerUnavailable) as error:
             door.gateway.telemetry.unidentified(error)
             raise
-        tenant = authorize(config, key, request.headers.get("x-tenant-id"))
+        tenant = authorize(config, key, headers.get(b"x-tenant-id"))
         listed = [
-            {"id": name, "object": "model", "created": 0, "owned_by": "gateway"}
-            for name in config.aliases
-            if tenant.allows(name)
+            {"id": name, "object": "model", "created": 0, "owned_by": "gateway"} for name in allowed(config, tenant)
         ]
         return Response(msgspec.json.encode({"object": "list", "data": listed}), media_type=MediaType.JSON)
 

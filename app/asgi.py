@@ -23,6 +23,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from app import admin, api, usage_pages
 from app.ambient import Ambient
 from app.archive import ArchiveError
+from app.auth import Callers, KeySets, Tokens, jwks
 from app.config import Config, ConfigError, ConfigSource, Secret, utc_day
 from app.control import REVOKED, Control, Entry
 from app.gateway import Gateway
@@ -148,7 +149,9 @@ class Replica:
             telemetry=self.telemetry,
             ambient=ambient,
         )
-        self.door = api.FrontDoor(source, self.gateway, ambient, self.control.kind(REVOKED))
+        self.key_sets = KeySets(lambda: source.current, jwks.client(), ambient)
+        callers = Callers(Tokens(self.key_sets), self.control.kind(REVOKED))
+        self.door = api.FrontDoor(source, self.gateway, callers, ambient)
         self.usage = self._usage_reader()
         self.stop = asyncio.Event()
         self.hurry = asyncio.Event()
@@ -162,7 +165,7 @@ class Replica:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
         self.spool.open()
-        pages = usage_pages.tenant_routes(self.source, self.usage, self.ambient, self.door.revoked)
+        pages = usage_pages.tenant_routes(self.source, self.usage, self.ambient, self.door.callers)
         main = _server(api.app(self.door, pages), self.options.host, self.options.port)
         token = self.options.admin_token
         pages = usage_pages.admin_routes(self.source, self.usage, self.ambient, token)
@@ -171,7 +174,7 @@ class Replica:
         )
         loops = [
             asyncio.ensure_future(self._keep(run))
-            for run in (self.pipe.run, self.spool.run, self.reload, self.control.run)
+            for run in (self.pipe.run, self.spool.run, self.reload, self.control.run, self.key_sets.run)
         ]
         shipping = asyncio.ensure_future(self._keep(self.shipper.run)) if self.shipper else None
         await control.startup()
@@ -192,6 +195,7 @@ class Replica:
         await self.upstream.close()
         if self.usage:
             await self.usage.close()
+        await self.key_sets.close()
         await control.shutdown()
         if self.spans:
             await asyncio.to_thread(self.spans.close)
@@ -252,7 +256,7 @@ class Replica:
 
     async def reload_once(self) -> int:
         """1 when a new snapshot took effect, else 0. An invalid configuration is logged once and changes nothing."""
-        if not self.source.changed():
+        if not await asyncio.to_thread(self.source.changed):
             return 0
         before = self.source.current
         try:

@@ -21,6 +21,7 @@ GatewayError
 │   ├── LedgerUnavailable           503 ledger_unavailable
 │   ├── UsageUnavailable            503 ledger_unavailable
 │   ├── LimitsUnavailable           503 gateway_overloaded
+│   ├── IssuerUnavailable           503 gateway_overloaded
 │   ├── Draining                    503 gateway_overloaded
 │   └── InternalError               500 internal_error
 ├── VendorError                     what one attempt met; `retry` says what comes next
@@ -207,6 +208,12 @@ class UsageUnavailable(OwnFault):
 
 class LimitsUnavailable(OwnFault):
     """Redis is away and `gateway.redis.away` says `closed`."""
+
+    code = "gateway_overloaded"
+
+
+class IssuerUnavailable(OwnFault):
+    """The keys of a token's issuer were never read: see `issuers.<name>.jwks` and the log."""
 
     code = "gateway_overloaded"
 

@@ -7,7 +7,8 @@ every environment, and taken back if that finds a fault.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from msgspec import Struct
 
 from app.ambient import Ambient, timestamp
 from app.config import ConfigError, load
-from app.config.editing import add_entry, set_member
+from app.config.editing import add_entry, members, set_member
 
 SECTION = "service_keys"
 FILE = "service_keys.yaml"
@@ -49,24 +50,27 @@ def new(
 ) -> MadeKey:
     """Makes a key and writes its entry. Raises ConfigError, OSError."""
     made = _made(ambient)
-    _change(folder, lambda text: _added(text, made, ambient, service, tenants, roles, expires))
+    written = {"service": json.dumps(service), "tenants": json.dumps(list(tenants))}
+    if tuple(roles) != ("call",):
+        written["roles"] = json.dumps(list(roles))
+    _change(folder, lambda text: _added(text, made, ambient, written, expires))
     return made
 
 
 def rotate(folder: Path, ambient: Ambient, key_id: str, overlap_days: int, expires: date | None) -> MadeKey:
-    """Makes a key for the same service and tenants; the old one is valid for `overlap_days` more, through the day.
+    """Makes a key that is in everything else like another, which is valid for `overlap_days` more, through the day.
 
-    An old key that would expire sooner still does. Raises ConfigError, OSError.
+    A key that would expire sooner still does. Raises ConfigError, OSError.
     """
     made = _made(ambient)
-    today = _today(ambient)
 
     def change(text: str) -> str:
-        old = _find(listed(folder, ambient), key_id)
-        last = today + timedelta(days=overlap_days)
-        if old.expires is None or old.expires > last.isoformat():
-            text = set_member(text, SECTION, key_id, "expires", last.isoformat())
-        return _added(text, made, ambient, old.service, old.tenants, old.roles, expires)
+        kept = members(text, SECTION, key_id)
+        last = (_today(ambient) + timedelta(days=overlap_days)).isoformat()
+        sooner = json.loads(kept.get("expires", "null"))
+        changed = text if sooner and sooner <= last else set_member(text, SECTION, key_id, "expires", last)
+        of_old = {"digest", "expires", "revoked"}
+        return _added(changed, made, ambient, {k: v for k, v in kept.items() if k not in of_old}, expires)
 
     _change(folder, change)
     return made
@@ -96,37 +100,16 @@ def listed(folder: Path, ambient: Ambient) -> list[ListedKey]:
     return sorted(shown, key=lambda key: (key.service, key.id))
 
 
-def _find(keys: Sequence[ListedKey], key_id: str) -> ListedKey:
-    for key in keys:
-        if key.id == key_id:
-            return key
-    raise ConfigError([f"{SECTION}.{key_id}: there is no such entry"])
-
-
 def _made(ambient: Ambient) -> MadeKey:
     public = ambient.key_id()
     return MadeKey(public, f"sk-gw-{public}-{ambient.key_secret()}")
 
 
-def _added(
-    text: str,
-    made: MadeKey,
-    ambient: Ambient,
-    service: str,
-    tenants: Sequence[str],
-    roles: Sequence[str],
-    expires: date | None,
-) -> str:
-    members = {
-        "digest": f"sha256:{hashlib.sha256(made.key.encode()).hexdigest()}",
-        "service": service,
-        "tenants": "[" + ", ".join(f'"{tenant}"' for tenant in tenants) + "]",
-    }
-    if tuple(roles) != ("call",):
-        members["roles"] = f"[{', '.join(roles)}]"
+def _added(text: str, made: MadeKey, ambient: Ambient, written: Mapping[str, str], expires: date | None) -> str:
+    entry = {"digest": f"sha256:{hashlib.sha256(made.key.encode()).hexdigest()}", **written}
     if expires is not None:
-        members["expires"] = expires.isoformat()
-    return add_entry(text, SECTION, made.id, members, f"made {_today(ambient)}")
+        entry["expires"] = expires.isoformat()
+    return add_entry(text, SECTION, made.id, entry, f"made {_today(ambient)}")
 
 
 def _change(folder: Path, change: Callable[[str], str]) -> None:

@@ -6,10 +6,11 @@ names the key and ends after 30 minutes. No replica keeps it; a key that is revo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import logging
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date, timedelta
 from importlib.resources import files
 from urllib.parse import parse_qs
@@ -20,12 +21,13 @@ from litestar.handlers import HTTPRouteHandler
 
 from app.ambient import Ambient, same
 from app.archive import ArchiveError
-from app.auth import authorize, identify, require
+from app.auth import Callers, authorize, header_map, require
 from app.config import Config, ConfigSource, Secret, ServiceKey, Tenant
 from app.core import usd
 from app.errors import (
     AdminForbidden,
     GatewayError,
+    InvalidApiKey,
     InvalidRequest,
     TenantNotAllowed,
     UsageUnavailable,
@@ -89,7 +91,7 @@ class Sessions:
 
 
 def tenant_routes(
-    source: ConfigSource, reader: UsageReader | None, ambient: Ambient, revoked: Container[str] = ()
+    source: ConfigSource, reader: UsageReader | None, ambient: Ambient, callers: Callers
 ) -> list[HTTPRouteHandler]:
     """`GET /v1/usage` and the page, for keys with the role `usage`. Without a reader both answer 503."""
     sessions = Sessions(lambda: source.current.settings.user_id_salt, "tenant", "__Secure-gateway-usage")
@@ -99,18 +101,18 @@ def tenant_routes(
         subject = sessions.subject(request.cookies, ambient.now())
         for key in source.current.keys.values():
             if key.id == subject:
-                gone = key.revoked or key.id in revoked or (key.expires is not None and ambient.now() >= key.expires)
-                return None if gone or "usage" not in key.roles else key
+                with contextlib.suppress(InvalidApiKey):
+                    callers.accepted(key, ambient.now())
+                    return key if "usage" in key.roles else None
         return None
 
     @get("/v1/usage", media_type=MediaType.JSON)
     async def usage_api(request: Request) -> Response[bytes]:
         """The tenant's own numbers, as JSON."""
         config = source.current
-        key = identify(
-            config, request.headers.get("authorization"), request.headers.get("x-api-key"), ambient.now(), revoked
-        )
-        tenant = authorize(config, key, request.headers.get("x-tenant-id"))
+        headers = header_map(request.scope["headers"])
+        key = await callers.identify(config, headers, ambient.now())
+        tenant = authorize(config, key, headers.get(b"x-tenant-id"))
         require(key, "usage")
         first, last = _asked_days(request, _today(ambient))
         environment = request.query_params.get("environment") or None
@@ -134,7 +136,9 @@ def tenant_routes(
     @post("/usage/sign-in", request_max_body_size=_MAX_FORM_BYTES, status_code=303)
     async def sign_in(request: Request) -> Response[bytes]:
         try:
-            key = identify(source.current, None, await _form_key(request), ambient.now(), revoked)
+            key = callers.known(source.current, {b"x-api-key": await _form_key(request)}, ambient.now())
+            if key is None:
+                raise InvalidApiKey("A token cannot sign in here: send it to GET /v1/usage.")
             require(key, "usage")
         except GatewayError as error:
             return _html(page.sign_in(error.message), error.status)

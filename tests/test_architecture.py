@@ -51,10 +51,11 @@ WITHIN_A_LAYER = {
 }
 
 HOMES = {
+    "jwt": {"auth"},
     "yaml": {"config"},
     "redis": {"redis_pipe"},
     "hiredis": {"redis_pipe"},
-    "httpx": {"upstream"},
+    "httpx": {"upstream", "auth"},
     "httptools": {"http1"},
     "opentelemetry": {"telemetry"},
     "prometheus_client": {"telemetry"},

@@ -225,14 +225,14 @@ def test_a_folder_without_service_keys_loads(folder: Path, service_keys: str | N
 
 def test_an_empty_file_is_a_fault_and_not_a_folder_without_keys(folder: Path) -> None:
     (folder / "service_keys.yaml").write_text("")
-    with pytest.raises(ConfigError, match="is empty; expected service_keys"):
+    with pytest.raises(ConfigError, match="is empty; expected certificates, issuers, service_keys"):
         loaded(folder)
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
 
 FAULTS: dict[str, tuple[str, str]] = {
-    "unknown section": ("alias: {}", "alias: unknown key; known here: aliases, discounts, gateway,"),
+    "unknown section": ("alias: {}", "alias: unknown key; known here: aliases, certificates, discounts, gateway,"),
     "unknown key": ("gateway: {max_bodybytes: 5}", "gateway.max_bodybytes: unknown key; known here: "),
     "unknown key, deeper": ("gateway: {retry: {tries: 5}}", "gateway.retry.tries: unknown key"),
     "unknown key of an entry": ("tenants: {a: {plan: free, rpn: 5}}", "tenants.a.rpn: unknown key"),
@@ -403,7 +403,7 @@ def test_all_faults_of_all_files_are_told_at_once(folder: Path, tmp_path: Path) 
     shipped = yaml.safe_load((folder / "gateway_models.yaml").read_text())
     expected = [
         f"{folder / 'tenant_policy.yaml'}: tenants.a.z: unknown key; known here: allowed_models, daily_token_cap, "
-        "plan, rpm, tier",
+        "environments, plan, residency, rpm, tier",
         f"{overlay}: providers.openai.region: Expected `str | null`, got `int`",
         f"{overlay}: providers.openai.api_key: a secret is a reference, env:NAME or file:/path, never the value itself",
         f"{overlay}: aliases.a.targets: no target 'x/y'; known: {', '.join(shipped['targets'])}",

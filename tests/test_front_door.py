@@ -14,10 +14,11 @@ from msgspec import Struct
 import app.api
 from app.ambient import Ambient
 from app.api import FrontDoor
+from app.auth import Callers
 from app.config import Config
 from app.dialects import ROUTES
 from tests.gateway_parts import STREAM, UNENDED, Rooms, ScriptedAnswer, completion, config, request
-from tests.test_auth import KEY, WIDE_KEY
+from tests.test_auth import KEY, WIDE_KEY, NoTokens
 
 Door = Callable[..., Rooms]
 Headers = list[tuple[bytes, bytes]]
@@ -80,7 +81,7 @@ def headers(*, keys: tuple[str, ...] = (KEY,), tenants: tuple[str, ...] = ("acme
 
 def visit(rooms: Rooms, client: Client, longest_seconds: float = 5.0) -> FrontDoor:
     """Lets the client in, and returns when the front door is done with it; fails after ten seconds."""
-    door = FrontDoor(Source(config(longest_seconds=longest_seconds)), rooms.gateway, rooms.ambient)
+    door = FrontDoor(Source(config(longest_seconds=longest_seconds)), rooms.gateway, Callers(NoTokens()), rooms.ambient)
 
     async def scenario() -> None:
         async with asyncio.timeout(10):

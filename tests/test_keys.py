@@ -136,6 +136,20 @@ def test_a_rotated_key_takes_over_service_and_tenants(with_keys: Path) -> None:
     assert (new.service, new.tenants, new.expires) == ("billing", frozenset({"acme-corp"}), None)
 
 
+def test_a_rotated_key_takes_over_all_that_its_entry_says(with_keys: Path) -> None:
+    file = with_keys / keys.FILE
+    text = file.read_text().replace(
+        "[acme-corp]\n", "\n      - acme-corp\n      - smoke-test\n    environments: [prod]\n"
+    )
+    file.write_text(text)
+    made = keys.rotate(with_keys, AMBIENT, "k3f9a0b1c2d4", 7, None)
+    entries = yaml.safe_load(file.read_text())["service_keys"]
+    old, new = ({**entries[key]} for key in ("k3f9a0b1c2d4", made.id))
+    assert old.pop("digest") != new.pop("digest")
+    assert old.pop("expires") == TODAY + timedelta(days=7)
+    assert old == new == {"service": "billing", "tenants": ["acme-corp", "smoke-test"], "environments": ["prod"]}
+
+
 @pytest.mark.parametrize("days", [0, 7])
 def test_a_rotated_key_is_valid_for_the_overlap(with_keys: Path, days: int) -> None:
     keys.rotate(with_keys, AMBIENT, "k3f9a0b1c2d4", days, None)

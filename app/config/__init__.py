@@ -12,6 +12,7 @@ from app.config.running import (
     Alias,
     Config,
     Credential,
+    Issuer,
     Provider,
     Secret,
     ServiceKey,
@@ -36,9 +37,9 @@ from app.config.written import (
 )
 
 __all__ = [
-    "CLASSES", "FILES", "NAME", "SERVICE_KEY", "Alias", "Config", "ConfigError", "ConfigSource", "Credential", "Price",
-    "PriceTable", "Provider", "Rate", "Secret", "ServiceKey", "Settings", "Target", "Tariff", "Tenant", "Timeouts",
-    "Window", "Written", "WrittenDiscount", "WrittenDrain", "WrittenLongContext", "WrittenPrice", "WrittenRate",
-    "WrittenRedis", "WrittenRetry", "WrittenSpool", "WrittenWindow", "load", "price_table", "price_tables",
-    "read_price_table", "usd", "utc_day", "write_price_table",
+    "CLASSES", "FILES", "NAME", "SERVICE_KEY", "Alias", "Config", "ConfigError", "ConfigSource", "Credential", "Issuer",
+    "Price", "PriceTable", "Provider", "Rate", "Secret", "ServiceKey", "Settings", "Target", "Tariff", "Tenant",
+    "Timeouts", "Window", "Written", "WrittenDiscount", "WrittenDrain", "WrittenLongContext", "WrittenPrice",
+    "WrittenRate", "WrittenRedis", "WrittenRetry", "WrittenSpool", "WrittenWindow", "load", "price_table",
+    "price_tables", "read_price_table", "usd", "utc_day", "write_price_table",
 ]  # fmt: skip

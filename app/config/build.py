@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from datetime import date
 from typing import TypeVar
@@ -10,8 +9,12 @@ from typing import TypeVar
 import msgspec
 from msgspec import Struct
 
+from app.config.callers import certificates, check_tenants, issuers, serves
+from app.config.plans import inherited
 from app.config.pricing import ceiling, price_targets
 from app.config.reading import Faults, Secrets
+from app.config.reading import entries as _entries
+from app.config.reading import known as _known
 from app.config.running import (
     API_VERSION,
     BASE_URL,
@@ -35,6 +38,7 @@ from app.config.written import (
     WrittenGateway,
     WrittenPlan,
     WrittenProvider,
+    WrittenTenant,
     WrittenTimeouts,
 )
 from app.vendors import COMPATIBLE, COMPATIBLE_KIND, KINDS, Vendor
@@ -62,22 +66,6 @@ def _base_url(url: str, path: str, faults: Faults) -> str:
     return url.rstrip("/")
 
 
-def _entries(
-    section: Mapping[str, T | None], pattern: re.Pattern[str], path: str, faults: Faults
-) -> Iterator[tuple[str, T]]:
-    """Names and entries that could be read; checks the names of all."""
-    for name, entry in section.items():
-        if not pattern.fullmatch(name):
-            faults.add(f"{path}.{name}", f"a name here matches {pattern.pattern}")
-        if entry is not None:
-            yield name, entry
-
-
-def _known(name: str, section: Mapping[str, object], what: str, path: str, faults: Faults) -> None:
-    if name not in section:
-        faults.add(path, f"no {what} {name!r}; known: {', '.join(section)}")
-
-
 def _in_range(part: Struct, path: str, faults: Faults) -> None:
     """Bounds by unit: what ends in `_seconds` is at most a day, `_ms` and `_bytes` are not below zero."""
     for name, value in msgspec.structs.asdict(part).items():
@@ -96,6 +84,7 @@ def build(
     written: Written, version: str, environment: str, price_version: str, secrets: Secrets, faults: Faults
 ) -> Config:
     """The snapshot. With faults noted it is not to be used: what could not be built is missing from it."""
+    written = msgspec.structs.replace(written, plans=inherited(written.plans, faults))
     timeouts = _timeouts(written.gateway.timeouts, _DEFAULT_TIMEOUTS, "gateway.timeouts", faults)
     targets = _targets(written, _providers(written, secrets, faults), faults)
     aliases = _aliases(written, targets, timeouts, faults)
@@ -111,8 +100,19 @@ def build(
         ),
         targets=targets,
         aliases=aliases,
-        tenants=_tenants(written, faults),
-        keys=_keys(written, faults),
+        tenants={
+            name: tenant
+            for name, tenant in _tenants(written, faults).items()
+            if serves(written.tenants[name], environment)
+        },
+        plans=_plans(written),
+        keys={
+            digest: key
+            for digest, key in _keys(written, faults).items()
+            if serves(written.service_keys[key.id], environment)
+        },
+        issuers=issuers(written, environment, faults),
+        certificates=certificates(written, environment, faults),
         global_tpm=written.global_.tpm,
         price_version=price_version,
         prices_checked_on=min(_checked_on(written), default=None),
@@ -140,6 +140,9 @@ def _settings(gateway: WrittenGateway, longest_seconds: float, secrets: Secrets,
         spool=gateway.spool,
         trace_sample_ratio=gateway.trace_sample_ratio,
         user_id_salt=secrets.resolve(gateway.user_id_salt, "gateway.user_id_salt", faults),
+        edge_secret=(
+            None if gateway.edge_secret is None else secrets.resolve(gateway.edge_secret, "gateway.edge_secret", faults)
+        ),
     )
 
 
@@ -257,6 +260,9 @@ def _check_policy(policy: WrittenPlan, written: Written, path: str, faults: Faul
     for alias_name in policy.allowed_models or ():
         if alias_name != "*":
             _known(alias_name, written.aliases, "alias", f"{path}.allowed_models", faults)
+    regions = {provider.region: None for provider in written.providers.values() if provider and provider.region}
+    for region in policy.residency or ():
+        _known(region, regions, "provider's region", f"{path}.residency", faults)
 
 
 def _tenants(written: Written, faults: Faults) -> dict[str, Tenant]:
@@ -275,17 +281,26 @@ def _tenants(written: Written, faults: Faults) -> dict[str, Tenant]:
             allowed_models=None if "*" in models else frozenset(models),
             rpm=plan.rpm if tenant.rpm is None else tenant.rpm,
             daily_token_cap=plan.daily_token_cap if tenant.daily_token_cap is None else tenant.daily_token_cap,
+            residency=_residency(plan.residency if tenant.residency is None else tenant.residency),
         )
     return tenants
+
+
+def _residency(regions: list[str] | None) -> frozenset[str] | None:
+    return None if regions is None else frozenset(regions)
+
+
+def _plans(written: Written) -> dict[str, Tenant]:
+    """What a tenant of each plan is, but for its name: for tenants that only a token names."""
+    nameless = {name: WrittenTenant(plan=name) for name, plan in written.plans.items() if plan is not None}
+    return _tenants(msgspec.structs.replace(written, tenants=nameless), Faults())
 
 
 def _keys(written: Written, faults: Faults) -> dict[bytes, ServiceKey]:
     keys: dict[bytes, ServiceKey] = {}
     for key_id, key in _entries(written.service_keys, KEY_ID, "service_keys", faults):
         path = f"service_keys.{key_id}"
-        for name in key.tenants:
-            if name != "*":
-                _known(name, written.tenants, "tenant", f"{path}.tenants", faults)
+        check_tenants(key.tenants, written, f"{path}.tenants", faults)
         if not DIGEST.fullmatch(key.digest):
             faults.add(f"{path}.digest", "expected sha256: and 64 hexadecimal digits; `gateway keys new` writes them")
             continue

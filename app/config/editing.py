@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 import yaml
@@ -52,10 +53,13 @@ def set_member(text: str, section: str, name: str, key: str, value: str) -> str:
     return text[:start] + new + text[end:]
 
 
-def entry_names(text: str, section: str) -> list[str]:
-    """The entries of a section, in the file's order. Raises ConfigError."""
-    _, entries = _members(_document(text)).get(section, (None, None))
-    return [] if entries is None else list(_members(entries))
+def members(text: str, section: str, name: str) -> dict[str, str]:
+    """The members of an entry, their values as JSON, which is YAML too. Raises ConfigError."""
+    _document(text)
+    entry = ((yaml.load(text, Loader=Loader) or {}).get(section) or {}).get(name)
+    if not isinstance(entry, dict):
+        raise ConfigError([f"{section}.{name}: there is no such entry"])
+    return {key: json.dumps(value, default=str) for key, value in entry.items()}
 
 
 def _document(text: str) -> yaml.Node | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -21,11 +23,15 @@ FILES = {
     "gateway.yaml": {"gateway"},
     "gateway_models.yaml": {"providers", "targets", "aliases"},
     "tenant_policy.yaml": {"plans", "tenants", "global"},
-    "service_keys.yaml": {"service_keys"},
+    "service_keys.yaml": {"service_keys", "issuers", "certificates"},
 }
 """Which sections each file of the configuration folder may hold. An overlay may hold any."""
 
 PRICE_SECTIONS = {"prices", "discounts"}
+
+
+_NAMED = 20
+"""How many names a fault lists."""
 
 
 class ConfigError(Exception):
@@ -85,6 +91,23 @@ def merge(base: dict[str, Any], over: dict[str, Any], path: str, file: str, faul
         if isinstance(value, dict):
             base[key] = {}
             merge(base[key], value, here, file, faults)
+
+
+def entries(
+    section: Mapping[str, T | None], pattern: re.Pattern[str], path: str, faults: Faults
+) -> Iterator[tuple[str, T]]:
+    """Names and entries that could be read; checks the names of all."""
+    for name, entry in section.items():
+        if not pattern.fullmatch(name):
+            faults.add(f"{path}.{name}", f"a name here matches {pattern.pattern}")
+        if entry is not None:
+            yield name, entry
+
+
+def known(name: str, section: Mapping[str, object], what: str, path: str, faults: Faults) -> None:
+    if name not in section:
+        more = f" and {len(section) - _NAMED} more" if len(section) > _NAMED else ""
+        faults.add(path, f"no {what} {name!r}; known: {', '.join(islice(section, _NAMED))}{more}")
 
 
 FAULTY = object()
@@ -153,6 +176,10 @@ def price_table(folder: Path, day: date) -> Path | None:
     return next((table for table in reversed(tables) if table.stem <= day.isoformat()), next(iter(tables), None))
 
 
+def known_environments(folder: Path) -> list[str]:
+    return sorted(path.stem for path in (folder / "environments").glob("*.yaml"))
+
+
 def read_files(
     folder: Path, environment: str, overlays: Sequence[Path], day: date
 ) -> list[tuple[str, set[str] | None, bytes]]:
@@ -170,12 +197,14 @@ def read_files(
         if name == "service_keys.yaml" and not (folder / name).exists():
             continue
         read(folder / name, sections, "every configuration folder has one")
+    for file in sorted((folder / "tenants").glob("*.yaml")):
+        read(file, {"tenants"}, "every file in this folder is read")
     table = price_table(folder, day)
     if table is not None:
         read(table, PRICE_SECTIONS, "it is the price table in force")
     else:
         faults.append(f"{folder / 'prices'}: no price table; write one named by its date, such as 2026-11-01.yaml")
-    known = sorted(p.stem for p in (folder / "environments").glob("*.yaml"))
+    known = known_environments(folder)
     if environment in known:
         read(folder / "environments" / f"{environment}.yaml", None, "")
     else:
@@ -208,8 +237,21 @@ def parse(files: Sequence[tuple[str, set[str] | None, bytes]], faults: Faults) -
                 f"{name}: {section}: does not belong in this file; it may hold {', '.join(sorted(sections or ()))}"
             )
             del document[section]
+        if sections is not None:
+            _twice(merged, document, name, faults)
         merge(merged, document, "", name, faults)
     return merged
+
+
+def _twice(merged: dict[str, Any], document: dict[str, Any], file: str, faults: Faults) -> None:
+    """Base files do not lay entries over each other: only environments and overlays do."""
+    for section, written in document.items():
+        there = merged.get(section)
+        if isinstance(written, dict) and isinstance(there, dict):
+            for name in written.keys() & there.keys():
+                faults.sentences.append(
+                    f"{file}: {section}.{name}: is written in {faults.origin[f'{section}.{name}']} too"
+                )
 
 
 class Secrets:

@@ -124,7 +124,10 @@ class Alias(Struct, frozen=True):
 
 
 class Tenant(Struct, frozen=True):
-    """A billing and policy boundary. `allowed_models` None means every alias; a limit None means unlimited."""
+    """A billing and policy boundary. `allowed_models` None means every alias; a limit None means unlimited.
+
+    `residency`: the regions whose providers may serve it; None means any.
+    """
 
     id: str
     plan: str
@@ -132,15 +135,17 @@ class Tenant(Struct, frozen=True):
     allowed_models: frozenset[str] | None
     rpm: int | None
     daily_token_cap: int | None
+    residency: frozenset[str] | None = None
 
     def allows(self, alias: str) -> bool:
         return self.allowed_models is None or alias in self.allowed_models
 
 
 class ServiceKey(Struct, frozen=True):
-    """Who calls. `tenants` None means every configured tenant; `expires` is unix seconds.
+    """Who calls, by a key, a token or a certificate. `tenants` None means every configured tenant.
 
-    `roles`: with `call` it may call models, with `usage` it may read what its tenants have used.
+    `expires` is unix seconds. `roles`: with `call` it may call models, with `usage` it may read what its tenants have
+    used. A token may name a `plan`, for tenants without a row, and the one tenant that a call without a header is for.
     """
 
     id: str
@@ -149,9 +154,37 @@ class ServiceKey(Struct, frozen=True):
     expires: float | None
     revoked: bool = False
     roles: frozenset[str] = frozenset({"call"})
+    plan: str | None = None
+    default_tenant: str | None = None
 
     def may_act_for(self, tenant: str) -> bool:
         return self.tenants is None or tenant in self.tenants
+
+
+class Issuer(Struct, frozen=True):
+    """Whose tokens (JWT) are believed, and about whom: `tenants` by name, `tenant_prefixes` by how names begin.
+
+    `issuer` is the tokens' `iss`; `jwks` where its public keys are: `https://` or `file:`. The claims are names in the
+    token; `plans` None means that it may name any.
+    """
+
+    name: str
+    issuer: str
+    audiences: tuple[str, ...]
+    jwks: str
+    algorithms: frozenset[str]
+    tenants: frozenset[str]
+    tenant_prefixes: tuple[str, ...]
+    tenant_claim: str
+    plan_claim: str
+    service_claim: str
+    default_plan: str | None
+    plans: frozenset[str] | None
+    leeway_seconds: float
+    roles: frozenset[str] = frozenset({"call"})
+
+    def may_name(self, tenant: str) -> bool:
+        return tenant in self.tenants or tenant.startswith(self.tenant_prefixes)
 
 
 class Settings(Struct, frozen=True):
@@ -166,12 +199,15 @@ class Settings(Struct, frozen=True):
     spool: WrittenSpool
     trace_sample_ratio: float
     user_id_salt: Secret
+    edge_secret: Secret | None = None
 
 
 class Config(Struct, frozen=True):
     """One immutable snapshot. `keys` is by SHA-256 digest of the whole key; `version` by content.
 
-    `price_version` is the date of the price table; `prices_checked_on` the oldest check of a price in use.
+    `issuers` is by the tokens' `iss`, `certificates` by the subject's common name. `plans` holds what a tenant of that
+    plan is, with the plan's name for its own. `price_version` is the date of the price table; `prices_checked_on` the
+    oldest check of a price in use.
     """
 
     version: str
@@ -184,3 +220,6 @@ class Config(Struct, frozen=True):
     price_version: str
     prices_checked_on: date | None = None
     targets: Mapping[str, Target] = {}
+    plans: Mapping[str, Tenant] = {}
+    issuers: Mapping[str, Issuer] = {}
+    certificates: Mapping[str, ServiceKey] = {}

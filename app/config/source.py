@@ -10,6 +10,7 @@ from pathlib import Path
 
 from app.ambient import Ambient
 from app.config.build import build
+from app.config.callers import check_environments
 from app.config.reading import (
     FAULTY,
     PRICE_SECTIONS,
@@ -17,6 +18,7 @@ from app.config.reading import (
     Faults,
     Secrets,
     convert,
+    known_environments,
     parse,
     price_table,
     read_files,
@@ -66,6 +68,7 @@ def _load(
         content.update(f"{Path(name).name}:{len(part)}\n".encode() + part)
     content.update(environment.encode())
     price_version = next(Path(name).stem for name, sections, _ in files if sections == PRICE_SECTIONS)
+    check_environments(written, known_environments(folder), faults)
     config = build(written, content.hexdigest()[:12], environment, price_version, secrets, faults)
     if faults.sentences:
         raise ConfigError(faults.sentences)
@@ -96,7 +99,7 @@ class ConfigSource:
         self.current, self._seen = self._load()
 
     def changed(self) -> bool:
-        """True when a file looks other than at the last load: a few stat calls, cheap enough for the event loop."""
+        """True when a file looks other than at the last load: a stat call for each."""
         return self._look() != self._looked
 
     def reload(self) -> bool:

@@ -50,23 +50,63 @@ class WrittenPlan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     daily_token_cap: int | None = None
     allowed_models: list[str] | None = None
     tier: str | None = None
+    residency: list[str] | None = None
+
+
+class WrittenExtendedPlan(WrittenPlan, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    extends: str | None = None
 
 
 class WrittenTenant(WrittenPlan, frozen=True, forbid_unknown_fields=True, kw_only=True):
     plan: str
+    environments: list[str] | None = None
 
 
 class WrittenGlobal(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     tpm: int | None = None
 
 
+Role = Literal["call", "usage"]
+
+
 class WrittenKey(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     digest: str
     service: str
     tenants: list[str]
-    roles: list[Literal["call", "usage"]] = field(default_factory=lambda: ["call"])
+    roles: list[Role] = field(default_factory=lambda: ["call"])
     expires: date | None = None
     revoked: date | None = None
+    environments: list[str] | None = None
+
+
+Algorithm = Literal[
+    "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA",
+]  # fmt: skip
+"""Signatures by a private key only: with a shared secret the gateway could make the tokens that it believes."""
+
+
+class WrittenIssuer(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    issuer: str
+    audience: str | list[str]
+    jwks: str
+    algorithms: list[Algorithm]
+    tenants: list[str]
+    tenant_claim: str = "tenant"
+    plan_claim: str = "plan"
+    service_claim: str = "client_id"
+    default_plan: str | None = None
+    plans: list[str] | None = None
+    leeway_seconds: float = 30
+    roles: list[Role] = field(default_factory=lambda: ["call"])
+    environments: list[str] | None = None
+
+
+class WrittenCertificate(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    common_name: str
+    service: str
+    tenants: list[str]
+    roles: list[Role] = field(default_factory=lambda: ["call"])
+    environments: list[str] | None = None
 
 
 class WrittenClasses(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -160,6 +200,7 @@ class WrittenGateway(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     ceiling_input_usd: Decimal = Decimal(100)
     ceiling_output_usd: Decimal = Decimal(500)
     user_id_salt: str = "env:GATEWAY_USER_SALT"
+    edge_secret: str | None = None
 
 
 class Written(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -169,9 +210,11 @@ class Written(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     providers: dict[str, WrittenProvider]
     targets: dict[str, WrittenTarget]
     aliases: dict[str, WrittenAlias]
-    plans: dict[str, WrittenPlan]
+    plans: dict[str, WrittenExtendedPlan]
     tenants: dict[str, WrittenTenant]
     global_: WrittenGlobal = field(default_factory=WrittenGlobal, name="global")
     service_keys: dict[str, WrittenKey] = {}
+    issuers: dict[str, WrittenIssuer] = {}
+    certificates: dict[str, WrittenCertificate] = {}
     prices: dict[str, dict[str, WrittenPrice]]
     discounts: list[WrittenDiscount] = []

@@ -1,0 +1,11 @@
+"""Who calls, on whose behalf, and what they may use.
+
+`callers.py` finds out who calls, by key, token (`tokens.py`, `jwks.py`) or certificate; `policy.py` says what they may.
+"""
+
+from app.auth.callers import Callers, header_map
+from app.auth.jwks import KeySets
+from app.auth.policy import allow, allowed, authorize, require
+from app.auth.tokens import Tokens
+
+__all__ = ["Callers", "KeySets", "Tokens", "allow", "allowed", "authorize", "header_map", "require"]

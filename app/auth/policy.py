@@ -1,0 +1,71 @@
+"""On whose behalf a caller may act, and what that tenant may use."""
+
+from __future__ import annotations
+
+import msgspec
+
+from app.config import NAME, Alias, Config, ServiceKey, Tenant
+from app.errors import (
+    InvalidRequest,
+    ModelNotAllowed,
+    ModelNotFound,
+    RoleRequired,
+    TenantNotAllowed,
+    TenantRequired,
+)
+
+
+def authorize(config: Config, key: ServiceKey, claimed: str | None) -> Tenant:
+    """The tenant that a call is for: the header selects within what the credential may act for.
+
+    A token for one tenant needs no header. A tenant without a row has the plan that its token names; a row counts
+    before that. Raises TenantRequired, InvalidRequest, TenantNotAllowed (also for a tenant that does not exist: the two
+    look the same from outside).
+    """
+    claimed = claimed or key.default_tenant
+    if not claimed:
+        raise TenantRequired("X-Tenant-Id is required: the tenant on whose behalf you call.")
+    if not NAME.fullmatch(claimed):
+        raise InvalidRequest(f"X-Tenant-Id must match {NAME.pattern}.", param="X-Tenant-Id")
+    tenant = config.tenants.get(claimed)
+    if tenant is None and key.plan in config.plans:
+        tenant = msgspec.structs.replace(config.plans[key.plan], id=claimed)
+    if tenant is None or not key.may_act_for(claimed):
+        raise TenantNotAllowed(f"This credential may not act for the tenant {claimed!r}.", param="X-Tenant-Id")
+    return tenant
+
+
+def require(key: ServiceKey, role: str) -> None:
+    """Raises RoleRequired unless the caller has the role."""
+    if role not in key.roles:
+        raise RoleRequired(
+            f"This credential does not have the role `{role}`: ask your platform team for one with `roles: [{role}]`."
+        )
+
+
+def allow(config: Config, tenant: Tenant, alias: str) -> Alias:
+    """The alias, with those of its targets that may serve the tenant. Raises ModelNotFound, ModelNotAllowed."""
+    found = config.aliases.get(alias)
+    if found is None:
+        raise ModelNotFound(f"There is no model {alias!r}; GET /v1/models lists yours.", param="model")
+    within = _within(found, tenant) if tenant.allows(alias) else None
+    if within is None:
+        raise ModelNotAllowed(
+            f"The tenant {tenant.id} may not use {alias!r}; GET /v1/models lists its models.", param="model"
+        )
+    return within
+
+
+def allowed(config: Config, tenant: Tenant) -> list[str]:
+    """The aliases that a tenant may use."""
+    return [name for name, alias in config.aliases.items() if tenant.allows(name) and _within(alias, tenant)]
+
+
+def _within(alias: Alias, tenant: Tenant) -> Alias | None:
+    """The alias as far as it is in the tenant's regions: fallback has nowhere else to go. None: no target is."""
+    if tenant.residency is None:
+        return alias
+    targets = tuple(target for target in alias.targets if target.provider.region in tenant.residency)
+    if not targets:
+        return None
+    return msgspec.structs.replace(alias, targets=targets, chain=tuple(target.name for target in targets))
