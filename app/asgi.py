@@ -143,7 +143,7 @@ class Replica:
         self.upstream = engine(ambient)
         self.shipper = Shipper(options, ambient) if options.database_url else None
         self.gateway = Gateway(
-            limits=Limits(self.pipe, ambient, lease_seconds=max(7200, int(settings.longest_seconds) + 600)),
+            limits=Limits(self.pipe, ambient),
             spool=self.spool,
             upstream=self.upstream,
             telemetry=self.telemetry,
@@ -174,7 +174,10 @@ class Replica:
         )
         loops = [
             asyncio.ensure_future(self._keep(run))
-            for run in (self.pipe.run, self.spool.run, self.reload, self.control.run, self.key_sets.run)
+            for run in (
+                *(self.pipe.run, self.spool.run, self.reload, self.control.run, self.key_sets.run),
+                self.gateway.limits.run,
+            )
         ]
         shipping = asyncio.ensure_future(self._keep(self.shipper.run)) if self.shipper else None
         await control.startup()
@@ -334,7 +337,7 @@ class Replica:
             "gateway_spool_unsynced_seconds", "Age of the oldest line not on disk.", lambda: self.spool.unsynced_seconds
         )
         gauge("gateway_log_lines_dropped", "Lines its consumer was too slow for.", lambda: self.lines.dropped)
-        gauge("gateway_limits_unmetered_calls", "Calls let pass while Redis was away.", lambda: limits.unmetered_calls)
+        gauge("gateway_limits_local_calls", "Calls judged here alone: Redis was away.", lambda: limits.local_calls)
         gauge("gateway_limits_lost_settlements", "Settlements given up.", lambda: limits.lost_settlements)
         gauge("gateway_spool_rows", "Rows written by this process.", lambda: self.spool.rows)
         gauge("gateway_spool_write_failures", "Rows that could not be written.", lambda: self.spool.write_failures)

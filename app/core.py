@@ -298,6 +298,7 @@ def event_cost(cost: Cost, price_version: str) -> EventCost:
 
 class Dialect(Struct, frozen=True):
     """What a route's clients speak: how a request is read, and how an error is written, whole or to end a stream.
+    `rate_headers` names the figures of limits.
 
     `read` raises InvalidRequest. `name` finds the translators that answer in this dialect: `dialects.translator`.
     """
@@ -306,6 +307,7 @@ class Dialect(Struct, frozen=True):
     read: Callable[[bytes], Request]
     error_body: Callable[[GatewayError], bytes]
     error_frames: Callable[[GatewayError], bytes]
+    rate_headers: Callable[[Rates], list[tuple[bytes, bytes]]]
 
 
 class Call(Struct, frozen=True, kw_only=True):
@@ -345,23 +347,31 @@ class Reply(Struct, frozen=True):
     frames: AsyncGenerator[bytes, None] | None = None
 
 
-class Reservation(Struct, frozen=True, gc=False):
-    """What `limits.reserve` holds for a call until `limits.settle`. `None` stands for a limit that is not set.
+class Rates(Struct, frozen=True, gc=False):
+    """The tightest limits on a call's requests and tokens, for its answer's headers. None: no such limit.
 
-    `remaining_*` are the values after this reservation; `reset_*_seconds` the time until the limit is whole again.
-    `held` is False when Redis was away and the policy let the call pass unmetered.
+    `remaining_*` are the values after the call's reservation; `reset_*_seconds` the time until it is whole again.
+    """
+
+    limit_requests: int | None
+    remaining_requests: int | None
+    reset_requests_seconds: float
+    limit_tokens: int | None
+    remaining_tokens: int | None
+    reset_tokens_seconds: float
+
+
+class Reservation(Struct, frozen=True, gc=False):
+    """What `limits.reserve` holds for a call until `limits.settle`.
+
+    `held` is False when Redis was away and this replica let the call pass by itself; then there are no `rates`.
     """
 
     call_id: str
     tenant_id: str
     tokens: int
     held: bool = True
-    limit_requests: int | None = None
-    remaining_requests: int | None = None
-    reset_requests_seconds: float = 0.0
-    limit_tokens: int | None = None
-    remaining_tokens: int | None = None
-    reset_tokens_seconds: float = 0.0
+    rates: Rates | None = None
 
 
 Cut = Literal["client_closed", "drain", "deadline"]
@@ -374,6 +384,7 @@ class Exchange(Struct, kw_only=True, eq=False):
     `cut` says who ended the call before its answer did; whoever cancels the task sets it first. `patience` cancels it
     too, where a vendor does not answer in time.
     `text_bytes` is the size of the answer's text, for an estimate where the vendor reported no usage.
+    `rates` is what the answer says of limits. `charged` is what the row says that the call cost.
     """
 
     call: Call
@@ -381,6 +392,7 @@ class Exchange(Struct, kw_only=True, eq=False):
     request: Request | None = None
     tenant: Tenant | None = None
     reservation: Reservation | None = None
+    rates: Rates | None = None
     input_tokens_estimate: int = 0
     output_tokens_estimate: int = 0
     target: Target | None = None
@@ -394,6 +406,7 @@ class Exchange(Struct, kw_only=True, eq=False):
     finish_reason: str | None = None
     service_tier: str | None = None
     usage: Usage | None = None
+    charged: Cost | None = None
     text_bytes: int = 0
     error: GatewayError | None = None
     done: bool = False

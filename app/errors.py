@@ -169,8 +169,12 @@ class ModelNotAllowed(RequestError):
 
 
 class LimitError(GatewayError):
-    """A limit of ours tripped. `limit` names it; `retry_after_seconds` is computed from it."""
+    """A limit of ours tripped. `limit` names it; `retry_after_seconds` is computed from it.
 
+    `rates` is a `core.Rates`: how the limits stood, for the answer's headers.
+    """
+
+    rates: object = None
     status = 429
     type = "rate_limit_error"
     outcome = "rate_limited"
@@ -207,7 +211,7 @@ class UsageUnavailable(OwnFault):
 
 
 class LimitsUnavailable(OwnFault):
-    """Redis is away and `gateway.redis.away` says `closed`."""
+    """Redis is away, and `gateway.redis.away` says `closed` for one of the call's limits."""
 
     code = "gateway_overloaded"
 

@@ -41,6 +41,7 @@ from app.errors import (
     VendorRefused,
     VendorTimeout,
 )
+from app.estimate import BYTES_PER_TOKEN, Estimates
 from app.ledger import Spool
 from app.limits import Limits
 from app.providers.translator import Answer, Frame, Kind, Stamp, StreamReader
@@ -48,10 +49,6 @@ from app.routing import Cooldowns, after, plan, sum_up
 from app.telemetry import Telemetry
 from app.upstream import Upstream, VendorAnswer
 
-BYTES_PER_TOKEN = 4
-"""What a token is taken to be where the vendor has not counted yet (OpenAI's rule of thumb for English)."""
-BLOB_TOKENS = 1024
-"""What an image or file inside a request is taken to be: base64 is not text, so its length says nothing."""
 MAX_ANSWER_BYTES = 67_108_864
 """A vendor's unary answer beyond this is broken: it would be held in memory whole."""
 MAX_ERROR_BYTES = 65_536
@@ -71,6 +68,7 @@ class Gateway:
         self.telemetry = telemetry
         self.ambient = ambient
         self.cooldowns = Cooldowns()
+        self.estimates = Estimates()
 
     @asynccontextmanager
     async def serve(self, exchange: Exchange) -> AsyncIterator[Reply]:
@@ -93,10 +91,9 @@ class Gateway:
                 if alias.serves != request.operation:
                     raise InvalidRequest(f"{alias.name!r} serves {alias.serves}, not this route.", param="model")
                 exchange.authorized = self.ambient.monotonic()
-                tokens = self._estimate(exchange, alias)
-                exchange.reservation = await self.limits.reserve(  # 3 budget
-                    call.event_id, tenant, tokens, call.config.global_tpm, call.config.settings.redis
-                )
+                tokens, nanos = self.estimates.need(exchange, alias)
+                exchange.reservation = held = await self.limits.reserve(call, tenant, tokens, nanos)  # 3 budget
+                exchange.rates = held.rates
                 answer, relay = await self._dialogue(exchange, alias)  # 5 plan, 6 dialogue
                 if request.stream:
                     reply = self._streamed(exchange, alias, answer, relay)
@@ -105,6 +102,8 @@ class Gateway:
             except GatewayError as error:
                 if isinstance(error, TenantNotAllowed):
                     self.telemetry.audit(call.key.id, "tenant.forge", tenant=call.tenant_claimed, call=call.request_id)
+                if isinstance(error, LimitError):
+                    exchange.rates = error.rates
                 reply = self._refused(exchange, error)
             yield reply  # 7 departure
         except Exception as defect:
@@ -117,21 +116,6 @@ class Gateway:
             finally:
                 with contextlib.suppress(LedgerUnavailable):  # counted; the intent stands for the row
                     self.settle(exchange)  # 8 settlement, where it has not been
-
-    # --- 3 budget ---------------------------------------------------------------------------------------------------
-
-    def _estimate(self, exchange: Exchange, alias: Alias) -> int:
-        """Tokens to reserve: the request by its size, the answer by its own limit. A hint can only raise it."""
-        request, call = exchange.request, exchange.call
-        text, blobs = len(call.body), 0
-        if b";base64," in call.body:
-            first, *rest = call.body.split(b";base64,")
-            text, blobs = len(first), len(rest)
-            text += sum(len(part) - max(0, part.find(b'"')) for part in rest)
-        exchange.input_tokens_estimate = max(text // BYTES_PER_TOKEN + 1 + blobs * BLOB_TOKENS, request.input_tokens)
-        output = alias.default_output_tokens if request.max_output_tokens is None else request.max_output_tokens
-        exchange.output_tokens_estimate = output * request.choices
-        return max(exchange.input_tokens_estimate + exchange.output_tokens_estimate, call.tokens_hint)
 
     # --- 5 plan, 6 dialogue -------------------------------------------------------------------------------------------
 
@@ -387,20 +371,8 @@ class Gateway:
                 (b"x-gateway-attempts", b"%d" % len(exchange.attempts)),
                 (b"x-gateway-fallback", b"true" if _fell_back(exchange) else b"false"),
             ]
-        held = exchange.reservation
-        if held is not None:
-            if held.limit_requests is not None:
-                headers += [
-                    (b"x-ratelimit-limit-requests", b"%d" % held.limit_requests),
-                    (b"x-ratelimit-remaining-requests", b"%d" % held.remaining_requests),
-                    (b"x-ratelimit-reset-requests", _duration(held.reset_requests_seconds)),
-                ]
-            if held.limit_tokens is not None:
-                headers += [
-                    (b"x-ratelimit-limit-tokens", b"%d" % held.limit_tokens),
-                    (b"x-ratelimit-remaining-tokens", b"%d" % held.remaining_tokens),
-                    (b"x-ratelimit-reset-tokens", _duration(held.reset_tokens_seconds)),
-                ]
+        if exchange.rates is not None:
+            headers += call.dialect.rate_headers(exchange.rates)
         return headers
 
     # --- 8 settlement -------------------------------------------------------------------------------------------------
@@ -422,7 +394,8 @@ class Gateway:
             raise
         finally:
             if exchange.reservation is not None:
-                self.limits.settle(exchange.reservation, event.usage.total_tokens)
+                self.limits.settle(exchange.reservation, event.usage.total_tokens, exchange.charged.total_nanos)
+                self.estimates.learn(exchange)
             self.telemetry.record(exchange, event, row)
         return event
 
@@ -436,7 +409,7 @@ class Gateway:
         else:
             status = _CUT_STATUS[exchange.cut]
         usage, source = self._usage(exchange)
-        charged = self._charge(exchange, usage)
+        exchange.charged = charged = self._charge(exchange, usage)
         total = self.ambient.monotonic() - call.started
         return LedgerEvent(
             event_id=call.event_id,
@@ -652,15 +625,3 @@ def retry_headers(error: GatewayError, status: int) -> list[tuple[bytes, bytes]]
     if error.should_retry is not None:
         headers.append((b"x-should-retry", b"true" if error.should_retry else b"false"))
     return headers
-
-
-def _duration(seconds: float) -> bytes:
-    """OpenAI's form: `120ms`, `1s`, `6m0s`, `2h3m4s`."""
-    if seconds < 1:
-        return b"%dms" % round(seconds * 1000)
-    whole = round(seconds)
-    hours, rest = divmod(whole, 3600)
-    minutes, rest = divmod(rest, 60)
-    if hours:
-        return b"%dh%dm%ds" % (hours, minutes, rest)
-    return b"%dm%ds" % (minutes, rest) if minutes else b"%ds" % rest

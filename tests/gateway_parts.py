@@ -163,16 +163,18 @@ class Clock(Ambient):
 
 
 class KeptLimits:
-    """Grants everything. `settled` has the tokens of each settlement."""
+    """Grants everything. `reserved` and `settled` have the tokens and nano-dollars of each call."""
 
     def __init__(self) -> None:
-        self.settled: list[int] = []
+        self.reserved: list[tuple[int, int]] = []
+        self.settled: list[tuple[int, int]] = []
 
-    async def reserve(self, call_id: str, tenant: Tenant, tokens: int, *_: object) -> Reservation:
-        return Reservation(call_id, tenant.id, tokens)
+    async def reserve(self, call: Call, tenant: Tenant, tokens: int, nanos: int) -> Reservation:
+        self.reserved.append((tokens, nanos))
+        return Reservation(call.event_id, tenant.id, tokens)
 
-    def settle(self, reservation: Reservation, used_tokens: int) -> None:
-        self.settled.append(used_tokens)
+    def settle(self, reservation: Reservation, tokens: int, nanos: int) -> None:
+        self.settled.append((tokens, nanos))
 
 
 class KeptTelemetry:

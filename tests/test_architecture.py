@@ -23,7 +23,7 @@ LAYERS = (
     ("wire", "vendors", "config", "core"),
     ("providers", "dialects"),
     ("auth", "control", "limits", "redis_pipe", "ledger", "upstream", "http1", "telemetry"),
-    ("routing", "gateway"),
+    ("routing", "estimate", "gateway"),
     ("api", "admin", "keys", "ledger_shipper", "archive", "reports", "price_sync", "rerate", "usage_pages"),
     ("asgi", "cli", "money_commands", "price_commands"),
 )
@@ -39,6 +39,7 @@ WITHIN_A_LAYER = {
     ("control", "redis_pipe"): "the channel is a hash in Redis",
     ("upstream", "http1"): "the default engine of the upstream",
     ("gateway", "routing"): "the journey asks for its way",
+    ("gateway", "estimate"): "the journey asks what a call may need",
     ("admin", "api"): "both doors answer errors alike",
     ("ledger_shipper", "archive"): "the archive is the shipper's far end",
     ("reports", "archive"): "reports read what the shipper wrote",

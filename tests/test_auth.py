@@ -11,6 +11,7 @@ import pytest
 
 from app.auth import Callers, allow, allowed, authorize
 from app.config import (
+    UNLIMITED,
     Config,
     Secret,
     ServiceKey,
@@ -43,7 +44,7 @@ def key(text: str, tenants: frozenset[str] | None, expires: float | None = None)
 
 
 def tenant(name: str, *models: str) -> Tenant:
-    return Tenant(name, "free", "free", None if models == ("*",) else frozenset(models), None, None)
+    return Tenant(name, "free", "free", None if models == ("*",) else frozenset(models))
 
 
 CONFIG = Config(
@@ -69,7 +70,7 @@ CONFIG = Config(
             key(WIDE_KEY, None),
         ]
     ),
-    global_tpm=None,
+    global_quota=UNLIMITED,
     price_version="2026-11-01",
 )
 

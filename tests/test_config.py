@@ -14,7 +14,7 @@ import msgspec
 import pytest
 import yaml
 
-from app.config import Config, ConfigError, ConfigSource, Secret, ServiceKey, load, written
+from app.config import UNLIMITED, Config, ConfigError, ConfigSource, Secret, ServiceKey, load, written
 from app.config.written import WrittenGateway
 
 SHIPPED = Path(__file__).parents[1] / "config"
@@ -135,7 +135,7 @@ def test_a_tenant_takes_its_plan_s_values_and_may_override_each(tmp_path: Path) 
         },
     )
     facts = {
-        name: (t.rpm, t.daily_token_cap, t.tier, t.allowed_models)
+        name: (t.quota.rpm, t.quota.daily_tokens, t.tier, t.allowed_models)
         for name, t in made.tenants.items()
         if name in ("same", "other", "none")
     }
@@ -148,7 +148,7 @@ def test_a_tenant_takes_its_plan_s_values_and_may_override_each(tmp_path: Path) 
 
 def test_a_limit_left_out_is_no_limit_and_models_left_out_are_none(tmp_path: Path) -> None:
     made = with_overlay(tmp_path, {"plans": {"bare": {}}, "tenants": {"t": {"plan": "bare"}}}).tenants["t"]
-    assert (made.rpm, made.daily_token_cap, made.tier, made.allowed_models) == (None, None, "bare", frozenset())
+    assert (made.quota, made.tier, made.allowed_models) == (UNLIMITED, "bare", frozenset())
 
 
 def test_prices_are_nano_dollars_and_a_class_without_one_costs_what_its_plain_class_costs() -> None:
@@ -202,7 +202,7 @@ def test_mappings_merge_and_everything_else_is_replaced(tmp_path: Path) -> None:
     assert made.aliases["support-fast"].chain == ("openai/gpt-4o",)
     assert "support-quality" in made.aliases
     free = made.tenants["acme-free-trial"]
-    assert (free.rpm, free.daily_token_cap) == (2, 50_000)
+    assert (free.quota.rpm, free.quota.daily_tokens) == (2, 50_000)
 
 
 def test_an_empty_overlay_changes_nothing_but_the_version(tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_an_empty_overlay_changes_nothing_but_the_version(tmp_path: Path) -> Non
 
 def test_yaml_anchors_may_be_merged(tmp_path: Path) -> None:
     made = with_overlay(tmp_path, "plans: {a: &a {rpm: 5}, b: {<<: *a, tier: x}}\ntenants: {t: {plan: b}}\n")
-    assert (made.tenants["t"].rpm, made.tenants["t"].tier) == (5, "x")
+    assert (made.tenants["t"].quota.rpm, made.tenants["t"].tier) == (5, "x")
 
 
 @pytest.mark.parametrize("service_keys", [None, "service_keys: {}\n"])
@@ -293,7 +293,22 @@ FAULTS: dict[str, tuple[str, str]] = {
     ),
     "no time for Redis": ("gateway: {redis: {timeout_ms: 0}}", "gateway.redis.timeout_ms: must be above 0"),
     "no time between probes": ("gateway: {redis: {probe_seconds: 0}}", "gateway.redis.probe_seconds: must be above 0"),
-    "another policy": ("gateway: {redis: {away: maybe}}", "gateway.redis.away: expected one of open, closed"),
+    "another policy": (
+        "gateway: {redis: {away: {rpm: maybe}}}",
+        "gateway.redis.away.rpm: expected one of local_share, open, closed",
+    ),
+    "a policy for nothing": ("gateway: {redis: {away: {rpd: open}}}", "gateway.redis.away.rpd: unknown key"),
+    "no replicas": ("gateway: {redis: {replicas: 0}}", "gateway.redis.replicas: must be above 0"),
+    "a budget of zero": ("plans: {a: {daily_usd: 0}}", "plans.a.daily_usd: must be above 0"),
+    "a budget beyond counting": ("tenants: {a: {plan: free, monthly_usd: 9000001}}", "at most 9000000 USD"),
+    "a budget in parts of a nano-dollar": ("plans: {a: {monthly_usd: 0.0000000001}}", "with at most 9 decimals"),
+    "a rate beyond counting": ("plans: {a: {tpm: 9007199254740992}}", "plans.a.tpm: must be at most 9007199254740991"),
+    "a zone that is none": ("plans: {a: {budget_time_zone: Mars/Olympus}}", "no time zone 'Mars/Olympus'"),
+    "a zone that is a path": ("plans: {a: {budget_time_zone: ../../etc/passwd}}", "no time zone '../../etc/passwd'"),
+    "a key's limit below zero": (
+        f"service_keys: {{k3f9a0b1c2d4: {{digest: {DIGEST!r}, service: s, tenants: [], limits: {{rpm: -1}}}}}}",
+        "service_keys.k3f9a0b1c2d4.limits.rpm: must be above 0",
+    ),
     "a price below zero": ("gateway: {ceiling_input_usd: -1}", "gateway.ceiling_input_usd: -1 is not a price"),
     "a price that is no number": (
         "gateway: {ceiling_output_usd: .nan}",
@@ -402,8 +417,9 @@ def test_all_faults_of_all_files_are_told_at_once(folder: Path, tmp_path: Path) 
     faults = faults_of(lambda: loaded(folder, "prod", overlay))
     shipped = yaml.safe_load((folder / "gateway_models.yaml").read_text())
     expected = [
-        f"{folder / 'tenant_policy.yaml'}: tenants.a.z: unknown key; known here: allowed_models, daily_token_cap, "
-        "environments, plan, residency, rpm, tier",
+        f"{folder / 'tenant_policy.yaml'}: tenants.a.z: unknown key; known here: allowed_models, "
+        "budget_time_zone, concurrency, daily_token_cap, daily_usd, environments, monthly_usd, plan, "
+        "residency, rpm, tier, tpm",
         f"{overlay}: providers.openai.region: Expected `str | null`, got `int`",
         f"{overlay}: providers.openai.api_key: a secret is a reference, env:NAME or file:/path, never the value itself",
         f"{overlay}: aliases.a.targets: no target 'x/y'; known: {', '.join(shipped['targets'])}",
@@ -556,7 +572,7 @@ def test_new_content_is_a_new_snapshot(source: ConfigSource, folder: Path) -> No
     rewrite(folder / "tenant_policy.yaml", (folder / "tenant_policy.yaml").read_text().replace("rpm: 30,", "rpm: 31,"))
     assert source.changed()
     assert source.reload()
-    assert [c.tenants["acme-free-trial"].rpm for c in (before, source.current)] == [30, 31]
+    assert [c.tenants["acme-free-trial"].quota.rpm for c in (before, source.current)] == [30, 31]
 
 
 @pytest.mark.parametrize("name", ["service_keys.yaml", "prices/2027-01-01.yaml", "environments/prod.yaml"])

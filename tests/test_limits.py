@@ -1,36 +1,54 @@
-"""The limits room on a real Redis: exact, all or nothing, corrected once, and bounded when Redis is in trouble."""
+"""The limits room on a real Redis: exact, all or nothing, corrected once, and each owner's own."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
+from datetime import datetime
 from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from app.ambient import Ambient, timestamp
-from app.config import NAME, Tenant, WrittenRedis
-from app.core import Reservation
-from app.errors import BudgetExceeded, LimitError, LimitsUnavailable, RateLimitExceeded
+from app.ambient import Ambient
+from app.config import NAME, Tenant
+from app.core import Rates, Reservation
+from app.errors import BudgetExceeded, LimitError, RateLimitExceeded
 from app.limits import Limits
+from app.limits.scopes import LEASE_MS, RECORD_SECONDS, period
 from app.redis_pipe import RedisPipe
+from tests.limits_parts import (
+    DAY_SECONDS,
+    KEY_ID,
+    OPEN,
+    START_SECOND,
+    Caller,
+    Counters,
+    Script,
+    a_key,
+    a_tenant,
+    not_just_before_midnight,
+    pipe_to,
+    records,
+    today,
+)
 from tests.redis_parts import AMBIENT, RedisServer, redis_server, run, running, until
 
-OPEN = WrittenRedis(away="open", timeout_ms=100, probe_seconds=0.05)
-CLOSED = WrittenRedis(away="closed", timeout_ms=100, probe_seconds=0.05)
-DAY_SECONDS = 86_400
-
-
-def not_just_before_midnight(seconds: float) -> None:
-    while DAY_SECONDS - time.time() % DAY_SECONDS < seconds:
-        time.sleep(0.5)
+EVERYTHING = {
+    "rpm": 10,
+    "tpm": 1000,
+    "concurrency": 10,
+    "daily_tokens": 1000,
+    "daily_nanos": 10_000,
+    "monthly_nanos": 10_000,
+}
+EACH_LIMIT = pytest.mark.parametrize("limit", EVERYTHING)
+NAMES = {kind: kind.replace("nanos", "usd") for kind in EVERYTHING}
+"""Of a quota's field in a limit's name."""
 
 
 @pytest.fixture(scope="module")
@@ -47,64 +65,29 @@ def server(shared: RedisServer) -> RedisServer:
     return shared
 
 
-@pytest.fixture
-def frail(tmp_path: Path) -> Iterator[RedisServer]:
-    """A server of one's own, to freeze and kill."""
-    with redis_server(tmp_path) as server:
-        yield server
+def on(server: RedisServer, tenant: Tenant, scenario: Callable[[Caller], Any], **options: Any) -> Any:
+    """What `scenario` returns of a caller for `tenant`."""
 
+    async def main() -> Any:
+        async with running(pipe_to(server)) as pipe:
+            return await scenario(Caller(Limits(pipe, AMBIENT), tenant, **options))
 
-def a_tenant(name: str = "acme-corp", rpm: int | None = None, daily_token_cap: int | None = None) -> Tenant:
-    return Tenant(name, "standard", "standard", None, rpm, daily_token_cap)
-
-
-def pipe_to(server: RedisServer, timeout_ms: float = 5000) -> RedisPipe:
-    return RedisPipe(server.url, AMBIENT, timeout_ms=timeout_ms, probe_seconds=0.05)
-
-
-def today() -> str:
-    return timestamp(time.time())[:10].replace("-", "")
-
-
-def day_tokens(server: RedisServer, tenant: str = "acme-corp") -> int:
-    return int(server.client.get(f"rl:{{{tenant}}}:tokens:{today()}") or 0)
-
-
-def window(server: RedisServer, key: str) -> int:
-    return sum(int(amount) for field, amount in server.client.hgetall(key).items() if field.isdigit())
-
-
-def rpm(server: RedisServer, tenant: str = "acme-corp") -> int:
-    return window(server, f"rl:{{{tenant}}}:rpm")
-
-
-def tpm(server: RedisServer) -> int:
-    return window(server, "rl:{_global}:tpm")
-
-
-def leases(server: RedisServer) -> list[str]:
-    return server.client.keys("rl:*:call:*")
-
-
-async def refusal(limits: Limits, call_id: str, tenant: Tenant, tokens: int, global_tpm: int | None) -> LimitError:
-    with pytest.raises(LimitError) as caught:
-        await limits.reserve(call_id, tenant, tokens, global_tpm, OPEN)
-    return caught.value
+    return run(main())
 
 
 # --- exactness ---
 
 
-def admitted_of_200(url: str, replica: int, tenant: Tenant, tokens: int, global_tpm: int | None) -> int:
+def admitted_of_200(url: str, replica: int, tenant: Tenant, tokens: int, nanos: int, options: dict[str, Any]) -> int:
     """One replica's part: 200 parallel calls in a process of its own."""
 
     async def main() -> int:
         pipe = RedisPipe(url, Ambient(), timeout_ms=10_000)
-        limits = Limits(pipe, Ambient())
+        caller = Caller(Limits(pipe, Ambient()), tenant, **options)
 
         async def call(n: int) -> bool:
             try:
-                reservation = await limits.reserve(f"{replica}-{n}", tenant, tokens, global_tpm, CLOSED)
+                reservation = await caller.reserve(tokens, nanos, f"{replica}-{n}")
             except LimitError:
                 return False
             assert reservation.held
@@ -117,58 +100,49 @@ def admitted_of_200(url: str, replica: int, tenant: Tenant, tokens: int, global_
 
 
 @pytest.mark.parametrize(
-    ("tenant", "tokens", "global_tpm", "limit"),
+    ("tenant", "options"),
     [
-        (a_tenant(rpm=137), 10, None, "tenant_rpm"),
-        (a_tenant(daily_token_cap=137 * 100 + 99), 100, None, "tenant_daily_tokens"),
-        (a_tenant(), 100, 137 * 100 + 99, "global_tpm"),
+        (a_tenant(rpm=137), {}),
+        (a_tenant(tpm=137 * 100 + 99), {}),
+        (a_tenant(concurrency=137), {}),
+        (a_tenant(daily_tokens=137 * 100 + 99), {}),
+        (a_tenant(daily_nanos=137 * 3_000_000_001), {}),
+        (a_tenant(monthly_nanos=138 * 3_000_000_001 - 1), {}),
+        (a_tenant(), {"key": a_key(rpm=137)}),
+        (a_tenant(), {"key": a_key(monthly_nanos=137 * 3_000_000_001)}),
+        (a_tenant(), {"rpm": 137}),
+        (a_tenant(), {"tpm": 137 * 100 + 99}),
+        (a_tenant(rpm=150, daily_nanos=140 * 3_000_000_001), {"key": a_key(concurrency=137), "tpm": 14_500}),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=["rpm", "tpm", "concurrency", "day", "day USD", "month USD", "key", "key USD", "global", "global tpm", "all"],
 )
 def test_three_replicas_with_room_for_137_of_600_parallel_calls_admit_137(
-    server: RedisServer, tenant: Tenant, tokens: int, global_tpm: int | None, limit: str
+    server: RedisServer, tenant: Tenant, options: dict[str, Any]
 ) -> None:
     with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("spawn")) as replicas:
-        parts = [replicas.submit(admitted_of_200, server.url, n, tenant, tokens, global_tpm) for n in range(3)]
+        parts = [replicas.submit(admitted_of_200, server.url, n, tenant, 100, 3_000_000_001, options) for n in range(3)]
         assert sum(part.result() for part in parts) == 137
 
 
-class Script:
-    """A script of the product under a clock of the test: its one reading of Redis's TIME is given instead.
-
-    Everything else is as it runs in production. The years are far ahead, so that nothing expires by the real clock.
-    """
-
-    def __init__(self, server: RedisServer, name: str) -> None:
-        text = (Path(__file__).parents[1] / "app" / name).read_text()
-        assert text.count("call('TIME')") == 1
-        self._client = server.client
-        self._sha = server.client.script_load(text.replace("call('TIME')", "{ARGV[#ARGV - 1], ARGV[#ARGV]}"))
-
-    def __call__(self, now_us: int, keys: list[str], *arguments: str | int) -> Any:
-        return self._client.evalsha(self._sha, len(keys), *keys, *arguments, *divmod(now_us, 1_000_000))
-
-
-START_SECOND = 4_102_444_800
 SECONDS = st.integers(0, 3_000_000) | st.integers(55_000_000, 65_000_000) | st.integers(0, 70_000_000)
 
 
 class Window:
-    """One `60s` limit under the test's clock, and the model: every charge with its exact time."""
+    """One `tpm` limit under the test's clock, and the model: every charge with its exact time."""
 
     def __init__(self, server: RedisServer, limit: int) -> None:
         server.client.flushall()
         self.limit = limit
         self.now_us = START_SECOND * 1_000_000 + 999_000
-        self._reserve = Script(server, "limits_reserve.lua")
-        self._settle = Script(server, "limits_settle.lua")
+        self._reserve = Script(server, "reserve.lua")
+        self._settle = Script(server, "settle.lua")
         self.charges: list[list[int]] = []
         self.calls: list[list[int]] = []
 
     def reserve(self, amount: int) -> list[int]:
         n = len(self.calls)
-        day = self.now_us // 1_000_000 // DAY_SECONDS
-        answer = self._reserve(self.now_us, [f"call:{n}", "window"], 7200, day, "60s", self.limit, amount)
+        fixed = (RECORD_SECONDS, LEASE_MS, amount, 0, 0, 2 * START_SECOND)
+        answer = self._reserve(self.now_us, [f"call:{n}", "window"], f"{n}", *fixed, "tpm", self.limit)
         if answer[0] == 1:
             self.charges.append([self.now_us, amount])
             self.calls.append(self.charges[-1])
@@ -176,7 +150,7 @@ class Window:
 
     def settle(self, n: int, used: int) -> None:
         """A refund belongs to the moment of the reservation, what was used above it to now."""
-        if self._settle(self.now_us, [f"call:{n}", "window"], "60s", used) == 0:
+        if not self._settle(self.now_us, [f"call:{n}", "window"], f"{n}", 1, used, 0, "tpm"):
             return
         charge = self.calls[n]
         if used > charge[1]:
@@ -239,7 +213,7 @@ def test_whoever_waits_out_the_refusal_is_admitted_and_not_before(
             continue
         answer = window.reserve(amount)
         if answer[0] == 0 and amount <= limit:
-            wait_ms = answer[2]
+            wait_ms = answer[3]
             window.now_us += (wait_ms - 1) * 1000 - 1
             assert window.reserve(amount)[0] == 0
             window.now_us += 1001
@@ -287,209 +261,284 @@ def test_a_window_that_somebody_deleted_is_not_refunded_below_zero(server: Redis
     assert [window.reserve(5)[0] for _ in range(3)] == [1, 1, 0]
 
 
+def test_the_largest_amounts_are_counted_to_the_last_nano_dollar(server: RedisServer) -> None:
+    async def scenario(caller: Caller) -> int:
+        caller.limits.settle(await caller.reserve(1, 8_999_999_999_999_998), 1, 8_999_999_999_999_997)
+        await until(lambda: records(server) == [])
+        await caller.reserve(1, 3)
+        error = await caller.refusal(1, 1)
+        assert error.limit == "tenant_monthly_usd"
+        return Counters(server).month_nanos
+
+    assert on(server, a_tenant(monthly_nanos=9_000_000 * 10**9), scenario) == 9_000_000 * 10**9
+
+
 # --- what a reservation says ---
 
 
 def test_a_reservation_tells_limits_what_remains_and_when_they_are_whole_again(server: RedisServer) -> None:
-    async def main() -> Reservation:
-        async with running(pipe_to(server)) as pipe:
-            limits = Limits(pipe, AMBIENT)
-            await limits.reserve("a", a_tenant(rpm=5, daily_token_cap=1000), 100, 5000, OPEN)
-            return await limits.reserve("b", a_tenant(rpm=5, daily_token_cap=1000), 150, 5000, OPEN)
+    async def scenario(caller: Caller) -> Rates | None:
+        await caller.reserve(100)
+        return (await caller.reserve(150)).rates
 
-    got = run(main())
-    assert (got.held, got.limit_requests, got.remaining_requests) == (True, 5, 3)
+    got = on(server, a_tenant(rpm=5, daily_tokens=1000), scenario, tpm=5000)
+    assert (got.limit_requests, got.remaining_requests) == (5, 3)
     assert (got.limit_tokens, got.remaining_tokens) == (1000, 750)
     assert 60 < got.reset_requests_seconds <= 61
     assert abs(got.reset_tokens_seconds - (DAY_SECONDS - time.time() % DAY_SECONDS)) < 10
 
 
-def test_limits_that_are_not_set_are_none_and_cost_no_command(server: RedisServer) -> None:
-    async def main() -> Reservation:
-        async with running(pipe_to(server)) as pipe:
-            server.client.config_resetstat()
-            return await Limits(pipe, AMBIENT).reserve("a", a_tenant(), 100, None, OPEN)
+@pytest.mark.parametrize(
+    ("tenant", "key", "shown"),
+    [
+        ({"rpm": 5}, {"rpm": 3}, (3, 2, None, None)),
+        ({"rpm": 2}, {"rpm": 3}, (2, 1, None, None)),
+        ({"tpm": 100, "daily_tokens": 1000}, {}, (None, None, 100, 90)),
+        ({"tpm": 5000, "daily_tokens": 1000}, {"tpm": 300}, (None, None, 300, 290)),
+        ({"monthly_nanos": 5}, {}, (None, None, None, None)),
+    ],
+)
+def test_the_tightest_limit_is_the_one_that_is_shown(
+    server: RedisServer, tenant: dict[str, int], key: dict[str, int], shown: tuple[int | None, ...]
+) -> None:
+    async def scenario(caller: Caller) -> Rates | None:
+        return (await caller.reserve(10)).rates
 
-    got = run(main())
-    assert (got.limit_requests, got.remaining_requests, got.limit_tokens, got.remaining_tokens) == (None,) * 4
+    got = on(server, a_tenant(**tenant), scenario, key=a_key(**key), rpm=1, tpm=20)
+    assert (got.limit_requests, got.remaining_requests, got.limit_tokens, got.remaining_tokens) == shown
+
+
+def test_limits_that_are_not_set_are_none_and_cost_no_command(server: RedisServer) -> None:
+    async def scenario(caller: Caller) -> Reservation:
+        server.client.config_resetstat()
+        return await caller.reserve(100)
+
+    got = on(server, a_tenant(), scenario)
+    assert (got.held, got.rates) == (True, None)
     assert "cmdstat_evalsha" not in server.client.info("commandstats")
 
 
 def test_no_budget_set_means_no_budget_error(server: RedisServer) -> None:
-    async def main() -> None:
-        async with running(pipe_to(server)) as pipe:
-            limits = Limits(pipe, AMBIENT)
-            for n in range(20):
-                await limits.reserve(str(n), a_tenant(rpm=100), 10**9, None, OPEN)
+    async def scenario(caller: Caller) -> None:
+        for _ in range(20):
+            await caller.reserve(10**9, 10**15)
 
-    run(main())
+    on(server, a_tenant(rpm=100, concurrency=100), scenario)
 
 
 # --- refusals ---
 
 
-def test_a_used_up_rpm_is_refused_with_its_name_value_and_wait(server: RedisServer) -> None:
+@EACH_LIMIT
+@pytest.mark.parametrize("owner", ["tenant", "key"])
+def test_a_used_up_limit_is_refused_by_its_name(server: RedisServer, owner: str, limit: str) -> None:
+    async def scenario(caller: Caller) -> LimitError:
+        await caller.reserve(1, 1)
+        return await caller.refusal(1, 1)
+
+    quotas = {"tenant": {}, "key": {}} | {owner: {limit: 1}}
+    error = on(server, a_tenant(**quotas["tenant"]), scenario, key=a_key(**quotas["key"]))
+    budget = limit.startswith(("daily", "monthly"))
+    assert type(error) is (BudgetExceeded if budget else RateLimitExceeded)
+    assert (error.limit, error.should_retry) == (f"{owner}_{NAMES[limit]}", False if budget else None)
+    assert (KEY_ID if owner == "key" else "acme-corp") in error.message
+
+
+@pytest.mark.parametrize("limit", ["rpm", "tpm"])
+def test_a_used_up_global_limit_is_refused_by_its_name_for_every_tenant(server: RedisServer, limit: str) -> None:
     async def main() -> LimitError:
         async with running(pipe_to(server)) as pipe:
             limits = Limits(pipe, AMBIENT)
-            await limits.reserve("a", a_tenant(rpm=1), 1, None, OPEN)
-            return await refusal(limits, "b", a_tenant(rpm=1), 1, None)
+            await Caller(limits, a_tenant("one"), **{limit: 1}).reserve()
+            return await Caller(limits, a_tenant("other"), **{limit: 1}).refusal()
 
     error = run(main())
-    assert isinstance(error, RateLimitExceeded)
-    assert (error.limit, error.should_retry) == ("tenant_rpm", None)
-    assert "its limit of 1 requests" in error.message
-    assert error.retry_after_seconds is not None
-    assert 55 < error.retry_after_seconds <= 61
+    assert (type(error), error.limit) == (RateLimitExceeded, f"global_{limit}")
+    assert error.message.startswith("All tenants together have ")
 
 
-def test_a_used_up_day_is_refused_until_midnight_and_not_to_be_retried(server: RedisServer) -> None:
-    async def main() -> LimitError:
-        async with running(pipe_to(server)) as pipe:
-            limits = Limits(pipe, AMBIENT)
-            await limits.reserve("a", a_tenant(daily_token_cap=100), 60, None, OPEN)
-            return await refusal(limits, "b", a_tenant(daily_token_cap=100), 60, None)
+@pytest.mark.parametrize(
+    ("quota", "tokens", "nanos", "sentence"),
+    [
+        ({"rpm": 1}, 1, 0, "Tenant acme-corp has used its limit of 1 requests in any 60 seconds. Send it again in "),
+        ({"tpm": 100}, 60, 0, "limit of 100 tokens in any 60 seconds with 40 left; this call may need 60. Send it"),
+        ({"concurrency": 1}, 1, 0, "has its limit of 1 calls at once running. Send it again when one of them has"),
+        ({"daily_tokens": 100}, 60, 0, "100 tokens per day (UTC) with 40 tokens left; this call may need 60 tokens. L"),
+        ({"daily_nanos": 10**9}, 1, 6 * 10**8, "1 USD per day (UTC) with 0.4 USD left; this call may need 0.6 USD. L"),
+        ({"monthly_nanos": 10**9}, 1, 6 * 10**8, "1 USD per month (UTC) with 0.4 USD left"),
+        ({"daily_tokens": 100, "time_zone": "Asia/Kolkata"}, 60, 0, "100 tokens per day (Asia/Kolkata) with 40 tok"),
+    ],
+)  # fmt: skip
+def test_a_refusal_names_the_limit_its_value_and_what_to_do(
+    server: RedisServer, quota: dict[str, Any], tokens: int, nanos: int, sentence: str
+) -> None:
+    async def scenario(caller: Caller) -> LimitError:
+        await caller.reserve(tokens, nanos)
+        return await caller.refusal(tokens, nanos)
 
-    error = run(main())
-    assert isinstance(error, BudgetExceeded)
-    assert (error.limit, error.should_retry) == ("tenant_daily_tokens", False)
-    assert "100 tokens per UTC day with 40 left" in error.message
-    assert error.retry_after_seconds is not None
-    assert abs(error.retry_after_seconds - (DAY_SECONDS - time.time() % DAY_SECONDS)) < 10
-
-
-def test_a_used_up_global_tpm_is_refused_with_its_name(server: RedisServer) -> None:
-    async def main() -> LimitError:
-        async with running(pipe_to(server)) as pipe:
-            limits = Limits(pipe, AMBIENT)
-            await limits.reserve("a", a_tenant("one"), 60, 100, OPEN)
-            return await refusal(limits, "b", a_tenant("other"), 60, 100)
-
-    error = run(main())
-    assert isinstance(error, RateLimitExceeded)
-    assert (error.limit, error.should_retry) == ("global_tpm", None)
-    assert "100 tokens in any 60 seconds" in error.message
+    assert sentence in on(server, a_tenant(**quota), scenario).message
 
 
-def test_a_call_above_the_limit_itself_is_told_that_waiting_does_not_help(server: RedisServer) -> None:
-    async def main() -> LimitError:
-        async with running(pipe_to(server)) as pipe:
-            return await refusal(Limits(pipe, AMBIENT), "a", a_tenant(), 101, 100)
+@pytest.mark.parametrize("limit", ["rpm", "tpm"])
+def test_a_used_up_rate_says_when_enough_of_its_window_has_left(server: RedisServer, limit: str) -> None:
+    async def scenario(caller: Caller) -> LimitError:
+        await caller.reserve()
+        return await caller.refusal()
 
-    error = run(main())
+    wait_seconds = on(server, a_tenant(**{limit: 1}), scenario).retry_after_seconds
+    assert 55 < wait_seconds <= 61
+
+
+@pytest.mark.parametrize("limit", ["daily_tokens", "daily_nanos", "monthly_nanos"])
+@pytest.mark.parametrize("time_zone", ["UTC", "America/New_York", "Asia/Kathmandu"])
+def test_a_used_up_budget_says_when_its_day_or_month_ends(server: RedisServer, limit: str, time_zone: str) -> None:
+    async def scenario(caller: Caller) -> LimitError:
+        await caller.reserve(1, 1)
+        return await caller.refusal(1, 1)
+
+    wait_seconds = on(server, a_tenant(**{limit: 1}, time_zone=time_zone), scenario).retry_after_seconds
+    _, _, ends = period(limit == "monthly_nanos", time_zone, time.time())
+    assert abs(wait_seconds - (ends - time.time())) < 10
+
+
+@pytest.mark.parametrize("limit", ["tpm", "daily_tokens", "daily_nanos", "monthly_nanos"])
+def test_a_call_above_the_limit_itself_is_told_that_waiting_does_not_help(server: RedisServer, limit: str) -> None:
+    async def scenario(caller: Caller) -> LimitError:
+        return await caller.refusal(101, 101)
+
+    error = on(server, a_tenant(**{limit: 100}), scenario)
     assert error.should_retry is False
     assert "Waiting does not help" in error.message
 
 
 def test_the_limit_that_lasts_longest_is_the_one_that_is_named(server: RedisServer) -> None:
-    tenant = a_tenant(rpm=1, daily_token_cap=10)
-
-    async def main() -> LimitError:
-        async with running(pipe_to(server)) as pipe:
-            limits = Limits(pipe, AMBIENT)
-            await limits.reserve("a", tenant, 10, None, OPEN)
-            return await refusal(limits, "b", tenant, 10, None)
+    async def scenario(caller: Caller) -> LimitError:
+        await caller.reserve(10)
+        return await caller.refusal(10)
 
     not_just_before_midnight(70)
-    assert run(main()).limit == "tenant_daily_tokens"
+    assert on(server, a_tenant(rpm=1, concurrency=1, daily_tokens=10), scenario).limit == "tenant_daily_tokens"
 
 
-@pytest.mark.parametrize(
-    ("tenant", "global_tpm"),
-    [
-        (a_tenant(rpm=1, daily_token_cap=10_000), 10_000),
-        (a_tenant(rpm=10, daily_token_cap=150), 10_000),
-        (a_tenant(rpm=10, daily_token_cap=10_000), 150),
-    ],
-    ids=["tenant_rpm", "tenant_daily_tokens", "global_tpm"],
-)
-def test_a_refusal_takes_nothing_from_any_limit(server: RedisServer, tenant: Tenant, global_tpm: int) -> None:
-    async def main() -> None:
-        async with running(pipe_to(server)) as pipe:
-            limits = Limits(pipe, AMBIENT)
-            await limits.reserve("a", tenant, 100, global_tpm, OPEN)
-            for n in range(20):
-                await refusal(limits, f"b{n}", tenant, 100, global_tpm)
+def test_a_limit_that_the_call_is_above_is_named_before_one_that_lasts(server: RedisServer) -> None:
+    async def scenario(caller: Caller) -> LimitError:
+        await caller.reserve(10, 10)
+        return await caller.refusal(30, 10)
 
-    run(main())
-    assert (rpm(server), day_tokens(server), tpm(server)) == (1, 100, 100)
-    assert len(leases(server)) == 1
+    assert on(server, a_tenant(tpm=20, monthly_nanos=10), scenario).limit == "tenant_tpm"
+
+
+def test_a_refusal_tells_how_the_limits_stand(server: RedisServer) -> None:
+    async def scenario(caller: Caller) -> LimitError:
+        await caller.reserve(10)
+        return await caller.refusal(10)
+
+    got = on(server, a_tenant(rpm=1, daily_tokens=100), scenario).rates
+    assert (got.limit_requests, got.remaining_requests) == (1, 0)
+    assert (got.limit_tokens, got.remaining_tokens) == (100, 90)
+    assert 55 < got.reset_requests_seconds <= 61
+
+
+@EACH_LIMIT
+def test_a_refusal_takes_nothing_from_any_limit(server: RedisServer, limit: str) -> None:
+    least = 1 if limit in ("rpm", "concurrency") else 150
+    quota = EVERYTHING | {limit: least}
+
+    async def scenario(caller: Caller) -> None:
+        await caller.reserve(100, 100)
+        for _ in range(20):
+            assert (await caller.refusal(100, 100)).limit == f"tenant_{NAMES[limit]}"
+
+    on(server, a_tenant(**quota), scenario, key=a_key(**EVERYTHING), tpm=10_000)
+    assert Counters(server).all == Counters(server, f"_key.{KEY_ID}").all == (1, 100, 1, 100, 100, 100)
+    assert Counters(server, "_global").tpm == 100
+    assert len(records(server)) == 1
 
 
 # --- settlement ---
 
 
-def settled(server: RedisServer, *used: int, reserved: int = 100) -> None:
-    """One call of everything, settled once for each of `used`."""
+def settled(server: RedisServer, *used: tuple[int, int]) -> Counters:
+    """One call that reserves 100 tokens and 1000 nano-dollars of everything, settled once for each of `used`."""
 
-    async def main() -> None:
-        async with running(pipe_to(server)) as pipe:
-            limits = Limits(pipe, AMBIENT)
-            reservation = await limits.reserve("a", a_tenant(rpm=10, daily_token_cap=1000), reserved, 1000, OPEN)
-            for tokens in used:
-                limits.settle(reservation, tokens)
+    async def scenario(caller: Caller) -> None:
+        reservation = await caller.reserve(100, 1000)
+        for tokens, nanos in used:
+            caller.limits.settle(reservation, tokens, nanos)
 
-    run(main())
+    on(server, a_tenant(**EVERYTHING), scenario, key=a_key(**EVERYTHING), tpm=1000)
+    assert Counters(server).all == Counters(server, f"_key.{KEY_ID}").all
+    assert Counters(server).tpm == Counters(server, "_global").tpm
+    return Counters(server)
 
 
 def test_settling_gives_back_what_was_not_used(server: RedisServer) -> None:
-    settled(server, 30)
-    assert (rpm(server), day_tokens(server), tpm(server)) == (1, 30, 30)
+    assert settled(server, (30, 400)).all == (1, 30, 0, 30, 400, 400)
 
 
 def test_settling_charges_what_was_used_above_the_estimate(server: RedisServer) -> None:
-    settled(server, 170)
-    assert (rpm(server), day_tokens(server), tpm(server)) == (1, 170, 170)
+    assert settled(server, (170, 1500)).all == (1, 170, 0, 170, 1500, 1500)
 
 
 def test_a_second_settlement_of_a_call_changes_nothing(server: RedisServer) -> None:
-    settled(server, 30, 30, 500)
-    assert (rpm(server), day_tokens(server), tpm(server)) == (1, 30, 30)
+    assert settled(server, (30, 400), (30, 400), (500, 9000)).all == (1, 30, 0, 30, 400, 400)
 
 
-def test_a_settled_call_leaves_no_lease(server: RedisServer) -> None:
-    settled(server, 30)
-    assert leases(server) == []
+def test_a_settled_call_leaves_no_record(server: RedisServer) -> None:
+    settled(server, (30, 400))
+    assert records(server) == []
+
+
+def test_settling_tells_the_difference_once(server: RedisServer) -> None:
+    settle = Script(server, "settle.lua")
+    reserve = Script(server, "reserve.lua")
+    now_us = START_SECOND * 1_000_000
+    reserve(now_us, ["call:a", "t"], "a", RECORD_SECONDS, LEASE_MS, 100, 900, 0, 2 * START_SECOND, "tpm", 1000)
+    answers = [settle(now_us, ["call:a", "t"], "a", 1, 130, 400, "tpm") for _ in range(2)]
+    assert answers == [[0, 30, -500], []]
 
 
 def test_a_call_that_was_never_settled_stays_charged_at_its_estimate(server: RedisServer) -> None:
-    settled(server)
-    server.client.delete(*leases(server))
-    assert (day_tokens(server), tpm(server)) == (100, 100)
+    counters = settled(server)
+    server.client.delete(*records(server))
+    assert counters.all == (1, 100, 1, 100, 1000, 1000)
 
 
-def test_a_settlement_after_its_lease_ran_out_leaves_the_estimate(server: RedisServer) -> None:
-    async def main() -> None:
-        async with running(pipe_to(server)) as pipe:
-            limits = Limits(pipe, AMBIENT)
-            reservation = await limits.reserve("a", a_tenant(daily_token_cap=1000), 100, 1000, OPEN)
-            server.client.delete(*leases(server))
-            limits.settle(reservation, 30)
+def test_a_settlement_after_its_record_ran_out_leaves_the_estimate_and_ends_the_lease(server: RedisServer) -> None:
+    async def scenario(caller: Caller) -> None:
+        reservation = await caller.reserve(100, 1000)
+        server.client.delete(*records(server))
+        caller.limits.settle(reservation, 30, 300)
 
-    run(main())
-    assert (day_tokens(server), tpm(server)) == (100, 100)
+    on(server, a_tenant(**EVERYTHING), scenario)
+    assert Counters(server).all == (1, 100, 0, 100, 1000, 1000)
 
 
 def test_a_call_over_midnight_is_settled_on_the_day_of_its_reservation(server: RedisServer) -> None:
-    reserve, settle = Script(server, "limits_reserve.lua"), Script(server, "limits_settle.lua")
+    reserve, settle = Script(server, "reserve.lua"), Script(server, "settle.lua")
     midnight = (START_SECOND // DAY_SECONDS + 1) * DAY_SECONDS
-    day = midnight // DAY_SECONDS - 1
-    reserve((midnight - 5) * 1_000_000, ["call:a", "first day"], 7200, day, "day", 1000, 100)
-    settle((midnight + 5) * 1_000_000, ["call:a", "first day"], "day", 30)
+    fixed = ("a", RECORD_SECONDS, LEASE_MS, 100, 0, midnight - DAY_SECONDS, midnight)
+    reserve((midnight - 5) * 1_000_000, ["call:a", "first day"], *fixed, "daily_tokens", 1000)
+    settle((midnight + 5) * 1_000_000, ["call:a", "first day"], "a", 1, 30, 0, "daily_tokens")
     assert server.client.get("first day") == "30"
-    assert server.client.expiretime("first day") == midnight + DAY_SECONDS
+    assert server.client.ttl("first day") > 2 * DAY_SECONDS
 
 
-def test_a_day_counter_that_somebody_deleted_is_not_refunded_below_zero(server: RedisServer) -> None:
-    async def main() -> None:
-        async with running(pipe_to(server)) as pipe:
-            limits = Limits(pipe, AMBIENT)
-            reservation = await limits.reserve("a", a_tenant(daily_token_cap=1000), 100, None, OPEN)
-            server.client.delete(f"rl:{{acme-corp}}:tokens:{today()}")
-            limits.settle(reservation, 30)
+@EACH_LIMIT
+def test_counters_that_somebody_deleted_are_not_refunded_below_zero(server: RedisServer, limit: str) -> None:
+    async def scenario(caller: Caller) -> None:
+        reservation = await caller.reserve(100, 1000)
+        server.client.delete(*server.client.keys(f"rl:{{acme-corp}}:{NAMES[limit]}*"))
+        caller.limits.settle(reservation, 30, 300)
+        await until(lambda: records(server) == [])
+        caller.limits.settle(await caller.reserve(5, 50), 5, 50)
 
-    run(main())
-    assert day_tokens(server) == 0
+    on(server, a_tenant(**EVERYTHING), scenario)
+    whole = {
+        "rpm": 2, "tpm": 35, "concurrency": 0, "daily_tokens": 35, "daily_nanos": 350, "monthly_nanos": 350,
+    }  # fmt: skip
+    rest = {"rpm": 1, "tpm": 5, "concurrency": 0, "daily_tokens": 5, "daily_nanos": 50, "monthly_nanos": 50}
+    assert Counters(server).all == tuple((whole | {limit: rest[limit]}).values())
 
 
 @settings(max_examples=20, deadline=None)
@@ -497,19 +546,102 @@ def test_a_day_counter_that_somebody_deleted_is_not_refunded_below_zero(server: 
 def test_counters_end_at_what_all_calls_used(shared: RedisServer, used: list[int]) -> None:
     not_just_before_midnight(5)
     shared.client.flushall()
+    quota = {"rpm": 10_000, "tpm": 10**6, "concurrency": 10_000, "daily_tokens": 10**6, "daily_nanos": 10**15}
 
-    async def main() -> None:
-        async with running(pipe_to(shared)) as pipe:
-            limits = Limits(pipe, AMBIENT)
+    async def scenario(caller: Caller) -> None:
+        async def call(tokens: int) -> None:
+            caller.limits.settle(await caller.reserve(100, 1000), tokens, tokens * 7)
 
-            async def call(n: int, tokens: int) -> None:
-                tenant = a_tenant(rpm=10_000, daily_token_cap=10**6)
-                limits.settle(await limits.reserve(str(n), tenant, 100, 10**6, OPEN), tokens)
+        await asyncio.gather(*(call(tokens) for tokens in used))
 
-            await asyncio.gather(*(call(n, tokens) for n, tokens in enumerate(used)))
+    on(shared, a_tenant(**quota), scenario)
+    total = sum(used)
+    assert Counters(shared).all == (len(used), total, 0, total, 7 * total, 0)
 
-    run(main())
-    assert (rpm(shared), day_tokens(shared), tpm(shared)) == (len(used), sum(used), sum(used))
+
+# --- concurrency ---
+
+
+def test_a_call_that_ended_makes_room_for_another_at_once(server: RedisServer) -> None:
+    async def scenario(caller: Caller) -> bool:
+        first = await caller.reserve()
+        assert not await caller.admitted()
+        caller.limits.settle(first, 1, 0)
+        return await caller.admitted()
+
+    assert on(server, a_tenant(concurrency=1), scenario)
+
+
+def test_a_lapsed_lease_gives_its_concurrency_back_and_keeps_its_charges(server: RedisServer) -> None:
+    reserve = Script(server, "reserve.lua")
+    keys = ["calls", "tokens"]
+
+    def call(name: str, now_ms: int) -> int:
+        fixed = (name, RECORD_SECONDS, LEASE_MS, 100, 0, 0, 2 * START_SECOND)
+        arguments = ("concurrency", 1, "daily_tokens", 1000)
+        return reserve((START_SECOND * 1000 + now_ms) * 1000, [f"call:{name}", *keys], *fixed, *arguments)[0]
+
+    assert [call("a", 0), call("b", LEASE_MS - 1), call("c", LEASE_MS + 1)] == [1, 0, 1]
+    assert (server.client.zrange("calls", 0, -1), server.client.get("tokens")) == (["c"], "200")
+
+
+def test_a_call_keeps_its_place_for_as_long_as_its_replica_renews_it(server: RedisServer) -> None:
+    async def scenario(caller: Caller) -> tuple[int, float]:
+        await caller.reserve()
+        server.client.zadd("rl:{acme-corp}:concurrency", {"acme-corp-1": 1})  # about to lapse
+        renewed = caller.limits.run_once()
+        await until(lambda: server.client.zscore("rl:{acme-corp}:concurrency", "acme-corp-1") > 1)
+        assert not await caller.admitted()
+        return renewed, server.client.zscore("rl:{acme-corp}:concurrency", "acme-corp-1")
+
+    renewed, lapses_ms = on(server, a_tenant(concurrency=1), scenario)
+    assert renewed == 1
+    assert abs(lapses_ms - time.time() * 1000 - LEASE_MS) < 5000
+
+
+def test_a_call_that_ended_is_not_renewed(server: RedisServer) -> None:
+    async def scenario(caller: Caller) -> int:
+        caller.limits.settle(await caller.reserve(), 1, 0)
+        return caller.limits.run_once()
+
+    assert on(server, a_tenant(concurrency=1), scenario) == 0
+
+
+# --- budget days and months ---
+
+
+@pytest.mark.parametrize(
+    ("monthly", "time_zone", "now", "name", "begins", "ends"),
+    [
+        (False, "UTC", "2026-11-23T23:59:59Z", "20261123", "2026-11-23T00:00Z", "2026-11-24T00:00Z"),
+        (False, "Asia/Kolkata", "2026-11-23T18:30Z", "20261124", "2026-11-23T18:30Z", "2026-11-24T18:30Z"),
+        (True, "UTC", "2026-12-31T23:59:59Z", "202612", "2026-12-01T00:00Z", "2027-01-01T00:00Z"),
+        (True, "America/New_York", "2026-11-01T03:59:59Z", "202610", "2026-10-01T04:00Z", "2026-11-01T04:00Z"),
+        # 25 and 23 hours: clocks go back and forth.
+        (False, "Europe/Berlin", "2026-10-25T12:00Z", "20261025", "2026-10-24T22:00Z", "2026-10-25T23:00Z"),
+        (False, "Europe/Berlin", "2026-03-29T12:00Z", "20260329", "2026-03-28T23:00Z", "2026-03-29T22:00Z"),
+        # Midnight itself is skipped: the day begins with the change.
+        (False, "Africa/Cairo", "2026-04-24T12:00Z", "20260424", "2026-04-23T22:00Z", "2026-04-24T21:00Z"),
+    ],
+)  # fmt: skip
+def test_a_budget_period_begins_and_ends_at_midnight_in_its_zone(
+    monthly: bool, time_zone: str, now: str, name: str, begins: str, ends: str
+) -> None:
+    at, *both = (datetime.fromisoformat(text).timestamp() for text in (now, begins, ends))
+    assert period(monthly, time_zone, at) == (name, *both)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    now=st.integers(1_700_000_000, 2_000_000_000),
+    time_zone=st.sampled_from(["UTC", "Africa/Cairo", "America/Havana", "Asia/Beirut", "Australia/Lord_Howe"]),
+    monthly=st.booleans(),
+)
+def test_periods_follow_each_other_without_gap_or_overlap(now: int, time_zone: str, monthly: bool) -> None:
+    name, starts, ends = period(monthly, time_zone, now)
+    assert starts <= now < ends
+    assert period(monthly, time_zone, starts) == period(monthly, time_zone, ends - 1) == (name, starts, ends)
+    assert period(monthly, time_zone, ends)[1] == ends
 
 
 # --- keys ---
@@ -517,7 +649,7 @@ def test_counters_end_at_what_all_calls_used(shared: RedisServer, used: list[int
 
 def test_every_key_expires(server: RedisServer) -> None:
     settled(server)
-    settled(server, 170, reserved=100)
+    settled(server, (170, 3000))
     assert {key for key in server.client.keys("*") if server.client.ttl(key) < 0} == set()
 
 
@@ -530,6 +662,7 @@ def test_no_key_of_one_tenant_is_touched_by_another(shared: RedisServer, mine: s
     not_just_before_midnight(5)
     assume(mine != other)
     shared.client.flushall()
+    quota = dict.fromkeys(EVERYTHING, 100) | {"rpm": 1}
 
     def of(tenant: str) -> dict[str, Any]:
         keys = [key for key in shared.client.keys("*") if key.startswith(f"rl:{{{tenant}}}:")]
@@ -538,31 +671,19 @@ def test_no_key_of_one_tenant_is_touched_by_another(shared: RedisServer, mine: s
     async def main() -> None:
         async with running(pipe_to(shared)) as pipe:
             limits = Limits(pipe, AMBIENT)
-            held = await limits.reserve("a", a_tenant(mine, rpm=1, daily_token_cap=100), 90, None, OPEN)
+            held = await Caller(limits, a_tenant(mine, **quota)).reserve(90)
             before = of(mine)
-            assert len(before) == 3
-            theirs = await limits.reserve("a", a_tenant(other, rpm=1, daily_token_cap=100), 90, None, OPEN)
-            assert theirs.remaining_requests == 0
-            limits.settle(theirs, 10)
-            await refusal(limits, "b", a_tenant(other, rpm=1, daily_token_cap=100), 90, None)
+            assert len(before) == 7
+            stranger = Caller(limits, a_tenant(other, **quota))
+            theirs = await stranger.reserve(90)
+            assert theirs.rates.remaining_requests == 0
+            limits.settle(theirs, 10, 0)
+            await stranger.refusal(90)
             assert of(mine) == before
             assert set(shared.client.keys("*")) == {*of(mine), *of(other)}
-            limits.settle(held, 90)
+            limits.settle(held, 90, 0)
 
     run(main())
-
-
-def test_limits_hold_when_redis_memory_is_full(frail: RedisServer) -> None:
-    frail.client.config_set("maxmemory", "1")
-
-    async def main() -> bool:
-        async with running(pipe_to(frail)) as pipe:
-            limits = Limits(pipe, AMBIENT)
-            limits.settle(await limits.reserve("a", a_tenant(rpm=1, daily_token_cap=100), 10, 100, CLOSED), 20)
-            await refusal(limits, "b", a_tenant(rpm=1), 10, None)
-            return True
-
-    assert run(main())
 
 
 class Elsewhere(Ambient):
@@ -579,196 +700,63 @@ class Elsewhere(Ambient):
 def test_a_replica_whose_clock_is_wrong_charges_the_day_of_redis(server: RedisServer, ahead_seconds: float) -> None:
     async def main() -> None:
         async with running(pipe_to(server)) as pipe:
-            limits = Limits(pipe, Elsewhere(ahead_seconds))
-            for n in range(3):
-                limits.settle(await limits.reserve(str(n), a_tenant(rpm=9, daily_token_cap=900), 100, 900, CLOSED), 50)
+            ambient = Elsewhere(ahead_seconds)
+            caller = Caller(Limits(pipe, ambient), a_tenant(rpm=9, daily_tokens=900), tpm=900)
+            for _ in range(3):
+                caller.limits.settle(await caller.reserve(100), 50, 0)
 
     run(main())
-    assert (rpm(server), day_tokens(server), tpm(server)) == (3, 150, 150)
-    assert server.client.keys("rl:*:tokens:*") == [f"rl:{{acme-corp}}:tokens:{today()}"]
+    assert (Counters(server).rpm, Counters(server).day_tokens, Counters(server, "_global").tpm) == (3, 150, 150)
+    assert server.client.keys("rl:*:daily_tokens:*") == [f"rl:{{acme-corp}}:daily_tokens:{today()}"]
 
 
 # --- the way there and back ---
 
 
 def test_a_call_costs_one_round_trip_before_and_one_after(server: RedisServer) -> None:
-    tenant = a_tenant(rpm=100, daily_token_cap=10_000)
-
     async def main() -> tuple[int, int]:
         async with running(pipe_to(server)) as pipe:
-            limits = Limits(pipe, AMBIENT)
-            limits.settle(await limits.reserve("warm", tenant, 100, 10_000, OPEN), 50)
+            caller = Caller(Limits(pipe, AMBIENT), a_tenant(**EVERYTHING), key=a_key(**EVERYTHING), tpm=10_000)
+            caller.limits.settle(await caller.reserve(100), 50, 0)
             await pipe.execute("PING")
             before = server.client.info("stats")["total_reads_processed"]
-            reservation = await limits.reserve("a", tenant, 100, 10_000, OPEN)
+            reservation = await caller.reserve(100)
             between = server.client.info("stats")["total_reads_processed"]
-            limits.settle(reservation, 50)
-            await until(lambda: leases(server) == [])
-            return between - before, len(leases(server))
+            caller.limits.settle(reservation, 50, 0)
+            await until(lambda: records(server) == [])
+            return between - before, len(records(server))
 
     # One read is the INFO's own.
     assert run(main()) == (2, 0)
 
 
 def test_scripts_that_redis_forgot_are_back_within_the_call(server: RedisServer) -> None:
-    tenant = a_tenant(rpm=100, daily_token_cap=10_000)
+    async def scenario(caller: Caller) -> None:
+        caller.limits.settle(await caller.reserve(100, 100), 50, 50)
+        server.client.script_flush()
+        caller.limits.settle(await caller.reserve(100, 100), 50, 50)
 
-    async def main() -> None:
-        async with running(pipe_to(server)) as pipe:
-            limits = Limits(pipe, AMBIENT)
-            limits.settle(await limits.reserve("a", tenant, 100, 10_000, CLOSED), 50)
-            server.client.script_flush()
-            limits.settle(await limits.reserve("b", tenant, 100, 10_000, CLOSED), 50)
-
-    run(main())
-    assert (rpm(server), day_tokens(server), tpm(server)) == (2, 100, 100)
+    on(server, a_tenant(**EVERYTHING), scenario)
+    assert Counters(server).all == (2, 100, 0, 100, 100, 100)
 
 
 @pytest.mark.parametrize("turns", range(4))
 def test_a_caller_who_hangs_up_during_the_reservation_leaves_nothing_reserved(server: RedisServer, turns: int) -> None:
-    async def main() -> None:
-        async with running(pipe_to(server)) as pipe:
-            limits = Limits(pipe, AMBIENT)
-            tenant = a_tenant(rpm=100, daily_token_cap=10_000)
-            call = asyncio.create_task(limits.reserve("a", tenant, 100, 10_000, OPEN))
-            for _ in range(turns):
-                await asyncio.sleep(0)
-            call.cancel()
-            await asyncio.gather(call, return_exceptions=True)
+    async def scenario(caller: Caller) -> None:
+        call = asyncio.create_task(caller.reserve(100, 100))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
 
-    run(main())
-    assert (rpm(server), day_tokens(server), tpm(server), leases(server)) == (0, 0, 0, [])
+    on(server, a_tenant(**EVERYTHING), scenario, away=OPEN, tpm=10_000)
+    assert (*Counters(server).all, Counters(server, "_global").tpm, records(server)) == (0,) * 7 + ([],)
 
 
 def test_a_thousand_calls_at_once_are_all_answered(server: RedisServer) -> None:
-    async def main() -> list[int | None]:
-        async with running(pipe_to(server)) as pipe:
-            limits = Limits(pipe, AMBIENT)
-            tenant = a_tenant(rpm=1000, daily_token_cap=10**6)
-            calls = [limits.reserve(str(n), tenant, 10, 10**6, CLOSED) for n in range(1000)]
-            return [reservation.remaining_requests for reservation in await asyncio.gather(*calls)]
+    async def scenario(caller: Caller) -> list[int | None]:
+        reservations = await asyncio.gather(*(caller.reserve(10) for _ in range(1000)))
+        return [reservation.rates.remaining_requests for reservation in reservations]
 
-    assert sorted(run(main())) == list(range(1000))
-
-
-# --- Redis in trouble ---
-
-
-def test_without_redis_calls_pass_unmetered_when_open(tmp_path: Path) -> None:
-    async def main() -> tuple[bool, int]:
-        async with running(pipe_to(RedisServer(tmp_path)), up=False) as pipe:
-            limits = Limits(pipe, AMBIENT)
-            reservation = await limits.reserve("a", a_tenant(rpm=1), 10, None, OPEN)
-            limits.settle(reservation, 10)
-            return reservation.held, limits.unmetered_calls
-
-    assert run(main()) == (False, 1)
-
-
-def test_without_redis_calls_are_refused_when_closed(tmp_path: Path) -> None:
-    async def main() -> LimitsUnavailable:
-        async with running(pipe_to(RedisServer(tmp_path)), up=False) as pipe:
-            with pytest.raises(LimitsUnavailable) as caught:
-                await Limits(pipe, AMBIENT).reserve("a", a_tenant(rpm=1), 10, None, CLOSED)
-            return caught.value
-
-    error = run(main())
-    assert (error.retry_after_seconds, error.status) == (1.0, 503)
-
-
-@pytest.mark.parametrize("policy", [OPEN, CLOSED], ids=["open", "closed"])
-def test_a_reservation_that_a_frozen_redis_makes_late_is_corrected(frail: RedisServer, policy: WrittenRedis) -> None:
-    """Redis reads what was sent when it thaws: what the call then used, or nothing if it was refused, is charged."""
-
-    async def main() -> None:
-        async with running(pipe_to(frail, timeout_ms=100)) as pipe:
-            limits = Limits(pipe, AMBIENT)
-            tenant = a_tenant(rpm=10, daily_token_cap=1000)
-            limits.settle(await limits.reserve("before", tenant, 100, 1000, policy), 5)
-            await pipe.execute("PING")
-            frail.freeze()
-            if policy.away == "open":
-                reservation = await limits.reserve("frozen", tenant, 100, 1000, policy)
-                assert not reservation.held
-                limits.settle(reservation, 30)
-            else:
-                with pytest.raises(LimitsUnavailable):
-                    await limits.reserve("frozen", tenant, 100, 1000, policy)
-            frail.thaw()
-            await until(lambda: pipe.up)
-
-    run(main())
-    calls, tokens = (2, 35) if policy.away == "open" else (1, 5)
-    assert (rpm(frail), day_tokens(frail), tpm(frail), leases(frail)) == (calls, tokens, tokens, [])
-
-
-def test_a_settlement_without_redis_is_made_up_for_when_it_is_back(frail: RedisServer) -> None:
-    async def main() -> None:
-        async with running(pipe_to(frail, timeout_ms=100)) as pipe:
-            limits = Limits(pipe, AMBIENT)
-            tenant = a_tenant(rpm=10, daily_token_cap=1000)
-            early = await limits.reserve("a", tenant, 100, 1000, OPEN)
-            late = await limits.reserve("b", tenant, 100, 1000, OPEN)
-            frail.freeze()
-            limits.settle(early, 30)
-            await until(lambda: not pipe.up)
-            limits.settle(late, 40)
-            frail.thaw()
-            await until(lambda: pipe.up)
-
-    run(main())
-    assert (rpm(frail), day_tokens(frail), tpm(frail), leases(frail)) == (2, 70, 70, [])
-
-
-def test_no_more_settlements_are_kept_than_the_limit_says(frail: RedisServer) -> None:
-    async def main() -> int:
-        async with running(pipe_to(frail, timeout_ms=100)) as pipe:
-            limits = Limits(pipe, AMBIENT, unsettled_limit=3)
-            tenant = a_tenant(daily_token_cap=1000)
-            held = [await limits.reserve(str(n), tenant, 100, None, OPEN) for n in range(5)]
-            frail.freeze()
-            await limits.reserve("frozen", tenant, 0, None, OPEN)
-            for reservation in held:
-                limits.settle(reservation, 0)
-            frail.thaw()
-            await until(lambda: pipe.up)
-            return limits.lost_settlements
-
-    assert run(main()) == 2
-    # The two oldest stay charged at their estimate.
-    assert day_tokens(frail) == 200
-
-
-def test_limits_hold_again_after_redis_was_killed_and_restarted(frail: RedisServer) -> None:
-    async def main() -> None:
-        async with running(pipe_to(frail)) as pipe:
-            limits = Limits(pipe, AMBIENT)
-            frail.kill()
-            await until(lambda: not pipe.up)
-            await limits.reserve("a", a_tenant(rpm=1), 10, None, OPEN)
-            await asyncio.to_thread(frail.start)
-            await until(lambda: pipe.up)
-            assert (await limits.reserve("b", a_tenant(rpm=1), 10, None, OPEN)).held
-            await refusal(limits, "c", a_tenant(rpm=1), 10, None)
-
-    run(main())
-
-
-def test_a_script_that_redis_refuses_follows_the_policy_and_is_logged_once(
-    server: RedisServer, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, "app.limits")
-    server.client.set("rl:{acme-corp}:rpm", "not a hash")
-
-    async def main() -> int:
-        async with running(pipe_to(server)) as pipe:
-            limits = Limits(pipe, AMBIENT)
-            for n in range(10):
-                limits.settle(await limits.reserve(str(n), a_tenant(rpm=1), 10, 1000, OPEN), 5)
-            with pytest.raises(LimitsUnavailable):
-                await limits.reserve("closed", a_tenant(rpm=1), 10, 1000, CLOSED)
-            return limits.unmetered_calls
-
-    assert run(main()) == 10
-    assert ["WRONGTYPE" in record.getMessage() for record in caplog.records] == [True]
-    assert tpm(server) == 0  # one script for all limits: where one of them fails, none is taken
+    remaining = on(server, a_tenant(rpm=1000, daily_tokens=10**6), scenario, tpm=10**6)
+    assert sorted(remaining) == list(range(1000))

@@ -22,7 +22,7 @@ from app.reports.rollup import Rollups
 from tests.ledger_parts import Postgres, an_event, query, running_postgres
 from tests.test_rollup import DAY, DAY_SECONDS, EVENTS, NOON, record, roll, working
 
-ACME = Tenant("acme-corp", "p", "p", None, None, None)
+ACME = Tenant("acme-corp", "p", "p", None)
 
 
 class Noon(Ambient):

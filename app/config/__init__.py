@@ -9,11 +9,13 @@ from app.config.reading import FILES, ConfigError, price_table, price_tables
 from app.config.running import (
     NAME,
     SERVICE_KEY,
+    UNLIMITED,
     Alias,
     Config,
     Credential,
     Issuer,
     Provider,
+    Quota,
     Secret,
     ServiceKey,
     Settings,
@@ -24,7 +26,9 @@ from app.config.running import (
 from app.config.source import ConfigSource, load, utc_day
 from app.config.tariff import Price, Rate, Tariff, Window
 from app.config.written import (
+    Away,
     Written,
+    WrittenAway,
     WrittenDiscount,
     WrittenDrain,
     WrittenLongContext,
@@ -37,9 +41,9 @@ from app.config.written import (
 )
 
 __all__ = [
-    "CLASSES", "FILES", "NAME", "SERVICE_KEY", "Alias", "Config", "ConfigError", "ConfigSource", "Credential", "Issuer",
-    "Price", "PriceTable", "Provider", "Rate", "Secret", "ServiceKey", "Settings", "Target", "Tariff", "Tenant",
-    "Timeouts", "Window", "Written", "WrittenDiscount", "WrittenDrain", "WrittenLongContext", "WrittenPrice",
-    "WrittenRate", "WrittenRedis", "WrittenRetry", "WrittenSpool", "WrittenWindow", "load", "price_table",
-    "price_tables", "read_price_table", "usd", "utc_day", "write_price_table",
+    "CLASSES", "FILES", "NAME", "SERVICE_KEY", "UNLIMITED", "Alias", "Away", "Config", "ConfigError", "ConfigSource",
+    "Credential", "Issuer", "Price", "PriceTable", "Provider", "Quota", "Rate", "Secret", "ServiceKey", "Settings",
+    "Target", "Tariff", "Tenant", "Timeouts", "Window", "Written", "WrittenAway", "WrittenDiscount", "WrittenDrain",
+    "WrittenLongContext", "WrittenPrice", "WrittenRate", "WrittenRedis", "WrittenRetry", "WrittenSpool",
+    "WrittenWindow", "load", "price_table", "price_tables", "read_price_table", "usd", "utc_day", "write_price_table",
 ]  # fmt: skip

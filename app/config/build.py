@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from datetime import date
+from decimal import Decimal
 from typing import TypeVar
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
 from msgspec import Struct
@@ -26,6 +28,7 @@ from app.config.running import (
     Config,
     Credential,
     Provider,
+    Quota,
     Secret,
     ServiceKey,
     Settings,
@@ -38,12 +41,19 @@ from app.config.written import (
     WrittenGateway,
     WrittenPlan,
     WrittenProvider,
+    WrittenQuota,
     WrittenTenant,
     WrittenTimeouts,
 )
 from app.vendors import COMPATIBLE, COMPATIBLE_KIND, KINDS, Vendor
 
 T = TypeVar("T")
+
+
+MAX_COUNT = 2**53 - 1
+"""Redis's scripts count in doubles, which are exact up to here."""
+MAX_BUDGET_USD = 9_000_000
+"""In nano-dollars just below `MAX_COUNT`."""
 
 
 _DEFAULT_TIMEOUTS = Timeouts(connect=5.0, first_token=60.0, answer=300.0, idle=60.0, total=1800.0)
@@ -88,7 +98,6 @@ def build(
     timeouts = _timeouts(written.gateway.timeouts, _DEFAULT_TIMEOUTS, "gateway.timeouts", faults)
     targets = _targets(written, _providers(written, secrets, faults), faults)
     aliases = _aliases(written, targets, timeouts, faults)
-    _positive(written.global_.tpm, "global.tpm", faults)
     return Config(
         version=version,
         environment=environment,
@@ -113,7 +122,7 @@ def build(
         },
         issuers=issuers(written, environment, faults),
         certificates=certificates(written, environment, faults),
-        global_tpm=written.global_.tpm,
+        global_quota=_quota(WrittenQuota(rpm=written.global_.rpm, tpm=written.global_.tpm), "global", faults),
         price_version=price_version,
         prices_checked_on=min(_checked_on(written), default=None),
     )
@@ -126,6 +135,7 @@ def _settings(gateway: WrittenGateway, longest_seconds: float, secrets: Secrets,
         _positive(getattr(gateway, name), f"gateway.{name}", faults)
     _positive(gateway.redis.timeout_ms, "gateway.redis.timeout_ms", faults)
     _positive(gateway.redis.probe_seconds, "gateway.redis.probe_seconds", faults)
+    _positive(gateway.redis.replicas, "gateway.redis.replicas", faults)
     if not 0 <= gateway.trace_sample_ratio <= 1:
         faults.add("gateway.trace_sample_ratio", "must be from 0 to 1")
     if not 1 <= gateway.retry.max_attempts <= 10:
@@ -254,9 +264,41 @@ def _aliases(written: Written, targets: Mapping[str, Target], timeouts: Timeouts
     return aliases
 
 
+def _quota(written: WrittenQuota, path: str, faults: Faults, base: Quota | None = None) -> Quota:
+    """`base` has what is left out."""
+    base = base or Quota()
+    counts = {"rpm": "rpm", "tpm": "tpm", "concurrency": "concurrency", "daily_tokens": "daily_token_cap"}
+    values: dict[str, int | None] = {}
+    for name, key in counts.items():
+        value = getattr(written, key)
+        _positive(value, f"{path}.{key}", faults)
+        if value is not None and value > MAX_COUNT:
+            faults.add(f"{path}.{key}", f"must be at most {MAX_COUNT}; leave it out for no limit")
+        values[name] = getattr(base, name) if value is None else value
+    for name, key in {"daily_nanos": "daily_usd", "monthly_nanos": "monthly_usd"}.items():
+        dollars: Decimal | None = getattr(written, key)
+        values[name] = getattr(base, name) if dollars is None else _budget(dollars, f"{path}.{key}", faults)
+    zone = written.budget_time_zone
+    if zone is not None:
+        _check_zone(zone, f"{path}.budget_time_zone", faults)
+    return Quota(**values, time_zone=zone or base.time_zone)
+
+
+def _budget(dollars: Decimal, path: str, faults: Faults) -> int:
+    if not dollars.is_finite() or not 0 < dollars <= MAX_BUDGET_USD or (nanos := dollars * 1_000_000_000) % 1:
+        faults.add(path, f"must be above 0 and at most {MAX_BUDGET_USD} USD, with at most 9 decimals")
+        return 0
+    return int(nanos)
+
+
+def _check_zone(name: str, path: str, faults: Faults) -> None:
+    try:
+        ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        faults.add(path, f"no time zone {name!r}; expected an IANA name such as Europe/Berlin or UTC")
+
+
 def _check_policy(policy: WrittenPlan, written: Written, path: str, faults: Faults) -> None:
-    _positive(policy.rpm, f"{path}.rpm", faults)
-    _positive(policy.daily_token_cap, f"{path}.daily_token_cap", faults)
     for alias_name in policy.allowed_models or ():
         if alias_name != "*":
             _known(alias_name, written.aliases, "alias", f"{path}.allowed_models", faults)
@@ -266,8 +308,10 @@ def _check_policy(policy: WrittenPlan, written: Written, path: str, faults: Faul
 
 
 def _tenants(written: Written, faults: Faults) -> dict[str, Tenant]:
+    quotas: dict[str, Quota] = {}
     for name, plan in _entries(written.plans, NAME, "plans", faults):
         _check_policy(plan, written, f"plans.{name}", faults)
+        quotas[name] = _quota(plan, f"plans.{name}", faults)
     tenants: dict[str, Tenant] = {}
     for name, tenant in _entries(written.tenants, NAME, "tenants", faults):
         _check_policy(tenant, written, f"tenants.{name}", faults)
@@ -279,8 +323,7 @@ def _tenants(written: Written, faults: Faults) -> dict[str, Tenant]:
             plan=tenant.plan,
             tier=tenant.tier or plan.tier or tenant.plan,
             allowed_models=None if "*" in models else frozenset(models),
-            rpm=plan.rpm if tenant.rpm is None else tenant.rpm,
-            daily_token_cap=plan.daily_token_cap if tenant.daily_token_cap is None else tenant.daily_token_cap,
+            quota=_quota(tenant, f"tenants.{name}", faults, quotas.get(tenant.plan)),
             residency=_residency(plan.residency if tenant.residency is None else tenant.residency),
         )
     return tenants
@@ -314,6 +357,7 @@ def _keys(written: Written, faults: Faults) -> dict[bytes, ServiceKey]:
             expires=None if key.expires is None else _midnight(key.expires),
             revoked=key.revoked is not None,
             roles=frozenset(key.roles),
+            quota=_quota(key.limits, f"{path}.limits", faults),
         )
     return keys
 

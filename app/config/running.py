@@ -123,8 +123,27 @@ class Alias(Struct, frozen=True):
     serves: Operation = "chat"
 
 
+class Quota(Struct, frozen=True, gc=False):
+    """How much its owner (a tenant, a service key, all tenants together) may use; None means unlimited.
+
+    `rpm`, `tpm`: requests and tokens in any 60 seconds. `concurrency`: calls at once. `daily_tokens`; `daily_nanos` and
+    `monthly_nanos` in nano-dollars: per day and month that begin at midnight in `time_zone` (an IANA name).
+    """
+
+    rpm: int | None = None
+    tpm: int | None = None
+    concurrency: int | None = None
+    daily_tokens: int | None = None
+    daily_nanos: int | None = None
+    monthly_nanos: int | None = None
+    time_zone: str = "UTC"
+
+
+UNLIMITED = Quota()
+
+
 class Tenant(Struct, frozen=True):
-    """A billing and policy boundary. `allowed_models` None means every alias; a limit None means unlimited.
+    """A billing and policy boundary. `allowed_models` None means every alias.
 
     `residency`: the regions whose providers may serve it; None means any.
     """
@@ -133,8 +152,7 @@ class Tenant(Struct, frozen=True):
     plan: str
     tier: str
     allowed_models: frozenset[str] | None
-    rpm: int | None
-    daily_token_cap: int | None
+    quota: Quota = UNLIMITED
     residency: frozenset[str] | None = None
 
     def allows(self, alias: str) -> bool:
@@ -156,6 +174,7 @@ class ServiceKey(Struct, frozen=True):
     roles: frozenset[str] = frozenset({"call"})
     plan: str | None = None
     default_tenant: str | None = None
+    quota: Quota = UNLIMITED
 
     def may_act_for(self, tenant: str) -> bool:
         return self.tenants is None or tenant in self.tenants
@@ -216,7 +235,7 @@ class Config(Struct, frozen=True):
     aliases: Mapping[str, Alias]
     tenants: Mapping[str, Tenant]
     keys: Mapping[bytes, ServiceKey]
-    global_tpm: int | None
+    global_quota: Quota
     price_version: str
     prices_checked_on: date | None = None
     targets: Mapping[str, Target] = {}

@@ -45,9 +45,17 @@ class WrittenAlias(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     timeouts: WrittenTimeouts = field(default_factory=WrittenTimeouts)
 
 
-class WrittenPlan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class WrittenQuota(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     rpm: int | None = None
+    tpm: int | None = None
+    concurrency: int | None = None
     daily_token_cap: int | None = None
+    daily_usd: Decimal | None = None
+    monthly_usd: Decimal | None = None
+    budget_time_zone: str | None = None
+
+
+class WrittenPlan(WrittenQuota, frozen=True, forbid_unknown_fields=True, kw_only=True):
     allowed_models: list[str] | None = None
     tier: str | None = None
     residency: list[str] | None = None
@@ -63,6 +71,7 @@ class WrittenTenant(WrittenPlan, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 class WrittenGlobal(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    rpm: int | None = None
     tpm: int | None = None
 
 
@@ -77,6 +86,7 @@ class WrittenKey(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     expires: date | None = None
     revoked: date | None = None
     environments: list[str] | None = None
+    limits: WrittenQuota = field(default_factory=WrittenQuota)
 
 
 Algorithm = Literal[
@@ -170,8 +180,23 @@ class WrittenRetry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     cooldown_seconds: float = 30.0
 
 
+Away = Literal["local_share", "open", "closed"]
+
+
+class WrittenAway(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    rpm: Away = "local_share"
+    tpm: Away = "local_share"
+    concurrency: Away = "local_share"
+    daily_token_cap: Away = "local_share"
+    daily_usd: Away = "local_share"
+    monthly_usd: Away = "local_share"
+    global_rpm: Away = "local_share"
+    global_tpm: Away = "local_share"
+
+
 class WrittenRedis(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    away: Literal["open", "closed"] = "open"
+    away: WrittenAway = field(default_factory=WrittenAway)
+    replicas: int = 2
     timeout_ms: int = 250
     probe_seconds: float = 1.0
 

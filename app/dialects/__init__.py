@@ -15,8 +15,12 @@ from app.providers import NATIVE, PROVIDERS
 from app.providers.translator import Translator
 
 ROUTES: dict[str, Dialect] = {
-    "/v1/chat/completions": Dialect("chat", openai_chat.read, openai_chat.error_body, openai_chat.error_frames),
-    "/v1/embeddings": Dialect("embeddings", openai_embeddings.read, openai_chat.error_body, openai_chat.error_frames),
+    "/v1/chat/completions": Dialect(
+        "chat", openai_chat.read, openai_chat.error_body, openai_chat.error_frames, openai_chat.rate_headers
+    ),
+    "/v1/embeddings": Dialect(
+        "embeddings", openai_embeddings.read, openai_chat.error_body, openai_chat.error_frames, openai_chat.rate_headers
+    ),
 }
 """By path; each takes POST."""
 

@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta, Raw
 
 from app.config import NAME
+from app.core import Rates
 from app.errors import GatewayError, InvalidRequest, LimitError, VendorRefused
 from app.sse import DONE, frame
 from app.wire import ChatRequest, StreamOptions
@@ -88,6 +89,36 @@ def member(fields: dict[str, Raw], name: str, shape: msgspec.json.Decoder[T]) ->
         return shape.decode(written)
     except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidRequest(f"`{name}`: {error}.", param=name) from None
+
+
+def rate_headers(rates: Rates) -> list[tuple[bytes, bytes]]:
+    """How the caller stands with its limits, under OpenAI's names."""
+    headers = []
+    if rates.limit_requests is not None:
+        headers += [
+            (b"x-ratelimit-limit-requests", b"%d" % rates.limit_requests),
+            (b"x-ratelimit-remaining-requests", b"%d" % rates.remaining_requests),
+            (b"x-ratelimit-reset-requests", duration(rates.reset_requests_seconds)),
+        ]
+    if rates.limit_tokens is not None:
+        headers += [
+            (b"x-ratelimit-limit-tokens", b"%d" % rates.limit_tokens),
+            (b"x-ratelimit-remaining-tokens", b"%d" % rates.remaining_tokens),
+            (b"x-ratelimit-reset-tokens", duration(rates.reset_tokens_seconds)),
+        ]
+    return headers
+
+
+def duration(seconds: float) -> bytes:
+    """OpenAI's form: `120ms`, `1s`, `6m0s`, `2h3m4s`."""
+    if seconds < 1:
+        return b"%dms" % round(seconds * 1000)
+    whole = round(seconds)
+    hours, rest = divmod(whole, 3600)
+    minutes, rest = divmod(rest, 60)
+    if hours:
+        return b"%dh%dm%ds" % (hours, minutes, rest)
+    return b"%dm%ds" % (minutes, rest) if minutes else b"%ds" % rest
 
 
 def error_body(error: GatewayError) -> bytes:

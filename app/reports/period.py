@@ -226,8 +226,13 @@ async def spending(archive: Archive, today: date, tenants: int) -> list[Spend]:
 def limits_of(tenant: Tenant) -> list[tuple[Literal["tokens", "usd"], Literal["day", "month"], str, int]]:
     """The budgets that a tenant has: unit, window, the zone of its midnights, tokens or nano-dollars."""
     found: list[tuple[Literal["tokens", "usd"], Literal["day", "month"], str, int]] = []
-    if tenant.daily_token_cap is not None:
-        found.append(("tokens", "day", "UTC", tenant.daily_token_cap))
+    quota = tenant.quota
+    if quota.daily_tokens is not None:
+        found.append(("tokens", "day", quota.time_zone, quota.daily_tokens))
+    if quota.daily_nanos is not None:
+        found.append(("usd", "day", quota.time_zone, quota.daily_nanos))
+    if quota.monthly_nanos is not None:
+        found.append(("usd", "month", quota.time_zone, quota.monthly_nanos))
     return found
 
 

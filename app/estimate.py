@@ -1,0 +1,78 @@
+"""What a call may need before anybody has counted: tokens by size, dollars by the dearest target of its chain."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from app.config import Alias
+from app.core import Exchange, charge, estimate
+
+BYTES_PER_TOKEN = 4
+"""What a token is taken to be where no vendor has counted yet (OpenAI's rule of thumb for English)."""
+FEWEST_BYTES, MOST_BYTES = 1.5, 6.0
+"""What is learned stays between these: dense code and numbers, and long English words with JSON around them."""
+BLOB_TOKENS = 1024
+"""What an image or file inside a request is taken to be: base64 is not text, so its length says nothing."""
+WEIGHT = 0.05
+"""Of one call in what is learned: the last twenty or so decide."""
+
+
+class _Learned(Struct):
+    """Bytes of a request per token of input: the mean, and how far calls are from it on average."""
+
+    mean: float = BYTES_PER_TOKEN
+    deviation: float = 0.0
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Most calls have more bytes to a token than this, so most reservations are enough."""
+        return min(MOST_BYTES, max(FEWEST_BYTES, self.mean - self.deviation))
+
+
+class Estimates:
+    """What each alias's requests have taught this process. Aliases are the configuration's, so it is bounded."""
+
+    def __init__(self) -> None:
+        self._learned: dict[str, _Learned] = {}
+
+    def need(self, exchange: Exchange, alias: Alias) -> tuple[int, int]:
+        """Tokens and nano-dollars to reserve, and notes the tokens: the request by its size, the answer by its limit.
+
+        The client's hint can only raise the tokens. Dollars are by the dearest target, for the chain may end there.
+        """
+        request = exchange.request
+        text_bytes, blobs = _size(exchange.call.body)
+        learned = self._learned.get(alias.name)
+        bytes_per_token = BYTES_PER_TOKEN if learned is None else learned.bytes_per_token
+        sized = int(text_bytes / bytes_per_token) + 1 + blobs * BLOB_TOKENS
+        exchange.input_tokens_estimate = max(sized, request.input_tokens)
+        output = alias.default_output_tokens if request.max_output_tokens is None else request.max_output_tokens
+        exchange.output_tokens_estimate = output * request.choices
+        usage = estimate(request.operation, exchange.input_tokens_estimate, exchange.output_tokens_estimate)
+        tenant_id, at = exchange.tenant.id, exchange.call.received_at
+        nanos = max(charge(usage, target, tenant_id, None, at).total_nanos for target in alias.targets)
+        return max(usage.total, exchange.call.tokens_hint), nanos
+
+    def learn(self, exchange: Exchange) -> None:
+        """From a call that the vendor has counted, unless an image or a file was in it."""
+        usage = exchange.usage
+        if usage is None or not exchange.done:
+            return
+        tokens = usage.total_input + usage.embedding
+        if tokens <= 0:
+            return
+        text_bytes, blobs = _size(exchange.call.body)
+        if blobs:
+            return
+        seen = min(2 * MOST_BYTES, text_bytes / tokens)  # one odd call does not teach more than many
+        learned = self._learned.setdefault(exchange.request.alias, _Learned())
+        learned.deviation += WEIGHT * (abs(seen - learned.mean) - learned.deviation)
+        learned.mean += WEIGHT * (seen - learned.mean)
+
+
+def _size(body: bytes) -> tuple[int, int]:
+    """Bytes of a request without what is base64 in it, and how many such parts there are."""
+    if b";base64," not in body:
+        return len(body), 0
+    first, *rest = body.split(b";base64,")
+    return len(first) + sum(len(part) - max(0, part.find(b'"')) for part in rest), len(rest)

@@ -1,0 +1,113 @@
+#!lua flags=allow-oom
+-- Takes what a call needs from every limit of one scope, or nothing from any.
+-- Runs when memory is full too: calls must not fail for want of a counter.
+--
+-- KEYS  1 the call's record, then one key per limit.
+-- ARGV  1 call id, 2 seconds that the record lives, 3 milliseconds of a lease, 4 tokens, 5 nano-dollars,
+--       6 and 7 the unix seconds from and before which the keys of daily and monthly limits have the right name,
+--       then kind and limit per limit.
+-- Gives {1, now_ms, left, left, …}, when taken: what each limit had left before;
+--       {0, now_ms, left, …, wait_ms, …} when refused: nothing was taken; of a `rpm` or `tpm` that is in the way, the
+--       milliseconds until enough of its window has left, else 0;
+--       {2, now_ms} when the names of keys are of another day than Redis's.
+--
+-- `rpm`, `tpm`: a hash with one field per second: unix second = amount taken in it. The seconds from now-60 to now
+-- cover every interval of 60 seconds that ends now, so no such interval exceeds the limit. The field `sum` is their
+-- total as long as `at` is the current second; each new second drops what has left and counts afresh.
+-- `concurrency`: a sorted set of call ids by the millisecond when their lease lapses.
+-- `daily_tokens`, `daily_usd`, `monthly_usd`: a counter per day or month; USD are nano-dollars.
+
+local call, number = redis.call, tonumber
+local time = call('TIME')
+local second = number(time[1])
+local now_ms = second * 1000 + math.floor(time[2] / 1000)
+if second < number(ARGV[6]) or second >= number(ARGV[7]) then
+  return {2, now_ms}
+end
+
+local tokens, nanos = number(ARGV[4]), number(ARGV[5])
+local answer, sums, amounts, slots, refused = {1, now_ms}, {}, {}, {}, false
+for n = 2, #KEYS do
+  local key, kind, limit = KEYS[n], ARGV[2 * n + 4], number(ARGV[2 * n + 5])
+  local sum, amount = 0, 1
+  if kind == 'rpm' or kind == 'tpm' then
+    if kind == 'tpm' then
+      amount = tokens
+    end
+    local kept = call('HMGET', key, 'at', 'sum', time[1])
+    slots[n] = number(kept[3] or 0)
+    if kept[1] == time[1] then
+      sum = number(kept[2])
+    else
+      local gone, fields = {}, call('HGETALL', key)
+      for i = 1, #fields, 2 do
+        local slot = number(fields[i])
+        -- A slot from far ahead is left by a clock that was set back.
+        if slot and (slot < second - 60 or slot > second + 60) then
+          gone[#gone + 1] = fields[i]
+        elseif slot then
+          sum = sum + fields[i + 1]
+        end
+      end
+      if #gone > 0 then
+        call('HDEL', key, unpack(gone))
+      end
+      call('HSET', key, 'at', time[1], 'sum', sum)
+      call('EXPIRE', key, 62)
+    end
+  elseif kind == 'concurrency' then
+    sum = call('ZCARD', key)
+    if sum >= limit then
+      call('ZREMRANGEBYSCORE', key, '-inf', now_ms)
+      sum = call('ZCARD', key)
+    end
+  else
+    amount = kind == 'daily_tokens' and tokens or nanos
+    local kept = call('GET', key)
+    slots[n] = kept
+    sum = number(kept or 0)
+  end
+  sums[n], amounts[n], answer[n + 1] = sum, amount, limit - sum
+  refused = refused or sum + amount > limit
+end
+
+if refused then
+  answer[1] = 0
+  for n = 2, #KEYS do
+    local kind, left, wait_ms = ARGV[2 * n + 4], answer[n + 1], 0
+    if amounts[n] > left and (kind == 'rpm' or kind == 'tpm') then
+      -- Until as much has left as this call lacks; the whole window where even that is too little.
+      local fields, taken, lacks, free_at = call('HGETALL', KEYS[n]), {}, amounts[n] - left, second + 61
+      for i = 1, #fields, 2 do
+        taken[fields[i]] = fields[i + 1]
+      end
+      for slot = second - 60, second do
+        lacks = lacks - (taken[tostring(slot)] or 0)
+        if lacks <= 0 then
+          free_at = slot + 61
+          break
+        end
+      end
+      wait_ms = free_at * 1000 - now_ms
+    end
+    answer[#KEYS + n] = wait_ms
+  end
+  return answer
+end
+
+for n = 2, #KEYS do
+  local key, kind = KEYS[n], ARGV[2 * n + 4]
+  if kind == 'rpm' or kind == 'tpm' then
+    call('HSET', key, 'sum', sums[n] + amounts[n], time[1], slots[n] + amounts[n])
+  elseif kind == 'concurrency' then
+    call('ZADD', key, now_ms + ARGV[3], ARGV[1])
+    call('EXPIRE', key, 86400)
+  elseif slots[n] then
+    call('INCRBY', key, amounts[n])
+  else
+    -- Longer than the period, with time for a call over its end to be settled on it.
+    call('SET', key, amounts[n], 'EX', kind == 'monthly_usd' and 2937600 or 259200)
+  end
+end
+call('SET', KEYS[1], time[1] .. ' ' .. ARGV[4] .. ' ' .. ARGV[5], 'EX', ARGV[2])
+return answer

@@ -1,0 +1,290 @@
+"""Reserve, settle, renew: the limits of a call over all replicas, and what holds while Redis is away."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from functools import partial
+from pathlib import Path
+
+from msgspec import Struct
+
+from app.ambient import Ambient
+from app.config import Config, Quota, ServiceKey, Tenant
+from app.core import Call, Reservation
+from app.errors import LimitsUnavailable
+from app.limits.scopes import BUDGETS, LEASE_MS, MOST, Scope, make_scope, rates, refusal
+from app.limits.share import Share
+from app.redis_pipe import Argument, RedisAway, RedisPipe, RedisRefused
+
+log = logging.getLogger(__name__)
+
+_REFUSED, _TAKEN, _OTHER_DAY = 0, 1, 2
+"""What a reserve script's answer begins with."""
+_LOG_SECONDS = 60.0
+"""A script that fails does so for every call: one line in so many seconds says it."""
+RENEW_SECONDS = LEASE_MS / 3000
+"""Two renewals may be missed before a lease lapses."""
+_RENEWED_AT_ONCE = 500
+_SCOPES = 10_000
+"""Scopes that are kept ready: one for each tenant and service key that call."""
+
+
+class Held(Reservation, frozen=True, gc=False):
+    """A reservation with what it was taken from; `held` is False where this process took it from its own share."""
+
+    nanos: int = 0
+    scope: Scope | None = None
+    second: int = 0
+
+
+class _Known(Struct):
+    """A scope that is ready, and what it was made of."""
+
+    config: Config
+    tenant_quota: Quota
+    key_quota: Quota
+    scope: Scope | None
+
+
+class Limits:
+    """Counts for metrics: `local_calls` were judged by this process alone; `lost_settlements` stay at the estimate."""
+
+    def __init__(self, pipe: RedisPipe, ambient: Ambient, *, unsettled_limit: int = 10_000) -> None:
+        here = Path(__file__)
+        self._reserve = pipe.script(here.with_name("reserve.lua").read_text())
+        self._settle = pipe.script(here.with_name("settle.lua").read_text())
+        self._renew = pipe.script(here.with_name("renew.lua").read_text())
+        self._charge = pipe.script(here.with_name("charge.lua").read_text())
+        self._pipe = pipe
+        self._ambient = ambient
+        self._unsettled_limit = unsettled_limit
+        self._unsettled: deque[tuple[Argument, ...]] = deque()
+        self._clock_ahead = 0.0
+        self._known: dict[tuple[str, str], _Known] = {}
+        self._share = Share()
+        self._heard: dict[str, int] = {}
+        self._owed: dict[str, int] = {}
+        self._local: set[str] = set()
+        self._running: dict[str, set[str]] = {}
+        self._logged = float("-inf")
+        self.local_calls = 0
+        self.lost_settlements = 0
+        pipe.on_return.append(self._returned)
+
+    async def reserve(self, call: Call, tenant: Tenant, tokens: int, nanos: int) -> Reservation:
+        """Takes one request, `tokens` and `nanos` (nano-dollars; both at least 0) from all limits of the call.
+
+        One round trip. Raises `RateLimitExceeded` or `BudgetExceeded` and takes nothing. With Redis away each limit's
+        policy holds: `LimitsUnavailable` where one of them says `closed`. A caller that is cancelled leaves nothing
+        reserved.
+        """
+        tokens, nanos = min(tokens, MOST), min(nanos, MOST)
+        for _ in range(2):  # a second time only where Redis is in another budget day than this replica's clock
+            scope = self._scope(call.config, tenant, call.key)
+            if scope is None:
+                return Held(call.event_id, tenant.id, tokens)
+            try:
+                asked = self._pipe.execute(*scope.reserve(self._reserve, call.event_id, tokens, nanos))
+            except RedisAway:
+                break
+            try:
+                status, now_ms, *left = await asked
+            except asyncio.CancelledError:
+                self._give_back(scope, call.event_id)
+                raise
+            except (RedisAway, RedisRefused) as error:
+                # It may have been taken, or will be when Redis gets to it.
+                self._give_back(scope, call.event_id)
+                if isinstance(error, RedisRefused):
+                    self._complain("reserve", error)
+                break
+            if status == _TAKEN:
+                return self._held(call, tenant, scope, tokens, nanos, left, now_ms)
+            if status == _REFUSED:
+                half = len(scope.limits)
+                raise refusal(scope, left[:half], left[half:], tokens, nanos, now_ms)
+            self._clock_ahead = now_ms / 1000 - self._ambient.now()
+        return self._take_locally(call, tenant, scope, tokens, nanos)
+
+    def _held(
+        self, call: Call, tenant: Tenant, scope: Scope, tokens: int, nanos: int, left: list[int], now_ms: int
+    ) -> Held:
+        for place, limit in enumerate(scope.limits):
+            amount = limit.amount(tokens, nanos)
+            left[place] -= amount
+            if limit.ends:
+                self._heard[limit.key] = left[place]
+        self._begin(scope, call.event_id)
+        return Held(call.event_id, tenant.id, tokens, True, rates(scope, left, now_ms), nanos, scope)
+
+    def settle(self, reservation: Reservation, tokens: int, nanos: int) -> None:
+        """Charges what the call used in the place of what it had reserved. Never waits, never raises; idempotent.
+
+        With Redis away the settlement is kept (up to `unsettled_limit` of them, the oldest give way) and sent when it
+        is back; the counters hold the estimate until then.
+        """
+        if not isinstance(reservation, Held) or reservation.scope is None:
+            return
+        scope, call_id = reservation.scope, reservation.call_id
+        tokens, nanos = min(max(0, tokens), MOST), min(max(0, nanos), MOST)
+        self._end(scope, call_id)
+        if reservation.held:
+            self._queue(scope.settle(self._settle, call_id, 1, tokens, nanos))
+        elif call_id in self._local:
+            self._local.discard(call_id)
+            self._owe(scope, tokens - reservation.tokens, nanos - reservation.nanos)
+            self._share.correct(
+                scope,
+                tokens - reservation.tokens,
+                nanos - reservation.nanos,
+                reservation.second,
+                int(self._ambient.now()),
+            )
+            if scope.running:  # a renewal may have made it a lease
+                self._queue(scope.settle(self._settle, call_id, 0, 0, 0))
+        self._send_settlements()
+
+    def _give_back(self, scope: Scope, call_id: str) -> None:
+        """Undoes a reservation, the request included; where there is none, nothing happens."""
+        self._queue(scope.settle(self._settle, call_id, 0, 0, 0))
+        self._send_settlements()
+
+    def _queue(self, settlement: tuple[Argument, ...]) -> None:
+        if len(self._unsettled) >= self._unsettled_limit:
+            self._unsettled.popleft()
+            self.lost_settlements += 1
+        self._unsettled.append(settlement)
+
+    def _send_settlements(self) -> None:
+        while self._unsettled:
+            settlement = self._unsettled[0]
+            try:
+                self._pipe.send(*settlement, on_error=partial(self._not_settled, settlement))
+            except RedisAway:
+                return
+            self._unsettled.popleft()
+
+    def _not_settled(self, settlement: tuple[Argument, ...], error: Exception) -> None:
+        if isinstance(error, RedisAway):
+            # It may have been executed: then its record is gone, and the second time changes nothing.
+            self._queue(settlement)
+        else:
+            self.lost_settlements += 1
+            self._complain("settle", error)
+
+    def _complain(self, script: str, error: Exception) -> None:
+        now = self._ambient.monotonic()
+        if now - self._logged >= _LOG_SECONDS:
+            self._logged = now
+            log.error("redis refuses the %s script: %s", script, error)
+
+    def _scope(self, config: Config, tenant: Tenant, key: ServiceKey) -> Scope | None:
+        now = self._ambient.now() + self._clock_ahead
+        known = self._known.get((tenant.id, key.id))
+        if (
+            known is not None
+            and known.config is config
+            and known.tenant_quota is tenant.quota
+            and known.key_quota is key.quota
+            and (known.scope is None or known.scope.starts <= now < known.scope.ends)
+        ):
+            return known.scope
+        if len(self._known) >= _SCOPES:
+            self._known.clear()
+        scope = make_scope(config, tenant, key, now)
+        self._known[tenant.id, key.id] = _Known(config, tenant.quota, key.quota, scope)
+        return scope
+
+    # --- concurrency: leases ---
+
+    def _begin(self, scope: Scope, call_id: str) -> None:
+        for key in scope.running:
+            self._running.setdefault(key, set()).add(call_id)
+
+    def _end(self, scope: Scope, call_id: str) -> None:
+        for key in scope.running:
+            running = self._running.get(key)
+            if running is not None:
+                running.discard(call_id)
+                if not running:
+                    del self._running[key]
+
+    async def run(self) -> None:
+        """Renews leases until cancelled."""
+        while True:
+            await self._ambient.sleep(RENEW_SECONDS)
+            self.run_once()
+
+    def run_once(self) -> int:
+        """Renews the leases of all running calls; returns how many."""
+        renewed = 0
+        for key, running in self._running.items():
+            call_ids = list(running)
+            for start in range(0, len(call_ids), _RENEWED_AT_ONCE):
+                some = call_ids[start : start + _RENEWED_AT_ONCE]
+                try:
+                    self._pipe.send(
+                        "EVALSHA", self._renew, 1, key, LEASE_MS, *some, on_error=partial(self._complain, "renew")
+                    )
+                except RedisAway:
+                    return renewed
+                renewed += len(some)
+        return renewed
+
+    # --- while Redis is away ---
+
+    def _take_locally(self, call: Call, tenant: Tenant, scope: Scope, tokens: int, nanos: int) -> Held:
+        """By each limit's policy. Raises LimitsUnavailable, LimitError."""
+        closed = [limit.name for limit in scope.limits if limit.away == "closed"]
+        if closed:
+            raise LimitsUnavailable(
+                f"The gateway cannot check {closed[0]} just now. Send the call again in a second.",
+                retry_after_seconds=1.0,
+            )
+        settings = call.config.settings.redis
+        now = self._ambient.now()
+        second = int(now)
+        left = self._share.left(scope, settings.replicas, self._running, self._heard, second)
+        if any(limit.amount(tokens, nanos) > remaining for limit, remaining in zip(scope.limits, left, strict=True)):
+            waits_ms = self._share.waits_ms(scope, left, tokens, nanos, second)
+            raise refusal(scope, left, waits_ms, tokens, nanos, int(now * 1000), share=True)
+        self._share.take(scope, tokens, nanos, second)
+        self._owe(scope, tokens, nanos)
+        self._begin(scope, call.event_id)
+        self._local.add(call.event_id)
+        self.local_calls += 1
+        return Held(call.event_id, tenant.id, tokens, False, None, nanos, scope, second)
+
+    def _owe(self, scope: Scope, tokens: int, nanos: int) -> None:
+        """Notes what Redis is to count when it is back, or right now."""
+        for limit in scope.limits:
+            if limit.kind in BUDGETS:
+                self._owed[limit.key] = self._owed.get(limit.key, 0) + limit.amount(tokens, nanos)
+        if self._pipe.up:
+            self._pay()
+
+    def _pay(self) -> None:
+        """Makes the daily and monthly counters good."""
+        owed, self._owed = self._owed, {}
+        for key, amount in owed.items():
+            if amount:
+                try:
+                    self._pipe.send(
+                        "EVALSHA", self._charge, 1, key, amount, on_error=partial(self._unpaid, key, amount)
+                    )
+                except RedisAway as error:
+                    self._unpaid(key, amount, error)
+
+    def _unpaid(self, key: str, amount: int, error: Exception) -> None:
+        if isinstance(error, RedisAway):
+            self._owed[key] = self._owed.get(key, 0) + amount
+        else:
+            self._complain("charge", error)
+
+    def _returned(self) -> None:
+        self._send_settlements()
+        self._pay()
+        self._share.end(self._heard, int(self._ambient.now()))
+        self.run_once()

@@ -1,0 +1,247 @@
+"""Which limits a call takes from: its tenant's, its service key's, and those that all tenants share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import date, datetime, timedelta
+from typing import Literal
+from zoneinfo import ZoneInfo
+
+from msgspec import Struct
+
+from app.config import Away, Config, Quota, ServiceKey, Tenant, WrittenAway
+from app.core import Rates, usd
+from app.errors import BudgetExceeded, LimitError, RateLimitExceeded
+from app.redis_pipe import Argument
+
+Kind = Literal["rpm", "tpm", "concurrency", "daily_tokens", "daily_usd", "monthly_usd"]
+WINDOWS = ("rpm", "tpm")
+BUDGETS = ("daily_tokens", "daily_usd", "monthly_usd")
+RECORD_SECONDS = 93_600
+"""How long it is known what a call had reserved, from when on: a day, the longest total timeout, and two hours."""
+LEASE_MS = 30_000
+"""How long a call counts as running without a word from its replica: what a crash costs in concurrency."""
+RETRY_CONCURRENCY_SECONDS = 1.0
+"""A running call may end at any time; nobody knows when."""
+RETRY_SHARE_SECONDS = 5.0
+"""Redis may be back at any time, and with it the whole of a budget."""
+WINDOW_SECONDS = 61
+"""The seconds that a window counts: the current one and the sixty before it."""
+MOST = 2**53 - 1
+"""The largest amount that a script counts exactly; no limit is higher."""
+
+
+class Limit(Struct, frozen=True, gc=False):
+    """One limit. `value` in requests, calls at once, tokens or nano-dollars; `ends`: unix seconds, budgets only.
+
+    `whose` begins the sentence of a refusal. `away` is what holds without Redis.
+    """
+
+    name: str
+    kind: Kind
+    key: str
+    value: int
+    whose: str
+    away: Away
+    ends: int = 0
+    time_zone: str = "UTC"
+
+    def amount(self, tokens: int, nanos: int) -> int:
+        """What a call takes from it."""
+        if self.kind in ("tpm", "daily_tokens"):
+            return tokens
+        return nanos if self.kind in ("daily_usd", "monthly_usd") else 1
+
+
+class Scope(Struct, frozen=True):
+    """All limits of a call in one script, all or nothing, and the two scripts' arguments that do not change by call.
+
+    The names of budgets' keys hold from `starts` until before `ends`, unix seconds. What a call took is noted under
+    `record` and its id. A Redis Cluster would need a scope for each slot: the braces in a key's name make its owner
+    the hash tag, so a tenant's keys share one, but the service key's and the global ones lie on others.
+    """
+
+    limits: tuple[Limit, ...]
+    starts: int
+    ends: int
+    record: str
+    keys: tuple[str, ...]
+    reserve_arguments: tuple[Argument, ...]
+    settle_arguments: tuple[Argument, ...]
+    running: tuple[str, ...]
+    """Keys of `concurrency` limits."""
+
+    def reserve(self, sha: str, call_id: str, tokens: int, nanos: int) -> tuple[Argument, ...]:
+        """The command for reserve.lua."""
+        return (
+            "EVALSHA", sha, len(self.keys) + 1, self.record + call_id, *self.keys,
+            call_id, RECORD_SECONDS, LEASE_MS, tokens, nanos, self.starts, self.ends, *self.reserve_arguments,
+        )  # fmt: skip
+
+    def settle(self, sha: str, call_id: str, requests: int, tokens: int, nanos: int) -> tuple[Argument, ...]:
+        """The command for settle.lua; `requests` 0 gives the call back."""
+        return (
+            "EVALSHA", sha, len(self.keys) + 1, self.record + call_id, *self.keys,
+            call_id, requests, tokens, nanos, *self.settle_arguments,
+        )  # fmt: skip
+
+
+def make_scope(config: Config, tenant: Tenant, key: ServiceKey, now: float) -> Scope | None:
+    """The scope of a tenant's calls by a service key at `now`; None where nothing is limited."""
+    away = config.settings.redis.away
+    shared = Quota(rpm=config.global_quota.rpm, tpm=config.global_quota.tpm)
+    found = [
+        *_limits("tenant", tenant.id, f"Tenant {tenant.id}", tenant.quota, away, now),
+        *_limits("key", f"_key.{key.id}", f"The service key {key.id}", key.quota, away, now),
+        *_limits("global", "_global", "All tenants together", shared, away, now),
+    ]
+    if not found:
+        return None
+    limits = tuple(limit for limit, _ in found)
+    return Scope(
+        limits=limits,
+        starts=max(starts for _, starts in found),
+        ends=min((limit.ends for limit in limits if limit.ends), default=MOST),
+        record=f"rl:{{{tenant.id}}}:call:",
+        keys=tuple(limit.key for limit in limits),
+        reserve_arguments=tuple(word for limit in limits for word in (limit.kind, limit.value)),
+        settle_arguments=tuple(limit.kind for limit in limits),
+        running=tuple(limit.key for limit in limits if limit.kind == "concurrency"),
+    )
+
+
+def _limits(
+    owner: str, tag: str, whose: str, quota: Quota, away: WrittenAway, now: float
+) -> Iterator[tuple[Limit, int]]:
+    """An owner's limits, each with the second from which its key's name holds."""
+    prefix = f"rl:{{{tag}}}:"
+    rates = {"rpm": quota.rpm, "tpm": quota.tpm, "concurrency": quota.concurrency}
+    for kind, value in rates.items():
+        if value is not None:
+            policy = getattr(away, f"{owner}_{kind}" if owner == "global" else kind)
+            yield Limit(f"{owner}_{kind}", kind, prefix + kind, value, whose, policy), 0
+    budgets = {
+        "daily_tokens": (quota.daily_tokens, away.daily_token_cap),
+        "daily_usd": (quota.daily_nanos, away.daily_usd),
+        "monthly_usd": (quota.monthly_nanos, away.monthly_usd),
+    }
+    for kind, (value, policy) in budgets.items():
+        if value is not None:
+            name, starts, ends = period(kind == "monthly_usd", quota.time_zone, now)
+            key = f"{prefix}{kind}:{name}"
+            yield Limit(f"{owner}_{kind}", kind, key, value, whose, policy, ends, quota.time_zone), starts
+
+
+def period(monthly: bool, time_zone: str, now: float) -> tuple[str, int, int]:
+    """The name of the budget day (`20261123`) or month (`202611`) at `now`, and the unix seconds of its two ends."""
+    zone = ZoneInfo(time_zone)
+    today = datetime.fromtimestamp(now, zone).date()
+    if monthly:
+        first = today.replace(day=1)
+        after = (first + timedelta(days=31)).replace(day=1)
+        return f"{first:%Y%m}", _midnight(first, zone), _midnight(after, zone)
+    return f"{today:%Y%m%d}", _midnight(today, zone), _midnight(today + timedelta(days=1), zone)
+
+
+def _midnight(day: date, zone: ZoneInfo) -> int:
+    """Where a clock change skips midnight, the moment of the change."""
+    return int(datetime(day.year, day.month, day.day, tzinfo=zone).timestamp())
+
+
+# --- what clients are told --------------------------------------------------------------------------------------------
+
+
+def rates(scope: Scope, left: list[int], now_ms: int) -> Rates:
+    """The figures of the tightest limits on requests and on tokens; those that all tenants share are not shown."""
+    requests: tuple[int, Limit] | None = None
+    tokens: tuple[int, Limit] | None = None
+    for limit, remaining in zip(scope.limits, left, strict=True):
+        if limit.name.startswith("global_"):
+            continue
+        if limit.kind == "rpm" and (requests is None or remaining < requests[0]):
+            requests = remaining, limit
+        elif limit.kind in ("tpm", "daily_tokens") and (tokens is None or remaining < tokens[0]):
+            tokens = remaining, limit
+    return Rates(*_figures(requests, now_ms), *_figures(tokens, now_ms))
+
+
+def _figures(tightest: tuple[int, Limit] | None, now_ms: int) -> tuple[int | None, int | None, float]:
+    if tightest is None:
+        return None, None, 0.0
+    left, limit = tightest
+    return limit.value, max(0, left), _whole_again_seconds(limit, now_ms)
+
+
+def _whole_again_seconds(limit: Limit, now_ms: int) -> float:
+    ends = limit.ends or now_ms // 1000 + WINDOW_SECONDS
+    return ends - now_ms / 1000
+
+
+def refusal(
+    scope: Scope, left: list[int], waits_ms: list[int], tokens: int, nanos: int, now_ms: int, *, share: bool = False
+) -> LimitError:
+    """The error of the limit that is in the way for longest.
+
+    `waits_ms` is known for windows. `share`: what is left is this replica's share while Redis is away.
+    """
+    longest: tuple[float, LimitError] | None = None
+    for limit, remaining, wait_ms in zip(scope.limits, left, waits_ms, strict=True):
+        amount = limit.amount(tokens, nanos)
+        if amount <= remaining:
+            continue
+        if limit.kind in WINDOWS:
+            wait_seconds = wait_ms / 1000
+        elif limit.kind == "concurrency":
+            wait_seconds = RETRY_CONCURRENCY_SECONDS
+        else:
+            wait_seconds = min(limit.ends - now_ms / 1000, RETRY_SHARE_SECONDS if share else float("inf"))
+        lasts = float("inf") if amount > limit.value else wait_seconds
+        if longest is None or lasts > longest[0]:
+            longest = lasts, _error(limit, amount, remaining, wait_seconds, share)
+    assert longest is not None
+    error = longest[1]
+    error.rates = rates(scope, left, now_ms)
+    return error
+
+
+def _error(limit: Limit, amount: int, remaining: int, wait_seconds: float, share: bool) -> LimitError:
+    """A sentence that names the limit, its value, and what to do."""
+    budget = limit.kind in BUDGETS
+    above = amount > limit.value
+    period_name = "month" if limit.kind == "monthly_usd" else "day"
+    if budget:
+        figures = (
+            f"has a budget of {_figure(limit, limit.value)} per {period_name} ({limit.time_zone}) with "
+            f"{_figure(limit, max(0, remaining))} left; this call may need {_figure(limit, amount)}."
+        )
+    elif limit.kind == "concurrency":
+        figures = f"has its limit of {limit.value} calls at once running."
+    elif limit.kind == "rpm":
+        figures = f"has used its limit of {limit.value} requests in any 60 seconds."
+    else:
+        figures = (
+            f"has a limit of {limit.value} tokens in any 60 seconds with {max(0, remaining)} left; "
+            f"this call may need {amount}."
+        )
+    if limit.name.startswith("global_"):
+        figures = figures.replace("has ", "have ", 1).replace(" its ", " their ", 1)
+    if above:
+        advice = "Waiting does not help: lower max_tokens or shorten the prompt."
+    elif share:
+        advice = f"Each replica admits a share of it while Redis is away. Send it again in {wait_seconds:.1f} seconds."
+    elif budget:
+        advice = f"Lower max_tokens, or wait for the next {period_name}, in {wait_seconds:.0f} seconds."
+    elif limit.kind == "concurrency":
+        advice = "Send it again when one of them has ended."
+    else:
+        advice = f"Send it again in {wait_seconds:.1f} seconds."
+    return (BudgetExceeded if budget else RateLimitExceeded)(
+        f"{limit.whose} {figures} {advice}",
+        limit=limit.name,
+        retry_after_seconds=wait_seconds,
+        should_retry=False if above or (budget and not share) else None,
+    )
+
+
+def _figure(limit: Limit, value: int) -> str:
+    return f"{value} tokens" if limit.kind == "daily_tokens" else f"{bytes(usd(value)).decode()} USD"
