@@ -1,4 +1,4 @@
-"""The commands that finance uses: rollup, export."""
+"""The commands that finance uses: rollup, export, reconcile, jobs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
-from msgspec import Raw
+from msgspec import Raw, Struct
 
 from app.ambient import Ambient
+from app.config import Secret
+from app.reports.invoices import READERS, UnreadableInvoice, read
+from app.reports.reconcile import ALARM_RATIO, span
 
 if TYPE_CHECKING:
     from app.archive import Archive
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
 
 BATCH_DEADLINE_SECONDS = 600.0
 """How long one statement of a batch command may take: a day of some ten million rows is summed in that time."""
+
+DRIFT = 3
+"""The exit code of a reconciliation above its threshold."""
 
 Command = Callable[[str, object, str], argparse.ArgumentParser]
 
@@ -48,6 +54,37 @@ def add(command: Command) -> None:
     export.add_argument("--without-cache-hits", action="store_true", help="fine-tuning: leave out what the cache said")
     export.add_argument("--eval-baseline", type=Path, help="fine-tuning: a JSON file for the summary, as it is")
     _database(export)
+
+    _add_reconcile(command)
+    _add_jobs(command)
+
+
+def _add_reconcile(command: Command) -> None:
+    reconcile = command("reconcile", _reconcile, "Compare the ledger with a vendor's invoice; exit code 3 above 5 %.")
+    reconcile.add_argument("--vendor", choices=READERS, required=True, help="whose export; calls: any list of calls")
+    reconcile.add_argument("--invoice", type=Path, action="append", required=True, help="the file; repeatable")
+    reconcile.add_argument("--provider", action="append", help="the ledger's provider; repeatable (the vendor's name)")
+    reconcile.add_argument(
+        "--map", type=Path, help='JSON: {"models": {invoice\'s: ledger\'s}, "keys": {invoice\'s: provider}}'
+    )
+    reconcile.add_argument("--from", dest="first", type=_day, help="first day (the invoice's first)")
+    reconcile.add_argument("--to", dest="last", type=_day, help="last day, included (the invoice's last)")
+    reconcile.add_argument("--threshold", type=float, default=ALARM_RATIO, help="share of the whole (0.05)")
+    reconcile.add_argument("--format", choices=("text", "json", "html"), default="text")
+    reconcile.add_argument("--out", type=Path, default=Path("-"), help="the report's file; - is standard output (-)")
+    reconcile.add_argument("--keep", action="store_true", help="note it in PostgreSQL, where the alert looks")
+    _database(reconcile)
+
+
+def _add_jobs(command: Command) -> None:
+    jobs = command("jobs", _jobs, "Run rollups, partitions and reconciliation on a schedule; several may run at once.")
+    jobs.add_argument("--once", action="store_true", help="run what is due and exit, as a CronJob does")
+    jobs.add_argument("--host", default="127.0.0.1")
+    jobs.add_argument("--port", type=int, default=9091, help="metrics and status, with GATEWAY_ADMIN_TOKEN (9091)")
+    jobs.add_argument("--rollup-seconds", type=float, default=900.0, help="how often days are summed (900)")
+    jobs.add_argument("--reports", type=Path, help="a folder for {tenant}/daily.json")
+    jobs.add_argument("--invoices", type=Path, help="a folder with a folder of exports for each vendor, read weekly")
+    _database(jobs)
 
 
 def _database(parser: argparse.ArgumentParser) -> None:
@@ -182,3 +219,74 @@ def _handoff(arguments: argparse.Namespace, selection: Selection) -> int:
         return 0
 
     return _with_archive(arguments, work)
+
+
+class _Names(Struct, frozen=True, forbid_unknown_fields=True):
+    """The file of `--map`."""
+
+    models: dict[str, str] = {}
+    keys: dict[str, str] = {}
+
+
+def _reconcile(arguments: argparse.Namespace) -> int:
+    from app.reports import drift_report
+    from app.reports.tables import Destination
+
+    try:
+        names = msgspec.json.decode(arguments.map.read_bytes(), type=_Names) if arguments.map else _Names()
+        lines = [line for file in arguments.invoice for line in read(arguments.vendor, file.read_bytes())]
+    except OSError as error:
+        return _fail(f"{error.filename} cannot be read ({error.strerror}).")
+    except msgspec.DecodeError as error:
+        return _fail(f"{arguments.map} is not a map of names: {error}.")
+    except UnreadableInvoice as error:
+        return _fail(str(error))
+    if not lines:
+        return _fail("The invoice has no lines.")
+    first, last = span(lines)
+    days = (arguments.first or first, arguments.last or last)
+
+    async def work(archive: Archive) -> int:
+        found = await drift_report.compare(
+            archive,
+            arguments.vendor,
+            lines,
+            providers=arguments.provider or [arguments.vendor],
+            days=days,
+            models=names.models,
+            keys=names.keys,
+            threshold=arguments.threshold,
+        )
+        if arguments.format == "text":
+            text = drift_report.as_text(found).encode() + b"\n"
+        else:
+            text = drift_report.as_html(found) if arguments.format == "html" else drift_report.as_json(found)
+        with Destination(arguments.out, sys.stdout.buffer) as out:
+            out.write(text)
+        if arguments.keep:
+            await drift_report.keep(archive, found)
+        return DRIFT if found.alarm else 0
+
+    return _with_archive(arguments, work)
+
+
+def _jobs(arguments: argparse.Namespace) -> int:
+    from app.jobs import JobsOptions, serve
+
+    if not arguments.database_url:
+        return _fail("Which PostgreSQL? Set DATABASE_URL, or give --database-url.")
+    if arguments.rollup_seconds <= 0:
+        return _fail("--rollup-seconds must be above 0.")
+    token = os.environ.get("GATEWAY_ADMIN_TOKEN")
+    return serve(
+        JobsOptions(
+            database_url=arguments.database_url,
+            host=arguments.host,
+            port=arguments.port,
+            admin_token=Secret(token) if token else None,
+            reports=arguments.reports,
+            invoices=arguments.invoices,
+            rollup_seconds=arguments.rollup_seconds,
+        ),
+        once=arguments.once,
+    )

@@ -25,7 +25,7 @@ LAYERS = (
     ("auth", "control", "limits", "redis_pipe", "ledger", "upstream", "http1", "telemetry"),
     ("routing", "estimate", "gateway"),
     ("api", "admin", "keys", "ledger_shipper", "archive", "reports", "price_sync", "rerate", "usage_pages"),
-    ("asgi", "cli", "money_commands", "price_commands"),
+    ("asgi", "cli", "jobs", "money_commands", "price_commands"),
 )
 """The rooms from the ground up: a file imports only from layers before its own."""
 
@@ -48,6 +48,7 @@ WITHIN_A_LAYER = {
     ("rerate", "archive"): "adjustments are rows of the ledger",
     ("cli", "asgi"): "`gateway serve`",
     ("cli", "money_commands"): "`gateway rollup`, `gateway export`",
+    ("money_commands", "jobs"): "`gateway jobs`",
     ("cli", "price_commands"): "`gateway prices`",
 }
 
@@ -64,7 +65,7 @@ HOMES = {
     "pyarrow": {"reports"},
     "genai_prices": {"price_sync"},
     "litestar": {"api", "admin", "asgi", "usage_pages"},
-    "uvicorn": {"asgi"},
+    "uvicorn": {"asgi", "jobs"},
     "uvloop": {"asgi"},
     "time": {"ambient"},
     "random": {"ambient"},

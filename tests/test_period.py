@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 from html.parser import HTMLParser
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from app.ambient import Ambient
 from app.config import Tenant
-from app.core import Cost, LedgerEvent
+from app.core import Cost, LedgerEvent, Usage
 from app.reports.charts import Series, bars
 from app.reports.markup import document, el
 from app.reports.page import money, share
@@ -80,6 +81,18 @@ def test_one_environment_can_be_chosen(postgres: Postgres) -> None:
     url = postgres.database()
     record(url, [an_event(at=NOON, environment="prod"), an_event(at=NOON, environment="staging")])
     assert period(url, environment="prod").total.requests == 1
+
+
+def test_an_adjustment_is_money_and_no_call(postgres: Postgres) -> None:
+    url = postgres.database()
+    call = an_event(at=NOON, cost=Cost(1_000, 0))
+    adjusts = {"adjusts": call.event_id, "usage_source": "none", "cost_status": "repriced"}
+    adjustment = an_event(at=NOON, usage=Usage(), cost=Cost(500, 0))
+    record(url, [call, msgspec.structs.replace(adjustment, **adjusts)])
+    without = period(url).total
+    assert (without.requests, without.success, without.cost_nanos) == (1, 1, 1_500)
+    roll(url)
+    assert period(url).total == without
 
 
 # --- trends -----------------------------------------------------------------------------------------------------------

@@ -296,5 +296,5 @@ def _gathered(
 
 def _by_cost(groups: Mapping[Any, Figures]) -> dict[Any, Figures]:
     """By falling cost, then by name; groups without a call are left out."""
-    used = [(key, figures) for key, figures in groups.items() if figures.requests]
+    used = [(key, figures) for key, figures in groups.items() if figures.requests or figures.cost_nanos]
     return dict(sorted(used, key=lambda item: (-item[1].cost_nanos, msgspec.json.encode(item[0]))))

@@ -29,12 +29,16 @@ GROUP BY GROUPING SETS ((), (day), (feature_id), (model_alias, model_resolved, p
 SELECT
     grouping(tenant_id, day, feature_id, provider)::int,
     day, tenant_id, feature_id, model_alias, model_resolved, provider,
-    count(*), count(*) FILTER (WHERE status = 'success'),
-    count(*) FILTER (WHERE status IN ('error', 'timeout', 'interrupted')),
-    count(*) FILTER (WHERE status = 'rate_limited'), count(*) FILTER (WHERE status IN ('refused', 'blocked')),
-    count(*) FILTER (WHERE status = 'client_closed'),
-    count(*) FILTER (WHERE cache_hit), count(*) FILTER (WHERE fallback_used),
-    count(*) FILTER (WHERE cost_status = 'unpriced'),
+    -- Adjustments are no calls: they have costs and nothing else.
+    count(*) FILTER (WHERE adjusts IS NULL),
+    count(*) FILTER (WHERE status = 'success' AND adjusts IS NULL),
+    count(*) FILTER (WHERE status IN ('error', 'timeout', 'interrupted') AND adjusts IS NULL),
+    count(*) FILTER (WHERE status = 'rate_limited' AND adjusts IS NULL),
+    count(*) FILTER (WHERE status IN ('refused', 'blocked') AND adjusts IS NULL),
+    count(*) FILTER (WHERE status = 'client_closed' AND adjusts IS NULL),
+    count(*) FILTER (WHERE cache_hit AND adjusts IS NULL),
+    count(*) FILTER (WHERE fallback_used AND adjusts IS NULL),
+    count(*) FILTER (WHERE cost_status = 'unpriced') - count(*) FILTER (WHERE cost_status = 'repriced'),
     coalesce(sum(input_tokens), 0)::bigint, coalesce(sum(output_tokens), 0)::bigint,
     coalesce(sum(total_tokens), 0)::bigint, coalesce(sum(cost_usd), 0), coalesce(sum(saved_usd), 0)
 FROM (
