@@ -383,7 +383,8 @@ class Exchange(Struct, kw_only=True, eq=False):
     `done` is set where an answer was good to its end: what is neither done, cut nor an error is a defect.
     `cut` says who ended the call before its answer did; whoever cancels the task sets it first. `patience` cancels it
     too, where a vendor does not answer in time.
-    `text_bytes` is the size of the answer's text, for an estimate where the vendor reported no usage.
+    `text_bytes` is the size of the answer's text, for an estimate where the vendor reported no usage; `prompt` what it
+    told of the prompt before the answer was cut.
     `rates` is what the answer says of limits. `charged` is what the row says that the call cost.
     """
 
@@ -407,6 +408,7 @@ class Exchange(Struct, kw_only=True, eq=False):
     service_tier: str | None = None
     usage: Usage | None = None
     charged: Cost | None = None
+    prompt: Usage | None = None
     text_bytes: int = 0
     error: GatewayError | None = None
     done: bool = False

@@ -338,6 +338,7 @@ class Gateway:
         exchange.service_tier = _word(stream.reader.service_tier)
         exchange.usage = stream.reader.usage
         exchange.finish_reason = _word(stream.reader.finish_reason)
+        exchange.prompt = stream.reader.prompt
         exchange.text_bytes = 0 if stream.reader.usage else stream.text_bytes()
         exchange.provider_seconds += self.ambient.monotonic() - relay_started
 
@@ -467,6 +468,8 @@ class Gateway:
         if not worked:
             return Usage(), "none"
         written = -(-exchange.text_bytes // BYTES_PER_TOKEN)
+        if exchange.prompt is not None:
+            return msgspec.structs.replace(exchange.prompt, output=written), "estimated"
         return estimate(exchange.request.operation, exchange.input_tokens_estimate, written), "estimated"
 
     def _charge(self, exchange: Exchange, usage: Usage) -> Cost:

@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.journey import Journey, chat, decoded
+from tests.journey import Journey, chat, decoded, until
 
 TOOL = {
     "type": "function",
@@ -131,3 +131,15 @@ def test_an_error_amid_a_stream_is_one_error_event(journey: Journey) -> None:
     assert [chunk for chunk in chunks if "error" in chunk] == chunks[-2:-1]
     assert chunks[-1] == "[DONE]"
     assert journey.row(streamed.headers["x-request-id"])["status"] == "error"
+
+
+def test_a_hung_up_stream_keeps_what_the_vendor_told_of_the_prompt(journey: Journey) -> None:
+    with journey.stream(chat("tokens=400 chunk_ms=50 cached=4", model="claude")) as streamed:
+        lines = streamed.iter_lines()
+        for _ in range(12):
+            next(lines)
+    until(lambda: journey.counts("anthropic")["aborted"] == 1, 5)
+    event = journey.row(streamed.headers["x-request-id"])
+    assert (event["status"], event["usage_source"]) == ("client_closed", "estimated")
+    assert event["usage"]["classes"]["cache_read"] == 4
+    assert 0 < event["usage"]["output_tokens"] < 100

@@ -287,6 +287,16 @@ def test_a_folded_stream_equals_the_unary_answer(answer: dict[str, Any]) -> None
 
 
 @given(answers())
+def test_the_prompt_s_tokens_are_known_from_the_first_event_on(answer: dict[str, Any]) -> None:
+    data = streamed(answer)
+    reader = ANTHROPIC.stream(STAMP)
+    list(reader.feed(data[: data.index(b"\n\n") + 2]))
+    whole = ANTHROPIC.response(written(answer), STAMP).usage
+    assert whole is not None
+    assert reader.prompt == msgspec.structs.replace(whole, output=0, reasoning=0)
+
+
+@given(answers())
 def test_the_service_tier_is_told_by_both(answer: dict[str, Any]) -> None:
     reader = ANTHROPIC.stream(STAMP)
     list(reader.feed(streamed(answer)))
@@ -307,8 +317,7 @@ def test_any_prefix_of_a_stream_is_read_without_error_and_is_finished_only_with_
     data = streamed(answer)
     outcome = read(data[: place % len(data)])
     assert outcome.error is None
-    assert "DONE" not in outcome.kinds
-    assert outcome.finished == (outcome.finish_reason is not None)
+    assert outcome.finished == (outcome.finish_reason is not None) == ("DONE" in outcome.kinds)
 
 
 @given(answers(), st.integers(0, 10_000), st.binary(min_size=1, max_size=4))

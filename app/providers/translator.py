@@ -72,10 +72,12 @@ Frame = tuple[Kind, bytes]
 class StreamReader:
     """One streamed answer: the vendor's bytes in, frames in the internal form out, and what the ledger needs kept.
 
-    `finished` is True once the vendor has said why it stopped: a stream that ends before was cut.
+    `finished` is True once the vendor has said why it stopped: a stream that ends before was cut. `prompt` is what the
+    vendor told of the prompt's tokens before the answer, where it does: true also of a stream that is cut.
     """
 
     usage: Usage | None = None
+    prompt: Usage | None = None
     model: str | None = None
     finish_reason: str | None = None
     service_tier: str | None = None

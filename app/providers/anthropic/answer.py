@@ -162,11 +162,12 @@ class MessagesStream(StreamReader):
 
     __slots__ = (
         "_calls", "_last", "_open", "_splitter", "_stamp", "_thoughts",
-        "finish_reason", "model", "service_tier", "usage",
+        "finish_reason", "model", "prompt", "service_tier", "usage",
     )  # fmt: skip
 
     def __init__(self, stamp: Stamp) -> None:
         self.usage = None
+        self.prompt = None
         self.model = None
         self.finish_reason = None
         self.service_tier = None
@@ -209,6 +210,8 @@ class MessagesStream(StreamReader):
         self._last = message
         self.model = message.model
         self.service_tier = message.usage.service_tier if message.usage else None
+        if (told := usage_of(message.usage)) is not None:
+            self.prompt = msgspec.structs.replace(told, output=0, reasoning=0)
         if message.id:
             self._stamp = msgspec.structs.replace(self._stamp, id=message.id)
         return Kind.START, chunk(self._stamp, self.model, WrittenMessage(role="assistant"))
