@@ -1,4 +1,4 @@
-"""A certificate authority for one machine, and a server certificate from it for localhost.
+"""A certificate authority for one machine, and from it a server certificate for localhost and one for a client.
 
 The CA may sign for loopback names only (name constraints), so to trust it is to trust nothing else.
 """
@@ -17,7 +17,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 CA_DAYS = 3650
-SERVER_DAYS = 90
+LEAF_DAYS = 90
+CLIENT_NAME = "local-dev"
+"""The common name of the client's certificate."""
 RENEW_BEFORE = timedelta(days=14)
 NAMES = [
     x509.DNSName("localhost"),
@@ -32,30 +34,36 @@ MAY_SIGN = [
 
 
 class Certificates(NamedTuple):
-    """PEM files: what clients trust, what the server shows (its chain) and its key."""
+    """PEM files: what clients trust, what the server shows (its chain) and its key; what a client may show."""
 
     ca_file: Path
     cert_file: Path
     key_file: Path
+    client_cert_file: Path
+    client_key_file: Path
 
 
 def ensure(folder: Path, now: datetime | None = None) -> Certificates:
     """The certificates in `folder`, made or renewed where they are missing or end within 14 days of `now` (UTC)."""
     now = now or datetime.now(UTC)
-    files = Certificates(folder / "ca.pem", folder / "server.pem", folder / "server.key")
+    names = ("ca.pem", "server.pem", "server.key", "client.pem", "client.key")
+    files = Certificates(*(folder / name for name in names))
     ca_key_file = folder / "ca.key"
     if not (_good(files.ca_file, now) and ca_key_file.exists()):
         key = ec.generate_private_key(ec.SECP256R1())
         _write_key(ca_key_file, key)
         files.ca_file.write_bytes(_pem(_ca(key, now)))
         files.cert_file.unlink(missing_ok=True)
-    if not (_good(files.cert_file, now) and files.key_file.exists()):
+        files.client_cert_file.unlink(missing_ok=True)
+    pairs = ((files.cert_file, files.key_file), (files.client_cert_file, files.client_key_file))
+    if not all(_good(cert_file, now) and key_file.exists() for cert_file, key_file in pairs):
         ca_key = serialization.load_pem_private_key(ca_key_file.read_bytes(), password=None)
         assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
         ca = x509.load_pem_x509_certificate(files.ca_file.read_bytes())
-        key = ec.generate_private_key(ec.SECP256R1())
-        _write_key(files.key_file, key)
-        files.cert_file.write_bytes(_pem(_server(key, ca, ca_key, now)))
+        for cert_file, key_file in pairs:
+            key = ec.generate_private_key(ec.SECP256R1())
+            _write_key(key_file, key)
+            cert_file.write_bytes(_pem(_leaf(key, ca, ca_key, now, client=cert_file == files.client_cert_file)))
     return files
 
 
@@ -119,15 +127,23 @@ def _ca(key: ec.EllipticCurvePrivateKey, now: datetime) -> x509.Certificate:
     )
 
 
-def _server(
-    key: ec.EllipticCurvePrivateKey, ca: x509.Certificate, ca_key: ec.EllipticCurvePrivateKey, now: datetime
+def _leaf(
+    key: ec.EllipticCurvePrivateKey,
+    ca: x509.Certificate,
+    ca_key: ec.EllipticCurvePrivateKey,
+    now: datetime,
+    *,
+    client: bool,
 ) -> x509.Certificate:
+    subject = CLIENT_NAME if client else "LLM gateway on this machine"
+    builder = _builder(subject, ca.subject, key, now, LEAF_DAYS)
+    if not client:
+        builder = builder.add_extension(x509.SubjectAlternativeName(NAMES), critical=False)
+    usage = ExtendedKeyUsageOID.CLIENT_AUTH if client else ExtendedKeyUsageOID.SERVER_AUTH
     return (
-        _builder("LLM gateway on this machine", ca.subject, key, now, SERVER_DAYS)
-        .add_extension(x509.SubjectAlternativeName(NAMES), critical=False)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(ca=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .add_extension(
             x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()),

@@ -176,6 +176,7 @@ def traefik(
     admins: Sequence[str],
     certificates: Certificates,
     dynamic: Path = TRAEFIK / "dynamic",
+    edge_secret: str = "",
 ) -> Service:
     """Traefik with the shipped configuration; `replicas` and `admins` are URLs of their two ports.
 
@@ -191,6 +192,8 @@ def traefik(
         "GATEWAY_ADMINS": ",".join(admins),
         "GATEWAY_TLS_CERT_FILE": str(certificates.cert_file),
         "GATEWAY_TLS_KEY_FILE": str(certificates.key_file),
+        "GATEWAY_CLIENT_CA_FILE": str(certificates.ca_file),
+        "GATEWAY_EDGE_SECRET": edge_secret,
     }
 
     def answers() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from loadtest.stack import Stack
-from tests.journey import OTHER_KEY, OVERLAY, VENDOR_KEY, Journey
+from tests.journey import OTHER_KEY, OVERLAY, VENDOR_KEY, Journey, jwks
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +21,11 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     secret = folder / "vendor-key"
     secret.write_text(VENDOR_KEY + "\n")
     keys = {name: {"api_key": f"file:{secret}"} for name in ("openai", "openrouter")}
-    with Stack(folder, overlay=OVERLAY | {"providers": keys}, environ=environ, report=lambda line: None) as stack:
+    key_set = folder / "jwks.json"
+    key_set.write_text(json.dumps(jwks()))
+    issuers = {"sso": OVERLAY["issuers"]["sso"] | {"jwks": f"file:{key_set}"}}
+    overlay = OVERLAY | {"providers": keys, "issuers": issuers}
+    with Stack(folder, overlay=overlay, environ=environ, report=lambda line: None) as stack:
         yield stack
 
 

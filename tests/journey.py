@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
+import jwt
 import openai
 import psycopg
+from cryptography.hazmat.primitives.asymmetric import ec
 from psycopg.rows import dict_row
 
 from loadtest.stack import Stack
@@ -68,6 +70,12 @@ OVERLAY: dict[str, Any] = {
         "usage-a": {"plan": "internal", "daily_token_cap": 10_000},
         "usage-b": {"plan": "internal"},
     },
+    "issuers": {
+        "sso": {
+            "issuer": "https://login.example.com/", "audience": "llm-gateway", "algorithms": ["ES256"],
+            "jwks": "file:/to/be/set", "tenants": ["token-*", "tenant-b"],
+        },
+    },
     "service_keys": {
         "otherkey0001": {"digest": _digest(OTHER_KEY), "service": "other", "tenants": ["tenant-b"]},
         "viewerkey001": {
@@ -85,6 +93,23 @@ OVERLAY: dict[str, Any] = {
     },
 }  # fmt: skip
 VENDOR_KEY = "canary-vendor-key"
+TOKEN_KEY = ec.generate_private_key(ec.SECP256R1())
+
+
+def token(**claims: Any) -> str:
+    """A token of the suite's issuer, for the tenant `token-corp` on the plan `internal` unless it says otherwise."""
+    claims = {
+        "iss": "https://login.example.com/", "aud": "llm-gateway", "exp": time.time() + 600,
+        "tenant": "token-corp", "plan": "internal", "client_id": "support-bot",
+    } | claims  # fmt: skip
+    return jwt.encode(claims, TOKEN_KEY, "ES256", headers={"kid": "suite"})
+
+
+def jwks() -> dict[str, Any]:
+    """The issuer's key set."""
+    return {"keys": [jwt.algorithms.ECAlgorithm.to_jwk(TOKEN_KEY.public_key(), as_dict=True) | {"kid": "suite"}]}
+
+
 KEY = "sk-gw-suitekey0001-" + "s" * 43
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import http.client
 import json
+import os
 import re
 import shlex
 import socket
 import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +32,7 @@ COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 GATEWAY = yaml.safe_load((ROOT / "config" / "gateway.yaml").read_text())["gateway"]
 
 INTERNAL_HEADERS = DYNAMIC["http"]["middlewares"]["strip-internal-headers"]["headers"]["customRequestHeaders"]
+EDGE_SECRET = "the-edge"
 HOLDS_BACK = {"retry", "buffering", "compress", "circuitBreaker", "failover"}
 """Middlewares that repeat a call, or hold back a body or a stream."""
 
@@ -111,7 +114,7 @@ def test_lint_finds_what_holds_back_a_stream_also_in_a_chain(kind: str) -> None:
         (
             "http.middlewares.rate-per-authorization.rateLimit.sourceCriterion.requestHeaderName",
             "X-Tenant-Id",
-            "router v1: a rate limit by a header that can be forged",
+            "router v1-authorization: a rate limit by a header that can be forged",
         ),
     ],
 )
@@ -170,7 +173,23 @@ def test_compose_mounts_the_shipped_files() -> None:
 
 def test_compose_sets_every_variable_that_the_dynamic_file_reads() -> None:
     read = set(re.findall(r'env "(\w+)"', DYNAMIC_FILE.read_text()))
-    assert read == set(COMPOSE["services"]["traefik"]["environment"])
+    traefik = COMPOSE["services"]["traefik"]
+    assert read == set(traefik["environment"]) | set(re.findall(r"export (\w+)=", traefik["command"][-1]))
+
+
+@pytest.mark.parametrize("authority", ["", "-----BEGIN CERTIFICATE-----"])
+def test_traefik_of_compose_reads_its_secrets_and_asks_for_certificates_only_with_an_authority(
+    tmp_path: Path, authority: str
+) -> None:
+    (tmp_path / "edge_secret").write_text("hush\n")
+    (tmp_path / "client_ca").write_text(authority)
+    script = COMPOSE["services"]["traefik"]["command"][-1].replace("$$", "$").replace("/run/secrets", str(tmp_path))
+    ran = subprocess.run(
+        ["sh", "-ec", script.replace("exec traefik", "exec env")], env={"PATH": os.environ["PATH"]},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "GATEWAY_EDGE_SECRET=hush\n" in ran.stdout
+    assert ("GATEWAY_CLIENT_CA_FILE" in ran.stdout) == bool(authority)
 
 
 def test_only_traefik_publishes_a_port_in_compose() -> None:
@@ -261,17 +280,23 @@ class Edge:
             [self.admin.url],
             certificates,
             dynamic,
+            EDGE_SECRET,
         )
+        self.certificates = certificates
         self._child = Child(service, folder, self._spawner)
         self._child.start()
         self.log = self._child.log
         until(lambda: self._child.answers() and self.call("/health")[0] == 200)
 
     def call(
-        self, path: str, headers: dict[str, str] | None = None, body: bytes | None = None
+        self,
+        path: str,
+        headers: dict[str, str] | None = None,
+        body: bytes | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> tuple[int, dict[str, Any]]:
         """Status, and the echoed request: `name` of the server and `headers`; empty when none was reached."""
-        connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=20, context=self.tls)
+        connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=20, context=tls or self.tls)
         try:
             connection.request("POST" if body else "GET", path, body, headers or {})
             response = connection.getresponse()
@@ -282,9 +307,15 @@ class Edge:
         finally:
             connection.close()
 
-    def headers_at_replica(self, headers: dict[str, str]) -> dict[str, str]:
+    def client_tls(self, cert_file: Path, key_file: Path) -> ssl.SSLContext:
+        """A context that shows a client certificate."""
+        context = ssl.create_default_context(cafile=str(self.certificates.ca_file))
+        context.load_cert_chain(cert_file, key_file)
+        return context
+
+    def headers_at_replica(self, headers: dict[str, str], tls: ssl.SSLContext | None = None) -> dict[str, str]:
         """What a replica is sent when a client sends `headers`; names in lower case."""
-        status, echo = self.call("/v1/echo", headers)
+        status, echo = self.call("/v1/echo", headers, tls=tls)
         assert status == 200
         return {name.lower(): value for name, value in echo["headers"]}
 
@@ -325,7 +356,68 @@ def narrow_edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
 
 @pytest.mark.parametrize("name", INTERNAL_HEADERS)
 def test_internal_header_from_outside_reaches_no_replica(edge: Edge, name: str) -> None:
-    assert name.lower() not in edge.headers_at_replica({name: "forged"})
+    assert "forged" not in edge.headers_at_replica({name: "forged"}).values()
+
+
+# --- client certificates ----------------------------------------------------------------------------------------------
+
+CERTIFICATE_HEADER = "x-forwarded-tls-client-cert-info"
+SUBJECT = "Subject%3D%22CN%3Dlocal-dev%22%2CSubject%3D%22CN%3DLLM+gateway%2C+local+CA+of+this+machine%22"
+"""The client's own, then that of the authority, which OpenSSL sends along."""
+
+
+@pytest.fixture(scope="module")
+def with_certificate(edge: Edge) -> ssl.SSLContext:
+    return edge.client_tls(edge.certificates.client_cert_file, edge.certificates.client_key_file)
+
+
+def test_every_request_carries_the_edge_s_secret(edge: Edge) -> None:
+    assert edge.headers_at_replica({"X-Gateway-Edge": "forged"})["x-gateway-edge"] == EDGE_SECRET
+
+
+def test_subject_of_a_client_certificate_reaches_the_replica(edge: Edge, with_certificate: ssl.SSLContext) -> None:
+    assert edge.headers_at_replica({}, with_certificate)[CERTIFICATE_HEADER] == SUBJECT
+
+
+def test_subject_that_a_client_with_a_certificate_forges_is_replaced(
+    edge: Edge, with_certificate: ssl.SSLContext
+) -> None:
+    sent = {"X-Forwarded-Tls-Client-Cert-Info": "Subject%3D%22CN%3Dadmin%22"}
+    assert edge.headers_at_replica(sent, with_certificate)[CERTIFICATE_HEADER] == SUBJECT
+
+
+def test_client_without_a_certificate_has_no_subject(edge: Edge) -> None:
+    assert CERTIFICATE_HEADER not in edge.headers_at_replica({})
+
+
+@pytest.mark.parametrize("named", ["X-Gateway-Edge", "X-Forwarded-Tls-Client-Cert-Info"])
+def test_what_the_edge_vouches_for_cannot_be_removed_by_naming_it_in_connection(
+    edge: Edge, with_certificate: ssl.SSLContext, named: str
+) -> None:
+    seen = edge.headers_at_replica({"Connection": named}, with_certificate)
+    assert (seen["x-gateway-edge"], seen[CERTIFICATE_HEADER]) == (EDGE_SECRET, SUBJECT)
+
+
+def test_client_certificate_of_another_authority_ends_the_handshake(edge: Edge, tmp_path: Path) -> None:
+    foreign = local_ca.ensure(tmp_path)
+    with pytest.raises(ssl.SSLError):
+        edge.call("/v1/echo", tls=edge.client_tls(foreign.client_cert_file, foreign.client_key_file))
+
+
+def test_requests_without_a_certificate_fill_no_log(edge: Edge) -> None:
+    edge.headers_at_replica({"X-Request-Id": "no-certificate"})
+    until(lambda: "no-certificate" in edge.log.read_text())
+    assert "without mutual TLS" not in edge.log.read_text()
+
+
+def test_flood_without_a_credential_leaves_certificates_alone(narrow_edge: Edge) -> None:
+    assert 429 in statuses(narrow_edge, lambda n: {})
+    certificates = narrow_edge.certificates
+    tls = narrow_edge.client_tls(certificates.client_cert_file, certificates.client_key_file)
+    assert narrow_edge.call("/v1/echo", tls=tls)[0] == 200
+
+
+# --- the rest of the headers ------------------------------------------------------------------------------------------
 
 
 def test_forwarded_address_is_the_connections_not_the_clients_claim(edge: Edge) -> None:

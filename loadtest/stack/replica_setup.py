@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from app.config import ConfigError, load
+from loadtest.local_ca import CLIENT_NAME
 from loadtest.services import StackError
 
 TENANT = "local-dev"
@@ -25,7 +26,9 @@ def overlay(
     simulated: the providers that the simulator stands in for, each with its path there. tenants: those of the
     configuration. extra: laid on top.
     """
+    acts_for = [tenant for tenant in KEY_TENANTS if tenant == TENANT or tenant in tenants]
     document = {
+        "gateway": {"edge_secret": "env:GATEWAY_EDGE_SECRET"},
         "providers": {
             name: {"base_url": simulator_url + path, "api_key": "env:SIMULATOR_API_KEY"}
             for name, path in simulated.items()
@@ -35,9 +38,10 @@ def overlay(
             key.split("-")[2]: {
                 "digest": "sha256:" + hashlib.sha256(key.encode()).hexdigest(),
                 "service": TENANT,
-                "tenants": [tenant for tenant in KEY_TENANTS if tenant == TENANT or tenant in tenants],
+                "tenants": acts_for,
             }
         },
+        "certificates": {TENANT: {"common_name": CLIENT_NAME, "service": TENANT, "tenants": acts_for}},
     }
     return merged(document, extra)
 

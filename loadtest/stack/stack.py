@@ -156,6 +156,8 @@ class Stack:
         return {
             "url": self.url,
             "ca_file": str(self.ca_file),
+            "client_cert_file": str(self.ca_file.with_name("client.pem")),
+            "client_key_file": str(self.ca_file.with_name("client.key")),
             "key": self.key,
             "tenant": self.tenant,
             "admin_url": self.admin_url,
@@ -250,6 +252,7 @@ class Stack:
                 [r.url for r in self.replicas],
                 [r.admin_url for r in self.replicas],
                 certificates,
+                edge_secret=self._secrets.edge_secret,
             )
         )
         self._await(["traefik"], answers=self._answers_through_traefik)
@@ -276,6 +279,7 @@ class Stack:
             "DATABASE_URL": self.postgres_url,
             "GATEWAY_ADMIN_TOKEN": self.admin_token,
             "GATEWAY_USER_SALT": self._environ.get("GATEWAY_USER_SALT") or self._secrets.user_salt,
+            "GATEWAY_EDGE_SECRET": self._secrets.edge_secret,
             "SIMULATOR_API_KEY": "simulator",
         }
         environ = services.replica_environment(self._environ, self.config, given)

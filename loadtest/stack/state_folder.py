@@ -26,6 +26,7 @@ class Secrets(msgspec.Struct, frozen=True):
     redis_password: str
     postgres_password: str
     user_salt: str
+    edge_secret: str
 
 
 def take(state_dir: Path) -> IO[str]:
@@ -73,19 +74,23 @@ def supervisor(state_dir: Path) -> int | None:
 def kept_secrets(state_dir: Path) -> Secrets:
     """The secrets of earlier starts, made on the first."""
     file = state_dir / "secrets.json"
+    public = "".join(secrets.choice(PUBLIC_ALPHABET) for _ in range(12))
+    made = {
+        "key": f"sk-gw-{public}-{secrets.token_urlsafe(32)}",
+        "admin_token": secrets.token_urlsafe(32),
+        "redis_password": secrets.token_hex(24),
+        "postgres_password": secrets.token_hex(24),
+        "user_salt": secrets.token_urlsafe(32),
+        "edge_secret": secrets.token_urlsafe(32),
+    }
     try:
-        return msgspec.json.decode(file.read_bytes(), type=Secrets)
-    except (OSError, msgspec.DecodeError):
-        public = "".join(secrets.choice(PUBLIC_ALPHABET) for _ in range(12))
-        made = Secrets(
-            key=f"sk-gw-{public}-{secrets.token_urlsafe(32)}",
-            admin_token=secrets.token_urlsafe(32),
-            redis_password=secrets.token_hex(24),
-            postgres_password=secrets.token_hex(24),
-            user_salt=secrets.token_urlsafe(32),
-        )
-        write_private(file, msgspec.json.encode(made).decode())
-        return made
+        kept = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        kept = {}
+    if kept.keys() != made.keys():  # the databases know the old ones: what is there stays
+        kept = made | {name: kept[name] for name in made.keys() & kept.keys()}
+        write_private(file, json.dumps(kept))
+    return msgspec.convert(kept, Secrets)
 
 
 def kept_ports(state_dir: Path, names: Sequence[str], fixed: dict[str, int]) -> dict[str, int]:
