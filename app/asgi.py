@@ -26,6 +26,7 @@ from app.archive import ArchiveError
 from app.auth import Callers, KeySets, Tokens, jwks
 from app.config import Config, ConfigError, ConfigSource, Secret, utc_day
 from app.control import REVOKED, Control, Entry
+from app.credentials import Credentials, client
 from app.gateway import Gateway
 from app.ledger import Spool
 from app.limits import Limits
@@ -140,11 +141,13 @@ class Replica:
         )
         self.control = Control(self.pipe, ambient, self._told)
         self.spool = Spool(options.spool_dir, options.name, settings.spool, ambient)
+        self.credentials = Credentials(client, ambient)
         self.upstream = engine(ambient)
         self.shipper = Shipper(options, ambient) if options.database_url else None
         self.gateway = Gateway(
             limits=Limits(self.pipe, ambient),
             spool=self.spool,
+            credentials=self.credentials,
             upstream=self.upstream,
             telemetry=self.telemetry,
             ambient=ambient,
@@ -195,6 +198,7 @@ class Replica:
         if shipping:
             await self.shipper.stop()
             await shipping
+        await self.credentials.close()
         await self.upstream.close()
         if self.usage:
             await self.usage.close()

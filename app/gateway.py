@@ -28,6 +28,7 @@ from app.core import (
     event_usage,
     usd,
 )
+from app.credentials import Credentials
 from app.errors import (
     GatewayError,
     InternalError,
@@ -60,10 +61,18 @@ class Gateway:
     """The rooms of a replica, and the way of a call through them."""
 
     def __init__(
-        self, *, limits: Limits, spool: Spool, upstream: Upstream, telemetry: Telemetry, ambient: Ambient
+        self,
+        *,
+        limits: Limits,
+        spool: Spool,
+        credentials: Credentials,
+        upstream: Upstream,
+        telemetry: Telemetry,
+        ambient: Ambient,
     ) -> None:
         self.limits = limits
         self.spool = spool
+        self.credentials = credentials
         self.upstream = upstream
         self.telemetry = telemetry
         self.ambient = ambient
@@ -174,7 +183,7 @@ class Gateway:
         """One request to one target. Raises VendorError; the attempt is noted whatever becomes of it."""
         call, request, limits = exchange.call, exchange.request, alias.timeouts
         translator = dialects.translator(call.dialect, target.provider.kind)
-        outgoing = translator.sign(translator.outgoing(request, target), target.provider.credential, self.ambient.now())
+        outgoing = translator.outgoing(request, target)
         stamp = Stamp("chatcmpl-" + call.event_id, int(call.received_at), target.model)
         exchange.target = target
         self.spool.intend(self._intent(exchange))
@@ -185,7 +194,10 @@ class Gateway:
         outcome = "cancelled"
         exchange.patience.limit(min(limit, deadline - started))
         try:
-            answer = await self.upstream.open(outgoing, limits.connect)
+            account = target.provider.account
+            credential = target.provider.credential if account is None else await self.credentials.of(account)
+            signed = translator.sign(outgoing, credential, self.ambient.now())
+            answer = await self.upstream.open(signed, limits.connect)
             request_id = _word(answer.headers.get(translator.request_id_header))
             if not 200 <= answer.status < 300:
                 raise translator.error(answer.status, answer.headers, await _error_body(answer))

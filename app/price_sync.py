@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from app.config import CLASSES, PriceTable, WrittenLongContext, WrittenPrice, WrittenRate, WrittenWindow, usd
 
-_PROVIDERS = {"bedrock": "aws", "gemini": "google", "xai": "x-ai"}
+_PROVIDERS = {"bedrock": "aws", "gemini": "google", "vertex": "google", "xai": "x-ai"}
 """What the library calls vendors that we call otherwise. Others are found by their own name, else by their address."""
 _PRICE_KEYS = {
     "input": "input_mtok",

@@ -7,6 +7,7 @@ A row says what the vendor's documentation or recorded traffic shows; what it do
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from msgspec import Struct
 
@@ -16,6 +17,7 @@ class Vendor(Struct, frozen=True, kw_only=True):
 
     base_url            where it is; None where every installation has an address of its own
     keyless             works without a key
+    account             whose accounts sign in to it with credentials that are fetched, and expire
     versioned           its models go by deployment, its API by `api_version`
     renamed             members of a request that it knows by another name, which means the same
     uncarried           members that it refuses, or, which is worse, ignores in silence
@@ -27,6 +29,7 @@ class Vendor(Struct, frozen=True, kw_only=True):
 
     base_url: str | None = None
     keyless: bool = False
+    account: Literal["google", "aws"] | None = None
     versioned: bool = False
     renamed: Mapping[str, str] = {}
     uncarried: frozenset[str] = frozenset()
@@ -42,7 +45,7 @@ KINDS = {
     "azure": Vendor(versioned=True),
     "openai_compatible": Vendor(keyless=True),
     "gemini": Vendor(base_url="https://generativelanguage.googleapis.com/v1beta"),
-    "vertex": Vendor(),
+    "vertex": Vendor(account="google"),
 }
 """By the `kind` of a provider."""
 COMPATIBLE_KIND = "openai_compatible"

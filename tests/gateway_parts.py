@@ -13,6 +13,7 @@ import msgspec
 from app.ambient import Ambient, timestamp
 from app.config import Alias, Config, ServiceKey, Tenant, Timeouts, WrittenRetry, WrittenSpool
 from app.core import Call, Exchange, LedgerEvent, Reservation
+from app.credentials import Credentials, client
 from app.dialects import ROUTES
 from app.errors import GatewayError, LedgerUnavailable, VendorBroke, VendorError
 from app.gateway import Gateway
@@ -225,6 +226,7 @@ class Rooms:
         self.gateway = Gateway(
             limits=self.limits,
             spool=self.spool,
+            credentials=Credentials(client, ambient),
             upstream=ScriptedUpstream(*script),
             telemetry=self.telemetry,
             ambient=ambient,

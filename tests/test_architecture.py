@@ -22,7 +22,7 @@ LAYERS = (
     ("errors", "ambient", "audit", "sse", "sql"),
     ("wire", "vendors", "config", "core"),
     ("providers", "dialects"),
-    ("auth", "control", "limits", "redis_pipe", "ledger", "upstream", "http1", "telemetry"),
+    ("auth", "control", "limits", "redis_pipe", "ledger", "credentials", "upstream", "http1", "telemetry"),
     ("routing", "estimate", "gateway"),
     ("api", "admin", "keys", "ledger_shipper", "archive", "reports", "price_sync", "rerate", "usage_pages"),
     ("asgi", "cli", "jobs", "money_commands", "price_commands"),
@@ -53,11 +53,12 @@ WITHIN_A_LAYER = {
 }
 
 HOMES = {
-    "jwt": {"auth"},
+    "jwt": {"auth", "credentials"},
+    "botocore": {"credentials"},
     "yaml": {"config"},
     "redis": {"redis_pipe"},
     "hiredis": {"redis_pipe"},
-    "httpx": {"upstream", "auth"},
+    "httpx": {"upstream", "auth", "credentials"},
     "httptools": {"http1"},
     "opentelemetry": {"telemetry"},
     "prometheus_client": {"telemetry"},

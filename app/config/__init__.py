@@ -10,13 +10,16 @@ from app.config.running import (
     NAME,
     SERVICE_KEY,
     UNLIMITED,
+    Account,
     Alias,
+    AwsChain,
     Config,
     Credential,
     Issuer,
     Provider,
     Quota,
     Secret,
+    ServiceAccount,
     ServiceKey,
     Settings,
     Target,
@@ -41,9 +44,10 @@ from app.config.written import (
 )
 
 __all__ = [
-    "CLASSES", "FILES", "NAME", "SERVICE_KEY", "UNLIMITED", "Alias", "Away", "Config", "ConfigError", "ConfigSource",
-    "Credential", "Issuer", "Price", "PriceTable", "Provider", "Quota", "Rate", "Secret", "ServiceKey", "Settings",
-    "Target", "Tariff", "Tenant", "Timeouts", "Window", "Written", "WrittenAway", "WrittenDiscount", "WrittenDrain",
+    "CLASSES", "FILES", "NAME", "SERVICE_KEY", "UNLIMITED", "Account", "Alias", "Away", "AwsChain", "Config",
+    "ConfigError", "ConfigSource", "Credential", "Issuer", "Price", "PriceTable", "Provider", "Quota", "Rate", "Secret",
+    "ServiceAccount", "ServiceKey", "Settings", "Target", "Tariff", "Tenant", "Timeouts", "Window", "Written",
+    "WrittenAway", "WrittenDiscount", "WrittenDrain",
     "WrittenLongContext", "WrittenPrice", "WrittenRate", "WrittenRedis", "WrittenRetry", "WrittenSpool",
     "WrittenWindow", "load", "price_table", "price_tables", "read_price_table", "usd", "utc_day", "write_price_table",
 ]  # fmt: skip

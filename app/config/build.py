@@ -11,6 +11,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import msgspec
 from msgspec import Struct
 
+from app.config.accounts import account
 from app.config.callers import certificates, check_tenants, issuers, serves
 from app.config.plans import inherited
 from app.config.pricing import ceiling, price_targets
@@ -170,8 +171,8 @@ def _providers(written: Written, secrets: Secrets, faults: Faults) -> dict[str, 
         secret = Secret("")
         if provider.api_key is not None:
             secret = secrets.resolve(provider.api_key, f"{path}.api_key", faults, needed=name in used)
-        elif not vendor.keyless:
-            faults.add(f"{path}.api_key", "is required")
+        elif not vendor.keyless and provider.credentials is None:
+            faults.add(f"{path}.{'credentials' if vendor.account else 'api_key'}", "is required")
         providers[name] = Provider(
             name=name,
             kind=provider.vendor or provider.kind,
@@ -179,6 +180,7 @@ def _providers(written: Written, secrets: Secrets, faults: Faults) -> dict[str, 
             credential=Credential(secret),
             region=provider.region,
             api_version=provider.api_version,
+            account=account(provider, vendor, path, secrets, faults, needed=name in used),
         )
     return providers
 

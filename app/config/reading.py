@@ -263,8 +263,11 @@ class Secrets:
         self.read: list[bytes] = []
         self.files: list[Path] = []
 
-    def resolve(self, reference: str, path: str, faults: Faults, needed: bool = True) -> Secret:
-        """Where it is not `needed`, what cannot be found is an empty secret and no fault."""
+    def resolve(self, reference: str, path: str, faults: Faults, needed: bool = True, document: bool = False) -> Secret:
+        """Where it is not `needed`, what cannot be found is an empty secret and no fault.
+
+        Only a `document` may hold spaces and lines: everything else goes into a header.
+        """
         require = self.require and needed
         scheme, _, name = reference.partition(":")
         value = ""
@@ -284,7 +287,7 @@ class Secrets:
                     faults.add(path, f"the file {name} is empty")
         else:
             faults.add(path, "a secret is a reference, env:NAME or file:/path, never the value itself")
-        if any(ord(c) < 33 or ord(c) > 126 for c in value):
+        if not document and any(ord(c) < 33 or ord(c) > 126 for c in value):
             faults.add(path, f"what {reference} holds cannot stand in a header: printable ASCII without spaces only")
         self.read.append(value.encode())
         return Secret(value)

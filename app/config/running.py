@@ -62,8 +62,31 @@ class Credential(Struct, frozen=True):
     session_token: Secret | None = None
 
 
+class ServiceAccount(Struct, frozen=True):
+    """A Google service account. Its key is exchanged for access tokens at `token_url`."""
+
+    email: str
+    key: Secret
+    key_id: str
+    token_url: str
+
+
+class AwsChain(Struct, frozen=True):
+    """AWS's default chain: environment, profile, web identity, container or instance. `profile` None is the default."""
+
+    profile: str | None = None
+    region: str = ""
+
+
+Account = ServiceAccount | AwsChain
+"""Where credentials are fetched that expire."""
+
+
 class Provider(Struct, frozen=True):
-    """A vendor's endpoint. `kind` is its translator's name, `base_url` has no trailing slash."""
+    """A vendor's endpoint. `kind` is its translator's name, `base_url` has no trailing slash.
+
+    With an `account`, the credential is fetched; `credential` is empty then.
+    """
 
     name: str
     kind: str
@@ -71,6 +94,7 @@ class Provider(Struct, frozen=True):
     credential: Credential
     region: str | None
     api_version: str | None = None
+    account: Account | None = None
 
 
 class Target(Struct, frozen=True):

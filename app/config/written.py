@@ -16,6 +16,8 @@ class WrittenProvider(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     vendor: str | None = None
     base_url: str | None = None
     api_key: str | None = None
+    credentials: str | None = None
+    token_url: str | None = None
     api_version: str | None = None
     region: str | None = None
 

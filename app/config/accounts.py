@@ -1,0 +1,73 @@
+"""Accounts whose credentials are fetched: `credentials` of a provider.
+
+vertex    file:/run/secrets/account.json, or env:NAME: the JSON key of a service account, as Google gives it out
+bedrock   chain: AWS's default chain; profile:NAME: the same for a profile
+"""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+from msgspec import Struct
+
+from app.config.reading import Faults, Secrets
+from app.config.running import BASE_URL, Account, AwsChain, Secret, ServiceAccount
+from app.config.written import WrittenProvider
+from app.vendors import Vendor
+
+GOOGLE_TOKEN_URL = re.compile(r"https://(?:[a-z0-9-]+\.googleapis\.com|accounts\.google\.com)/[A-Za-z0-9._/-]*")
+"""Where a key file may send us on its own word: a changed one must not hand a signed assertion to somebody else."""
+_PROFILE = re.compile(r"profile:([A-Za-z0-9][A-Za-z0-9._-]{0,63})")
+
+
+class _KeyFile(Struct):
+    """The JSON key of a service account, as far as it is used. `private_key` is PEM."""
+
+    client_email: str
+    private_key: str
+    private_key_id: str
+    token_uri: str
+
+
+_key_file = msgspec.json.Decoder(_KeyFile)
+
+
+def account(
+    provider: WrittenProvider, vendor: Vendor, path: str, secrets: Secrets, faults: Faults, *, needed: bool
+) -> Account | None:
+    """Where the provider's credential is fetched; None where it has none that is."""
+    if provider.token_url is not None and not BASE_URL.fullmatch(provider.token_url):
+        faults.add(f"{path}.token_url", "expected an http(s) URL without credentials, query and fragment")
+    if provider.token_url is not None and (provider.credentials is None or vendor.account != "google"):
+        faults.add(f"{path}.token_url", "is for the credentials of a Google service account")
+    if provider.credentials is None:
+        return None
+    if provider.api_key is not None:
+        faults.add(f"{path}.credentials", "stands beside an api_key: sign in with one of them")
+    if vendor.account == "google":
+        return _service_account(provider, f"{path}.credentials", secrets, faults, needed)
+    if vendor.account == "aws":
+        match = _PROFILE.fullmatch(provider.credentials)
+        if match is None and provider.credentials != "chain":
+            faults.add(f"{path}.credentials", "expected chain, or profile:NAME")
+        return AwsChain(match[1] if match else None)
+    faults.add(f"{path}.credentials", "this kind of provider signs in with an api_key")
+    return None
+
+
+def _service_account(
+    provider: WrittenProvider, path: str, secrets: Secrets, faults: Faults, needed: bool
+) -> ServiceAccount | None:
+    written = secrets.resolve(provider.credentials, path, faults, needed, document=True).reveal()
+    if not written:
+        return None
+    try:
+        key = _key_file.decode(written)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        faults.add(path, "is not the JSON key of a Google service account")
+        return None
+    token_url = provider.token_url or key.token_uri
+    if provider.token_url is None and not GOOGLE_TOKEN_URL.fullmatch(token_url):
+        faults.add(path, "its token_uri is not Google's; name it as token_url if it is meant")
+    return ServiceAccount(key.client_email, Secret(key.private_key), key.private_key_id, token_url)
