@@ -11,6 +11,7 @@ from datetime import UTC, date, datetime
 from typing import Any, Protocol
 
 import psycopg
+from msgspec import Struct
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.errors import DataError, NotNullViolation, UndefinedTable
 
@@ -62,6 +63,14 @@ class NoLedger(ArchiveError):
     """The database has no ledger yet: no replica has shipped to it."""
 
 
+class Maintained(Struct, frozen=True):
+    """What `Archive.maintain` did: partitions dropped, rows that no month's partition holds, and what failed."""
+
+    dropped: tuple[str, ...]
+    default_rows: int
+    warning: str | None
+
+
 class Archive:
     """One connection to the ledger, made when it is needed and again after a failure.
 
@@ -102,16 +111,37 @@ class Archive:
                     await self._run(connection, "lock")
                     for name in _SCHEMA:
                         await self._run(connection, name)
-            try:
-                async with connection.transaction():
-                    await self._run(connection, "lock")
-                    await self._run(connection, "make_partitions", today=self._today())
-                self.warning = None
-            except psycopg.Error as error:
-                if connection.closed:
-                    raise
-                self.warning = f"partitions ahead could not be made, rows go to ledger_default: {_reason(error)}"
+            self.warning = None
+            for name in ("make_partitions", "make_straggler_partitions"):
+                try:
+                    async with connection.transaction():
+                        await self._run(connection, "lock")
+                        await self._run(connection, name, today=self._today())
+                except psycopg.Error as error:
+                    if connection.closed:
+                        raise
+                    self.warning = self.warning or (
+                        f"{name.replace('_', ' ')} failed, rows stay in ledger_default; `gateway ledger maintain` has "
+                        f"more time for it: {_reason(error)}"
+                    )
             self._partitions_at = now + _PARTITIONS_SECONDS
+
+    async def maintain(self, retention_months: int | None) -> Maintained:
+        """Makes the partitions ahead, moves stragglers into those of their months, drops what is past retention.
+
+        `retention_months` are the whole months kept before this one; None keeps all. Doing it twice changes nothing.
+        """
+        self._partitions_at = 0.0
+        await self.prepare()
+        today = {"today": self._today()}
+        async with self.transaction() as run:
+            await run(self._sql["lock"])
+            dropped = []
+            if retention_months is not None:
+                await run(self._sql["create_retention_function"])
+                dropped = await run(self._sql["drop_before"], {**today, "months": retention_months})
+            ((left,),) = await run(self._sql["default_rows"])
+        return Maintained(tuple(name for (name,) in dropped), left, self.warning)
 
     async def insert(self, events: Sequence[str]) -> tuple[int, list[int]]:
         """Takes JSON events; returns how many were new, and the places of those that can never be a row.

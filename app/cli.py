@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from app import keys, money_commands, price_commands
+from app import keys, ledger_commands, money_commands, price_commands
 from app.ambient import Ambient, timestamp
 from app.audit import audit_line
 from app.config import NAME, ConfigError, Secret, load, price_tables
@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     usage.add_argument("--database-url", default=os.environ.get("DATABASE_URL"), help="DATABASE_URL by default")
 
     money_commands.add(command)
+    ledger_commands.add(command, _config_options)
     return parser
 
 

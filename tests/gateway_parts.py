@@ -20,6 +20,7 @@ from app.gateway import Gateway
 from app.ledger import Spool, read_lines
 from app.providers.translator import Outgoing
 from tests import test_auth
+from tests.ledger_parts import conforming
 from tests.translation import target
 
 ALIAS = "support-fast"
@@ -235,7 +236,7 @@ class Rooms:
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows in the spool's files."""
-        return [json.loads(line.payload) for line in self._lines() if line.kind == "E"]
+        return [conforming(json.loads(line.payload)) for line in self._lines() if line.kind == "E"]
 
     def row(self) -> dict[str, Any]:
         """The only one."""

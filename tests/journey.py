@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from psycopg.rows import dict_row
 
 from loadtest.stack import Stack
+from tests.ledger_parts import conforming
 
 DEADLINE_SECONDS = 20.0
 OTHER_KEY = "sk-gw-otherkey0001-" + "o" * 43
@@ -191,7 +192,7 @@ class Journey:
         """The event of a call, once it is in PostgreSQL; fails unless it is exactly one."""
         rows = until(lambda: self.query("SELECT event FROM ledger WHERE request_id = %s", request_id))
         assert len(rows) == 1
-        return rows[0]["event"]
+        return conforming(rows[0]["event"])
 
     def rows(self, request_ids: list[str]) -> dict[str, dict[str, Any]]:
         """The events of these calls, once all are in PostgreSQL; fails when one has two rows."""
@@ -202,7 +203,7 @@ class Journey:
 
         found = until(all_there)
         assert len(found) == len(request_ids)
-        return {row["request_id"]: row["event"] for row in found}
+        return {row["request_id"]: conforming(row["event"]) for row in found}
 
     # --- the vendors --------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -14,13 +15,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import psycopg
 
+import app
 from app.ambient import Ambient, timestamp
 from app.core import Cost, EventLatency, Intent, LedgerEvent, Usage, event_cost, event_usage, usd
 from loadtest.processes import tied
 
 AMBIENT = Ambient()
+SCHEMA = Path(app.__file__).parent / "cost-ledger-v1.json"
+_validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text()))
 USAGE = Usage(input=120, cache_read=30, output=45, reasoning=5)
 COST = Cost(18_000, 90_001)
 
@@ -95,6 +100,12 @@ def an_intent(
         price_version="2026-11-01",
         chain=("openai-mini",),
     )
+
+
+def conforming(event: dict[str, Any]) -> dict[str, Any]:
+    """The event, which fits the published schema; fails where it does not."""
+    _validator.validate(event)
+    return event
 
 
 def wait_until(done: Callable[[], object], what: str, seconds: float = 20.0) -> None:

@@ -24,9 +24,12 @@ LAYERS = (
     ("providers", "dialects"),
     ("auth", "control", "limits", "redis_pipe", "ledger", "credentials", "upstream", "http1", "telemetry"),
     ("routing", "estimate", "gateway"),
-    ("api", "admin", "keys", "ledger_shipper", "archive", "reports", "price_sync", "rerate", "usage_pages"),
-    ("asgi", "cli", "jobs", "money_commands", "price_commands"),
-)
+    (
+        "api", "admin", "keys", "ledger_shipper", "archive", "reports", "price_sync", "rerate", "usage_pages",
+        "ledger_schema",
+    ),
+    ("asgi", "cli", "jobs", "ledger_commands", "money_commands", "price_commands"),
+)  # fmt: skip
 """The rooms from the ground up: a file imports only from layers before its own."""
 
 WITHIN_A_LAYER = {
@@ -50,6 +53,7 @@ WITHIN_A_LAYER = {
     ("cli", "money_commands"): "`gateway rollup`, `gateway export`",
     ("money_commands", "jobs"): "`gateway jobs`",
     ("cli", "price_commands"): "`gateway prices`",
+    ("cli", "ledger_commands"): "`gateway ledger`, `gateway spool`",
 }
 
 HOMES = {
@@ -80,6 +84,7 @@ READS_ENVIRONMENT = {
     "cli": "command line",
     "money_commands": "command line",
     "price_commands": "command line",
+    "ledger_commands": "command line",
     "ledger_shipper": "composition root of its own process",
     "config/source": "the default of `load`",
     "telemetry": "OpenTelemetry's own variables",

@@ -11,6 +11,7 @@ from msgspec import Struct
 from app.config.tariff import Price, Tariff
 from app.config.written import (
     WrittenDrain,
+    WrittenLedger,
     WrittenRedis,
     WrittenRetry,
     WrittenSpool,
@@ -243,6 +244,7 @@ class Settings(Struct, frozen=True):
     trace_sample_ratio: float
     user_id_salt: Secret
     edge_secret: Secret | None = None
+    ledger: WrittenLedger = WrittenLedger()
 
 
 class Config(Struct, frozen=True):

@@ -92,6 +92,44 @@ FROM generate_series(
     interval '1 month'
 ) AS month;
 
+-- name: make_straggler_partitions
+-- The partitions of months whose rows the default one holds, which moves them; counts those that were made. Months of
+-- clocks that are wrong get none.
+SELECT count(*) FILTER (WHERE ledger_make_partition(month))
+FROM (
+    SELECT DISTINCT date_trunc('month', occurred_at AT TIME ZONE 'UTC')::date AS month
+    FROM ledger_default
+    WHERE occurred_at >= (%(today)s::date::timestamp - interval '10 years') AT TIME ZONE 'UTC'
+      AND occurred_at < (date_trunc('month', %(today)s::date::timestamp) + interval '3 months') AT TIME ZONE 'UTC'
+) AS months;
+
+-- name: create_retention_function
+-- Drops the partitions of months before one, and such rows of the default partition; returns the partitions' names.
+CREATE OR REPLACE FUNCTION ledger_drop_before(month date) RETURNS SETOF text LANGUAGE plpgsql AS $$
+DECLARE
+    partition text;
+BEGIN
+    FOR partition IN
+        SELECT relname FROM pg_inherits JOIN pg_class ON pg_class.oid = inhrelid
+        WHERE inhparent = 'ledger'::regclass AND relname ~ '^ledger_\d{4}_\d{2}$'
+          AND to_date(right(relname, 7), 'YYYY_MM') < date_trunc('month', month::timestamp)
+        ORDER BY relname
+    LOOP
+        EXECUTE format('DROP TABLE %I', partition);
+        RETURN NEXT partition;
+    END LOOP;
+    DELETE FROM ledger_default WHERE occurred_at < date_trunc('month', month::timestamp) AT TIME ZONE 'UTC';
+END
+$$;
+
+-- name: drop_before
+-- Drops what is older than so many whole months before this one.
+SELECT ledger_drop_before((date_trunc('month', %(today)s::date::timestamp) - make_interval(months => %(months)s))::date);
+
+-- name: default_rows
+-- How many rows are in no month's partition.
+SELECT count(*) FROM ledger_default;
+
 -- name: insert_events
 -- Takes a JSON array of events into the ledger; an event that is there already, by time and id, changes nothing.
 INSERT INTO ledger (
