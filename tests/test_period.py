@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 from html.parser import HTMLParser
+from typing import Any
 
 import msgspec
 import pytest
@@ -14,11 +15,12 @@ from hypothesis import strategies as st
 
 from app.ambient import Ambient
 from app.config import Tenant
-from app.core import Cost, LedgerEvent, Usage
+from app.core import Cost, LedgerEvent
+from app.core import Usage as Tokens
 from app.reports.charts import Series, bars
 from app.reports.markup import document, el
-from app.reports.page import money, share
-from app.reports.period import Figures, Period, Trend, UsageReader, spending, trend, window_start
+from app.reports.page import View, money, share, usage
+from app.reports.period import Budget, Figures, Period, Trend, Usage, UsageReader, spending, trend, window_start
 from app.reports.rollup import Rollups
 from tests.ledger_parts import Postgres, an_event, query, running_postgres
 from tests.test_rollup import DAY, DAY_SECONDS, EVENTS, NOON, record, roll, working
@@ -87,7 +89,7 @@ def test_an_adjustment_is_money_and_no_call(postgres: Postgres) -> None:
     url = postgres.database()
     call = an_event(at=NOON, cost=Cost(1_000, 0))
     adjusts = {"adjusts": call.event_id, "usage_source": "none", "cost_status": "repriced"}
-    adjustment = an_event(at=NOON, usage=Usage(), cost=Cost(500, 0))
+    adjustment = an_event(at=NOON, usage=Tokens(), cost=Cost(500, 0))
     record(url, [call, msgspec.structs.replace(adjustment, **adjusts)])
     without = period(url).total
     assert (without.requests, without.success, without.cost_nanos) == (1, 1, 1_500)
@@ -216,3 +218,26 @@ def test_bars_stay_within_their_chart(values: list[int]) -> None:
 def test_empty_days_are_a_chart_that_says_so() -> None:
     drawn = document(bars("Spend", [DAY], [Series("Spend", "s1", [0])], str)).decode()
     assert "Spend: nothing in these days." in drawn
+
+
+@pytest.mark.parametrize(
+    ("forecast", "says"),
+    [
+        (80, "At this pace $80.00 at the month's end, 80.0 % of it."),
+        (120, "At this pace $120.00 at the month's end, 120.0 % of it. The budget will be spent before then."),
+    ],
+)
+def test_the_forecast_stands_beside_the_months_budget(forecast: int, says: str) -> None:
+    nothing: dict[Any, Figures] = {}
+    shown = Usage(
+        period=Period(
+            tenant="acme-corp", environment=None, first=DAY, last=DAY, total=Figures(), days={DAY: Figures()},
+            features=nothing, models=nothing, tenants=nothing,
+        ),
+        trend=Trend(today=0, average=None, month=0, forecast=forecast * 10**9),
+        budgets=(Budget(unit="usd", window="month", time_zone="UTC", limit=100 * 10**9, used=40 * 10**9),),
+    )  # fmt: skip
+    view = View(today=DAY, tenant="acme-corp", tenants=["acme-corp"], days=30, everyone=False, service="finance")
+    text = Seen(usage(shown, view)).text
+    assert "$40.00 of $100.00 used, $60.00 left" in text
+    assert says in text

@@ -94,7 +94,7 @@ def usage(shown: Usage, view: View) -> bytes:
         _spikes(shown.spikes) if view.tenant is None else None,
         _spike(shown.trend),
         _tiles(period.total, shown.trend),
-        _budgets(shown.budgets),
+        _budgets(shown.budgets, shown.trend),
         el(
             "section",
             el("h2", "Day by day"),
@@ -245,7 +245,7 @@ def _spikes(spikes: Sequence[Spend]) -> Child:
     return el("section", el("h2", f"Spend above 120 % of the usual{more}"), listed, class_="problem")
 
 
-def _budgets(budgets: Iterable[Budget]) -> Child:
+def _budgets(budgets: Iterable[Budget], trend: Trend) -> Child:
     section = el("section", el("h2", "Budgets"), class_="budgets")
     for number, budget in enumerate(budgets):
         write: Callable[[int], str] = money if budget.unit == "usd" else count
@@ -267,9 +267,21 @@ def _budgets(budgets: Iterable[Budget]) -> Child:
                     value=min(100, budget.used * 100 // budget.limit),
                 ),
                 el("p", f"{write(budget.used)} of {write(budget.limit)}{unit} used, {write(budget.left)} left"),
+                _pace(budget, trend),
             )
         )
     return section if len(section) > 1 else None
+
+
+def _pace(budget: Budget, trend: Trend) -> Child:
+    """Where a month's dollars will end, as things go."""
+    if (budget.unit, budget.window) != ("usd", "month"):
+        return None
+    says = f"At this pace {money(trend.forecast)} at the month's end, {share(trend.forecast, budget.limit)} of it."
+    over = trend.forecast > budget.limit
+    return el(
+        "p", f"{says} The budget will be spent before then." if over else says, class_="problem" if over else None
+    )
 
 
 def _grouped(
