@@ -176,7 +176,8 @@ class Credentials:
             frozen = found.get_frozen_credentials()
         except (BotoCoreError, ClientError) as error:
             raise VendorMisconfigured(f"{_name(chain)} has failed ({type(error).__name__})") from error
-        return Credential(Secret(frozen.secret_key), frozen.access_key, Secret(frozen.token) if frozen.token else None)
+        token = Secret(frozen.token) if frozen.token else None
+        return Credential(Secret(frozen.secret_key), frozen.access_key, token, chain.region)
 
 
 def _name(account: Account) -> str:

@@ -214,7 +214,7 @@ class Gateway:
                 exchange.vendor_request_id = request_id = request_id or _word(stream.reader.request_id)
                 outcome = "success"
                 return answer, stream
-            whole = translator.answer(await answer.read(MAX_ANSWER_BYTES), request, stamp)
+            whole = translator.answer(await answer.read(MAX_ANSWER_BYTES), request, stamp, answer.headers)
             self._note_answer(exchange, whole)
             exchange.vendor_request_id = request_id = request_id or _word(whole.request_id)
             outcome = "success"

@@ -15,7 +15,7 @@ from msgspec import Struct
 class Vendor(Struct, frozen=True, kw_only=True):
     """One vendor, or one kind of provider.
 
-    base_url            where it is; None where every installation has an address of its own
+    base_url            where it is, `{region}` standing for the provider's; None where every installation has its own
     keyless             works without a key
     account             whose accounts sign in to it with credentials that are fetched, and expire
     versioned           its models go by deployment, its API by `api_version`
@@ -44,6 +44,7 @@ KINDS = {
     "anthropic": Vendor(base_url="https://api.anthropic.com/v1"),
     "azure": Vendor(versioned=True),
     "openai_compatible": Vendor(keyless=True),
+    "bedrock": Vendor(base_url="https://bedrock-runtime.{region}.amazonaws.com", account="aws"),
     "gemini": Vendor(base_url="https://generativelanguage.googleapis.com/v1beta"),
     "vertex": Vendor(account="google"),
 }

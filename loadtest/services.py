@@ -254,18 +254,24 @@ SIMULATED_PATHS = {"openai": "/v1", "openai_compatible": "/v1", "anthropic": "/v
 """Of the simulator's addresses, what follows the provider's name; nothing for kinds that are not here."""
 
 
-def providers_without_key(config: Path, environment: str, environ: Mapping[str, str]) -> dict[str, str]:
+AWS_KEY = ("access_key_id", "secret_access_key")
+
+
+def providers_without_key(
+    config: Path, environment: str, environ: Mapping[str, str]
+) -> dict[str, tuple[str, tuple[str, ...]]]:
     """The providers whose key refers to an unset variable: the simulator takes their place. In `ci`, all.
 
-    Each with its path at the simulator.
+    Each with its path at the simulator, and the members of its entry that make up its key.
     """
-    providers = section(config, environment, "gateway_models.yaml", "providers")
-    references = {name: str(entry.get("api_key", "")) for name, entry in providers.items()}
-    return {
-        name: f"/{name}{SIMULATED_PATHS.get(str(providers[name].get('kind')), '')}"
-        for name, reference in references.items()
-        if environment == "ci" or (reference.startswith("env:") and not environ.get(reference[4:]))
-    }
+    found: dict[str, tuple[str, tuple[str, ...]]] = {}
+    for name, entry in section(config, environment, "gateway_models.yaml", "providers").items():
+        members = AWS_KEY if AWS_KEY[0] in entry else ("api_key",)
+        references = [str(entry.get(member, "")) for member in members]
+        unset = any(reference.startswith("env:") and not environ.get(reference[4:]) for reference in references)
+        if environment == "ci" or unset:
+            found[name] = (f"/{name}{SIMULATED_PATHS.get(str(entry.get('kind')), '')}", members)
+    return found
 
 
 # --- small things ---------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from tests.journey import OTHER_KEY, OVERLAY, VENDOR_KEY, Journey, jwks
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """The stack with the suite's overlay: short limits, and aliases and tenants made for single tests."""
-    environ = {name: value for name, value in os.environ.items() if not name.endswith("_API_KEY")}
+    environ = {name: value for name, value in os.environ.items() if not name.endswith(("_API_KEY", "_ACCESS_KEY"))}
     folder = tmp_path_factory.mktemp("stack")
     secret = folder / "vendor-key"
     secret.write_text(VENDOR_KEY + "\n")

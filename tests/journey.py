@@ -60,6 +60,9 @@ OVERLAY: dict[str, Any] = {
         "groq": {"targets": ["groq/gpt-oss-120b"]},
         "mistral": {"targets": ["mistral/mistral-small"]},
         "mistral-first": {"targets": ["mistral/mistral-small", "openai/gpt-4o-mini"]},
+        "claude-at-aws": {"targets": ["bedrock/claude-sonnet-4-5"]},
+        "aws-first": {"targets": ["bedrock/nova-lite", "openai/gpt-4o-mini"]},
+        "titan": {"targets": ["bedrock/titan-embed-v2"]},
         "embed-chain": {"targets": ["openai/text-embedding-3-small", "openrouter/text-embedding-3-small"]},
     },
     "tenants": {

@@ -71,6 +71,43 @@ def test_azure_has_deployments_under_an_api_version(tmp_path: Path) -> None:
     assert (provider.base_url, provider.api_version) == ("https://mine.openai.azure.com", "2024-10-21")
 
 
+AWS = {"access_key_id": "env:OPENAI_API_KEY", "secret_access_key": "env:GATEWAY_USER_SALT"}
+
+
+def test_bedrock_s_address_and_signatures_are_of_its_region(tmp_path: Path) -> None:
+    made = with_provider(tmp_path, kind="bedrock", region="eu-west-3", session_token="env:OPENAI_API_KEY", **AWS)
+    provider = made.aliases["mine"].targets[0].provider
+    assert provider.base_url == "https://bedrock-runtime.eu-west-3.amazonaws.com"
+    credential = provider.credential
+    assert (credential.access_key_id, credential.region) == (ENVIRON["OPENAI_API_KEY"], "eu-west-3")
+    assert credential.secret.reveal() == ENVIRON["GATEWAY_USER_SALT"]
+    assert credential.session_token.reveal() == ENVIRON["OPENAI_API_KEY"]
+
+
+@pytest.mark.parametrize(
+    ("provider", "sentence"),
+    [
+        (AWS, "providers.mine.region: is required"),
+        ({"region": "eu-west-3"}, "providers.mine.credentials: is required"),
+        (AWS | {"region": "eu-west-3", "credentials": "chain"}, "providers.mine.access_key_id: stands beside"),
+        (AWS | {"region": "eu"}, "providers.mine.region: is required"),
+        (AWS | {"region": "eu-west-3/.."}, "providers.mine.region: is required"),
+        (
+            {"region": "eu-west-3", "access_key_id": "env:OPENAI_API_KEY"},
+            "providers.mine.secret_access_key: is required",
+        ),
+        ({"region": "eu-west-3", "session_token": "env:OPENAI_API_KEY"}, "providers.mine.access_key_id: is required"),
+        (AWS | {"region": "eu-west-3", "api_key": "env:OPENAI_API_KEY"}, "providers.mine.access_key_id: stands beside"),
+        (
+            AWS | {"kind": "openai", "api_key": "env:OPENAI_API_KEY"},
+            "providers.mine.access_key_id: is for kind bedrock",
+        ),
+    ],
+)
+def test_a_fault_in_bedrock_s_key_is_named(tmp_path: Path, provider: dict[str, str], sentence: str) -> None:
+    assert sentence in faults(tmp_path, **{"kind": "bedrock"} | provider)
+
+
 AZURE = {"kind": "azure", "base_url": "https://mine.openai.azure.com", "api_key": "env:OPENAI_API_KEY"}
 
 

@@ -1,7 +1,8 @@
 """The golden table of the translators: case x provider.
 
 `tests/golden/requests/*.json` are clients' requests for chat, `tests/golden/embed_requests/*.json` for embeddings;
-`tests/golden/<kind>/` holds what a vendor of that kind sends: `*.json` whole answers, `*.sse` streams, `*.embedded`
+`tests/golden/<kind>/` holds what a vendor of that kind sends: `*.json` whole answers, `*.sse` streams, `*.events`
+streams in AWS's binary form (a line is an event's type and payload, `!` marks an exception), `*.embedded`
 embeddings, `*.http` errors (status, headers, empty line, body). The fixtures are ours, in the shapes of recorded
 traffic. `tests/golden/<kind>.outcomes.json` is what becomes of each: the request or its refusal, what the ledger learns
 of an answer and, where it is not relayed as it came, the answer as the client gets it. `RECORD=1` rewrites it, and the
@@ -27,7 +28,7 @@ from app.providers import PROVIDERS
 from app.providers.translator import Translator
 from app.vendors import COMPATIBLE, COMPATIBLE_KIND
 from app.wire import Request
-from tests.translation import STAMP, read_stream, target
+from tests.translation import EMBED_MODELS, STAMP, event_stream, read_stream, target
 
 GOLDEN = Path(__file__).parent / "golden"
 Outcome = dict[str, Any]
@@ -61,6 +62,10 @@ def _stream(translator: Translator, content: bytes) -> Outcome:
         return {"kinds": " ".join(outcome.kinds)} | facts
     frames = outcome.frames.decode().split("\n\n")
     return facts | {"frames": [f"{kind} {frame}" for kind, frame in zip(outcome.kinds, frames, strict=False)]}
+
+
+def _events(translator: Translator, content: bytes) -> Outcome:
+    return _stream(translator, event_stream(content.decode()))
 
 
 def _embedded(translator: Translator, content: bytes) -> Outcome:
@@ -100,6 +105,7 @@ def _facts(of: object, *names: str) -> Outcome:
 READERS: dict[str, Callable[[Translator, bytes], Outcome]] = {
     ".json": _answer,
     ".sse": _stream,
+    ".events": _events,
     ".embedded": _embedded,
     ".http": _http,
 }
@@ -113,8 +119,11 @@ def outcomes(kind: str) -> dict[str, Outcome]:
     requests = {f"request {path.stem}": openai_chat.read(path.read_bytes()) for path in chats} | {
         f"embed request {path.stem}": openai_embeddings.read(path.read_bytes()) for path in embeds
     }
-    at = target(kind)
-    asked = {name: _request(kind, request, at) for name, request in requests.items()}
+    at, embeds_at = target(kind), target(kind, EMBED_MODELS.get(kind))
+    asked = {
+        name: _request(kind, request, at if request.operation == "chat" else embeds_at)
+        for name, request in requests.items()
+    }
     spelled = {
         f"{vendor} {name}": outcome
         for vendor in (COMPATIBLE if kind == COMPATIBLE_KIND else ())

@@ -417,7 +417,8 @@ def test_replica_gets_no_variable_that_nobody_named(tmp_path: Path) -> None:
 def test_provider_with_a_key_meets_the_real_vendor() -> None:
     simulated = services.providers_without_key(ROOT / "config", "dev", {"OPENAI_API_KEY": "k"})
     assert "openai" not in simulated
-    assert simulated["openrouter"] == "/openrouter/v1"
+    assert simulated["openrouter"] == ("/openrouter/v1", ("api_key",))
+    assert simulated["bedrock"] == ("/bedrock", ("access_key_id", "secret_access_key"))
 
 
 def test_ci_meets_the_simulator_whatever_the_environment_holds() -> None:

@@ -15,23 +15,37 @@ from app.errors import VendorError
 from app.providers.translator import Frame, Kind, Stamp, StreamReader, Translator
 from app.sse import FrameSplitter, data_of
 from app.vendors import KINDS
+from loadtest.simulator import event_stream as aws_events
 
 STAMP = Stamp("chatcmpl-1", 1_767_225_600, "model-2026-01-01")
 PRICE = Price(**dict.fromkeys(Price.__struct_fields__, 1))
+CREDENTIALS = {
+    "bedrock": Credential(Secret("vendor-key"), access_key_id="AKIDEXAMPLE", region="eu-central-1"),
+}
+"""Of vendors that want more than a key."""
 
-
-MODELS = {"anthropic": "claude-sonnet-4-6"}
+MODELS = {"anthropic": "claude-sonnet-4-6", "bedrock": "eu.anthropic.claude-sonnet-4-5-20250929-v1:0"}
 """Where the words of a request depend on the model."""
+EMBED_MODELS = {"bedrock": "amazon.titan-embed-text-v2:0"}
 
 
 def target(kind: str, model: str | None = None) -> Target:
     """A target at a vendor of that kind; its credential is `vendor-key`."""
     model = model or MODELS.get(kind, "model-2026-01-01")
     version = "2024-10-21" if KINDS[kind].versioned else None
-    provider = Provider(
-        kind, kind, f"https://{kind.replace('_', '-')}.example/v1", Credential(Secret("vendor-key")), "eu", version
-    )
+    credential = CREDENTIALS.get(kind, Credential(Secret("vendor-key")))
+    provider = Provider(kind, kind, f"https://{kind.replace('_', '-')}.example/v1", credential, "eu", version)
     return Target(f"{kind}/{model}", provider, model, PRICE, True)
+
+
+def event_stream(lines: str) -> bytes:
+    """AWS's binary event stream of lines that each hold an event's type and payload; `!` before it: an exception."""
+    written = []
+    for line in lines.removesuffix("\n").split("\n"):
+        kind, _, payload = line.partition(" ")
+        write = aws_events.exception if kind.startswith("!") else aws_events.event
+        written.append(write(kind.removeprefix("!"), payload.encode()))
+    return b"".join(written)
 
 
 class StreamOutcome(Struct, frozen=True):

@@ -1,4 +1,6 @@
-"""Accounts whose credentials are fetched: `credentials` of a provider.
+"""How a provider signs in: with a key of the configuration, or with credentials that are fetched.
+
+`credentials` of a provider names an account whose credentials are fetched:
 
 vertex    file:/run/secrets/account.json, or env:NAME: the JSON key of a service account, as Google gives it out
 bedrock   chain: AWS's default chain; profile:NAME: the same for a profile
@@ -12,7 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from app.config.reading import Faults, Secrets
-from app.config.running import BASE_URL, Account, AwsChain, Secret, ServiceAccount
+from app.config.running import AWS_KEY, BASE_URL, Account, AwsChain, Credential, Secret, ServiceAccount
 from app.config.written import WrittenProvider
 from app.vendors import Vendor
 
@@ -51,7 +53,7 @@ def account(
         match = _PROFILE.fullmatch(provider.credentials)
         if match is None and provider.credentials != "chain":
             faults.add(f"{path}.credentials", "expected chain, or profile:NAME")
-        return AwsChain(match[1] if match else None)
+        return AwsChain(match[1] if match else None, provider.region or "")
     faults.add(f"{path}.credentials", "this kind of provider signs in with an api_key")
     return None
 
@@ -71,3 +73,34 @@ def _service_account(
     if provider.token_url is None and not GOOGLE_TOKEN_URL.fullmatch(token_url):
         faults.add(path, "its token_uri is not Google's; name it as token_url if it is meant")
     return ServiceAccount(key.client_email, Secret(key.private_key), key.private_key_id, token_url)
+
+
+def credential(
+    provider: WrittenProvider, vendor: Vendor, path: str, secrets: Secrets, faults: Faults, *, needed: bool
+) -> Credential:
+    """From the one key, or from the parts of an AWS access key; empty where it is fetched, or none is needed."""
+
+    def secret(name: str) -> Secret | None:
+        reference = getattr(provider, name)
+        return None if reference is None else secrets.resolve(reference, f"{path}.{name}", faults, needed)
+
+    key, parts = secret("api_key"), {name: secret(name) for name in AWS_KEY}
+    written = [name for name, part in parts.items() if part is not None]
+    aws = vendor.account == "aws"
+    if written and not aws:
+        faults.add(f"{path}.{written[0]}", "is for kind bedrock; this kind has an api_key")
+    elif written and (key is not None or provider.credentials is not None):
+        faults.add(f"{path}.{written[0]}", "stands beside another way to sign in: keep one of them")
+    elif written:
+        for name in AWS_KEY[:2]:
+            if parts[name] is None:
+                faults.add(f"{path}.{name}", "is required: an access key has an id and a secret")
+    elif key is None and not vendor.keyless and provider.credentials is None:
+        faults.add(f"{path}.{'credentials' if vendor.account else 'api_key'}", "is required")
+    access_key_id, secret_access_key, session_token = parts.values()
+    return Credential(
+        secret=key or secret_access_key or Secret(""),
+        access_key_id=access_key_id.reveal() if access_key_id else "",
+        session_token=session_token,
+        region=(provider.region or "") if aws else "",
+    )

@@ -11,7 +11,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import msgspec
 from msgspec import Struct
 
-from app.config.accounts import account
+from app.config.accounts import account, credential
 from app.config.callers import certificates, check_tenants, issuers, serves
 from app.config.plans import inherited
 from app.config.pricing import ceiling, price_targets
@@ -20,6 +20,7 @@ from app.config.reading import entries as _entries
 from app.config.reading import known as _known
 from app.config.running import (
     API_VERSION,
+    AWS_REGION,
     BASE_URL,
     DIGEST,
     KEY_ID,
@@ -27,10 +28,8 @@ from app.config.running import (
     TARGET_NAME,
     Alias,
     Config,
-    Credential,
     Provider,
     Quota,
-    Secret,
     ServiceKey,
     Settings,
     Target,
@@ -166,20 +165,19 @@ def _providers(written: Written, secrets: Secrets, faults: Faults) -> dict[str, 
         path = f"providers.{name}"
         vendor = _vendor(provider, path, faults)
         base_url = provider.base_url or vendor.base_url
+        if vendor.account == "aws" and not AWS_REGION.fullmatch(provider.region or ""):
+            faults.add(f"{path}.region", "is required, and is an AWS region such as eu-central-1")
+        if base_url is not None:
+            base_url = base_url.replace("{region}", provider.region or "none")
         if base_url is None:
             faults.add(f"{path}.base_url", "is required: each installation of this kind has an address of its own")
         if provider.api_version is not None and not (vendor.versioned and API_VERSION.fullmatch(provider.api_version)):
             faults.add(f"{path}.api_version", f"is for kind azure, and matches {API_VERSION.pattern}")
-        secret = Secret("")
-        if provider.api_key is not None:
-            secret = secrets.resolve(provider.api_key, f"{path}.api_key", faults, needed=name in used)
-        elif not vendor.keyless and provider.credentials is None:
-            faults.add(f"{path}.{'credentials' if vendor.account else 'api_key'}", "is required")
         providers[name] = Provider(
             name=name,
             kind=provider.vendor or provider.kind,
             base_url=_base_url(base_url or "https://none", f"{path}.base_url", faults),
-            credential=Credential(secret),
+            credential=credential(provider, vendor, path, secrets, faults, needed=name in used),
             region=provider.region,
             api_version=provider.api_version,
             account=account(provider, vendor, path, secrets, faults, needed=name in used),

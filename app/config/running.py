@@ -29,6 +29,9 @@ BASE_URL = re.compile(
     r"(?::(?P<port>\d{1,5}))?(?:/[A-Za-z0-9._~/-]*)?"
 )
 API_VERSION = re.compile(r"20\d\d-\d\d-\d\d(-preview)?")
+AWS_REGION = re.compile(r"[a-z]{2,3}(-[a-z]+)+-\d{1,2}")
+AWS_KEY = ("access_key_id", "secret_access_key", "session_token")
+"""The parts of an AWS access key; the last is for temporary ones."""
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -56,11 +59,15 @@ class Secret:
 
 
 class Credential(Struct, frozen=True):
-    """What signs a request to a vendor: an API key or bearer token; at AWS the secret access key with its id."""
+    """What signs a request to a vendor: an API key or bearer token; at AWS the secret access key with its id.
+
+    `region` is the AWS region that the signature is for.
+    """
 
     secret: Secret
     access_key_id: str = ""
     session_token: Secret | None = None
+    region: str = ""
 
 
 class ServiceAccount(Struct, frozen=True):

@@ -12,13 +12,16 @@ from app.wire import Operation
 
 
 class WrittenProvider(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    kind: Literal["openai", "azure", "openai_compatible", "anthropic", "gemini", "vertex"]
+    kind: Literal["openai", "azure", "openai_compatible", "anthropic", "gemini", "vertex", "bedrock"]
     vendor: str | None = None
     base_url: str | None = None
     api_key: str | None = None
     credentials: str | None = None
     token_url: str | None = None
     api_version: str | None = None
+    access_key_id: str | None = None
+    secret_access_key: str | None = None
+    session_token: str | None = None
     region: str | None = None
 
 

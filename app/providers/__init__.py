@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from app.providers.anthropic import ANTHROPIC
 from app.providers.azure import AZURE
+from app.providers.bedrock import BEDROCK
 from app.providers.gemini import GEMINI, VERTEX
 from app.providers.openai import OPENAI
 from app.providers.openai_compatible import compatible
@@ -16,6 +17,7 @@ PROVIDERS: dict[str, Translator] = {
     "azure": AZURE,
     "openai_compatible": compatible(KINDS["openai_compatible"]),
     **{name: compatible(vendor) for name, vendor in COMPATIBLE.items()},
+    "bedrock": BEDROCK,
     "gemini": GEMINI,
     "vertex": VERTEX,
 }

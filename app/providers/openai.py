@@ -160,7 +160,7 @@ def embed(request: EmbedRequest, target: Target) -> Outgoing:
     )
 
 
-def embedded(body: bytes, request: EmbedRequest, stamp: Stamp) -> Answer:
+def embedded(body: bytes, request: EmbedRequest, stamp: Stamp, headers: Mapping[str, str]) -> Answer:
     """Relays the body; a vendor that writes numbers whatever it is asked for has them turned into base64."""
     try:
         answer = _embeddings.decode(body)

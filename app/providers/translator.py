@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from enum import IntEnum
+from types import MappingProxyType
 
 from msgspec import Struct
 
@@ -19,6 +20,9 @@ from app.wire import ChatRequest, EmbedRequest, Request
 
 MAX_FRAME_BYTES = 4_194_304
 """One event of a stream beyond this is broken. Images come as one event of a few MB at most."""
+
+
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 class Outgoing(Struct, frozen=True):
@@ -120,7 +124,7 @@ class Translator(Struct, frozen=True):
     stream     a fresh reader for one streamed answer
     error      what an HTTP status with its headers (lower-case names) and body means
     embed      the vendor's request for embeddings; None where it has none; raises VendorCannot
-    embedded   reads the answer to it; raises VendorError
+    embedded   reads the answer to it, whose tokens a vendor may count in a header; raises VendorError
     request_id_header   where the vendor puts its own request id
     """
 
@@ -131,7 +135,7 @@ class Translator(Struct, frozen=True):
     error: Callable[[int, Mapping[str, str], bytes], VendorError]
     request_id_header: str
     embed: Callable[[EmbedRequest, Target], Outgoing] | None = None
-    embedded: Callable[[bytes, EmbedRequest, Stamp], Answer] | None = None
+    embedded: Callable[[bytes, EmbedRequest, Stamp, Mapping[str, str]], Answer] | None = None
 
     def outgoing(self, request: Request, target: Target) -> Outgoing:
         """The vendor's request for what the client wants. Raises VendorCannot."""
@@ -141,8 +145,8 @@ class Translator(Struct, frozen=True):
             raise VendorCannot(f"{target.name} has no embeddings; use another model.", param="model")
         return self.embed(request, target)
 
-    def answer(self, body: bytes, request: Request, stamp: Stamp) -> Answer:
+    def answer(self, body: bytes, request: Request, stamp: Stamp, headers: Mapping[str, str] = NO_HEADERS) -> Answer:
         """Reads a whole answer to `request`. Raises VendorError."""
         if request.operation == "chat":
             return self.response(body, stamp)
-        return self.embedded(body, request, stamp)
+        return self.embedded(body, request, stamp, headers)

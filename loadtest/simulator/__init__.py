@@ -3,9 +3,9 @@
     python -m loadtest.simulator --port 4010
 
 Vendors live under `/{vendor}/...` with their own paths after it (`/openai/v1/chat/completions`; `azure` has Azure's); a
-vendor without a shape of its own speaks OpenAI's. Any key is good but those that begin with `bad-`. What is said
-depends on the request alone (`content`, which also lists the directives that a prompt may hold, such as
-`tokens=500 chunk_ms=20`).
+vendor without a shape of its own speaks OpenAI's. Any key is good but those that begin with `bad-`; signatures for
+Bedrock are checked (`bedrock_access`). What is said depends on the request alone (`content`, which also lists the
+directives that a prompt may hold, such as `tokens=500 chunk_ms=20`).
 
 Admin calls, on the same port:
 

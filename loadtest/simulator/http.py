@@ -27,7 +27,10 @@ MAX_HEAD_BYTES = 64 * 1024
 
 
 class Request(Struct, frozen=True):
-    """A whole request; header names in lower case, the last of repeated headers wins."""
+    """A whole request; header names in lower case, the last of repeated headers wins.
+
+    `target` is the path and query as they were sent, which a signature is over; `path` is decoded.
+    """
 
     method: str
     path: str
@@ -35,6 +38,7 @@ class Request(Struct, frozen=True):
     headers: dict[str, str]
     body: bytes
     received_ms: int
+    target: str
 
 
 class BadRequest(Exception):
@@ -176,6 +180,7 @@ class Connection(asyncio.Protocol):
             headers=headers,
             body=body,
             received_ms=now_ms(),
+            target=target,
         )
         self._reply = Reply(self, keep_alive)
         self._task = asyncio.get_running_loop().create_task(self._run(request, self._reply))

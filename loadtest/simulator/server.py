@@ -14,6 +14,7 @@ import msgspec
 from loadtest.simulator import compatible, faults
 from loadtest.simulator.anthropic import ANTHROPIC
 from loadtest.simulator.azure import AZURE
+from loadtest.simulator.bedrock import BEDROCK
 from loadtest.simulator.http import Connection, Reply, Request
 from loadtest.simulator.openai import OPENAI
 from loadtest.simulator.openrouter import OPENROUTER
@@ -25,6 +26,7 @@ SHAPES = {
     "openai": OPENAI,
     "anthropic": ANTHROPIC,
     "azure": AZURE,
+    "bedrock": BEDROCK,
     "openrouter": OPENROUTER,
     **compatible.SHAPES,
 }

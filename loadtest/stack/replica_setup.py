@@ -19,19 +19,23 @@ LIMITS = {"rpm": 600_000, "daily_token_cap": 1_000_000_000}
 
 
 def overlay(
-    key: str, simulated: Mapping[str, str], simulator_url: str, tenants: Collection[str], extra: Mapping[str, Any]
+    key: str,
+    simulated: Mapping[str, tuple[str, tuple[str, ...]]],
+    simulator_url: str,
+    tenants: Collection[str],
+    extra: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The overlay document.
 
-    simulated: the providers that the simulator stands in for, each with its path there. tenants: those of the
-    configuration. extra: laid on top.
+    simulated: the providers that the simulator stands in for, each with its path there and the members of its key.
+    tenants: those of the configuration. extra: laid on top.
     """
     acts_for = [tenant for tenant in KEY_TENANTS if tenant == TENANT or tenant in tenants]
     document = {
         "gateway": {"edge_secret": "env:GATEWAY_EDGE_SECRET"},
         "providers": {
-            name: {"base_url": simulator_url + path, "api_key": "env:SIMULATOR_API_KEY"}
-            for name, path in simulated.items()
+            name: {"base_url": simulator_url + path, **dict.fromkeys(members, "env:SIMULATOR_API_KEY")}
+            for name, (path, members) in simulated.items()
         },
         "tenants": {TENANT: {"plan": "internal", "allowed_models": ["*"], **LIMITS}},
         "service_keys": {

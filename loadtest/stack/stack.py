@@ -268,7 +268,9 @@ class Stack:
     def _local_url(self, port_name: str) -> str:
         return f"http://127.0.0.1:{self._ports[port_name]}"
 
-    def _prepare_replicas(self, simulated: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+    def _prepare_replicas(
+        self, simulated: Mapping[str, tuple[str, tuple[str, ...]]]
+    ) -> tuple[list[str], dict[str, str]]:
         """What replicas are started with: the options that all share, and the environment. Raises `StackError`."""
         file = self.state_dir / "overlay.yaml"
         tenants = services.section(self.config, self.environment, "tenant_policy.yaml", "tenants")

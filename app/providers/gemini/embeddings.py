@@ -5,6 +5,7 @@ Sources: Gemini API reference (models.batchEmbedContents), Vertex AI reference (
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -62,7 +63,7 @@ def batch(front: Front, request: EmbedRequest, target: Target) -> Outgoing:
     return _outgoing(target, f"{path}:batchEmbedContents", {"requests": asked})
 
 
-def batched(body: bytes, request: EmbedRequest, stamp: Stamp) -> Answer:
+def batched(body: bytes, request: EmbedRequest, stamp: Stamp, headers: Mapping[str, str]) -> Answer:
     """Older models do not say how many tokens they read."""
     try:
         answer = _batch.decode(body)
@@ -83,7 +84,7 @@ def predict(front: Front, request: EmbedRequest, target: Target) -> Outgoing:
     return _outgoing(target, f"{model_path(front, target)}:predict", {"instances": asked, "parameters": parameters})
 
 
-def predicted(body: bytes, request: EmbedRequest, stamp: Stamp) -> Answer:
+def predicted(body: bytes, request: EmbedRequest, stamp: Stamp, headers: Mapping[str, str]) -> Answer:
     try:
         found = [one.embeddings for one in _predictions.decode(body).predictions]
     except _UNREADABLE as error:
