@@ -11,17 +11,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 
-import msgspec
 from litestar import Litestar, MediaType, Request, Response, get
 from litestar.exceptions import HTTPException
 from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.ambient import Ambient, Patience, timestamp
-from app.auth import Callers, allowed, authorize, header_map
-from app.config import NAME, Config, ConfigSource, ServiceKey
+from app.auth import Callers, allow, allowed, authorize, header_map
+from app.config import NAME, Config, ConfigSource, ServiceKey, Tenant
 from app.core import Call, Cut, Dialect, Exchange
-from app.dialects import ROUTES, openai_chat
+from app.dialects import ROUTES, words_for
 from app.errors import (
     Draining,
     GatewayError,
@@ -134,7 +133,8 @@ class FrontDoor:
             if not streaming:
                 await self._refuse(send, exchange.call.dialect, error, exchange.call.request_id)
             elif exchange.request is not None and exchange.request.stream:
-                await send({"type": "http.response.body", "body": exchange.call.dialect.error_frames(error)})
+                frames = exchange.call.dialect.error_frames(error, exchange.call.request_id)
+                await send({"type": "http.response.body", "body": frames})
         finally:
             del scope["hang_up"]
             overdue.cancel()
@@ -152,7 +152,7 @@ class FrontDoor:
         if not streaming:
             await self._refuse(send, exchange.call.dialect, error, exchange.call.request_id)
         elif exchange.event is None or exchange.event.stream:
-            frames = exchange.call.dialect.error_frames(error)
+            frames = exchange.call.dialect.error_frames(error, exchange.call.request_id)
             await send({"type": "http.response.body", "body": frames, "more_body": False})
 
     def cut(self, why: Cut) -> int:
@@ -192,6 +192,13 @@ class FrontDoor:
         if not (hint.isascii() and hint.isdigit() and len(hint) < 10):
             fault = fault or InvalidRequest("X-Est-Tokens must be a whole number of tokens.", param="X-Est-Tokens")
             hint = "0"
+        relayed = []
+        for name, pattern in dialect.relayed.items():
+            if value := headers.get(name):
+                relayed.append((name.decode(), value))
+                if not pattern.fullmatch(value):
+                    named = name.decode()
+                    fault = fault or InvalidRequest(f"{named} must match {pattern.pattern}.", param=named)
         if (user := headers.get(b"x-user-id")) and user_hash is None:
             salt = config.settings.user_id_salt.reveal()
             user_hash = "sha256:" + hashlib.sha256(f"{salt}:{user}".encode()).hexdigest()
@@ -217,16 +224,17 @@ class FrontDoor:
             sampled=(
                 bool(int(parent[3], 16) & 1) if parent else self.ambient.random() < config.settings.trace_sample_ratio
             ),
+            relayed=tuple(relayed),
         )
 
     async def _refuse(self, send: Send, dialect: Dialect, error: GatewayError, request_id: str | None = None) -> None:
         """An error outside a call's journey."""
-        body = dialect.error_body(error)
         request_id = request_id or "req_" + self.ambient.event_id(self.ambient.now()).replace("-", "")
+        body = dialect.error_body(error, request_id)
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(body)),
-            (b"x-request-id", request_id.encode()),
+            *[(name, request_id.encode()) for name in dialect.id_headers],
             *retry_headers(error, error.status),
         ]
         await send({"type": "http.response.start", "status": error.status, "headers": headers})
@@ -303,20 +311,27 @@ def app(door: FrontDoor, more: Sequence[HTTPRouteHandler] = ()) -> ASGIApp:
 def _others(door: FrontDoor, more: Sequence[HTTPRouteHandler]) -> Litestar:
     """Everything but the hot path."""
 
-    @get("/v1/models", media_type=MediaType.JSON)
-    async def models(request: Request) -> Response:
-        """The aliases that the tenant may use, in OpenAI's shape."""
+    async def visitor(request: Request) -> tuple[Config, Tenant]:
+        """The configuration, and on whose behalf it is asked."""
         config, headers, now = door.source.current, header_map(request.scope["headers"]), door.ambient.now()
         try:
             key = await door.callers.identify(config, headers, now)
         except (InvalidApiKey, IssuerUnavailable) as error:
             door.gateway.telemetry.unidentified(error)
             raise
-        tenant = authorize(config, key, headers.get(b"x-tenant-id"))
-        listed = [
-            {"id": name, "object": "model", "created": 0, "owned_by": "gateway"} for name in allowed(config, tenant)
-        ]
-        return Response(msgspec.json.encode({"object": "list", "data": listed}), media_type=MediaType.JSON)
+        return config, authorize(config, key, headers.get(b"x-tenant-id"))
+
+    @get("/v1/models", media_type=MediaType.JSON)
+    async def models(request: Request) -> Response:
+        """The aliases that the tenant may use, in the client's shape."""
+        listed = allowed(*await visitor(request))
+        return Response(words_for(request.headers).models(listed), media_type=MediaType.JSON)
+
+    @get("/v1/models/{name:str}", media_type=MediaType.JSON)
+    async def model(request: Request, name: str) -> Response:
+        """One of them."""
+        alias = allow(*await visitor(request), name)
+        return Response(words_for(request.headers).model(alias.name), media_type=MediaType.JSON)
 
     @get(["/health", "/health/live"], media_type=MediaType.TEXT, sync_to_thread=False)
     def health() -> str:
@@ -331,16 +346,18 @@ def _others(door: FrontDoor, more: Sequence[HTTPRouteHandler]) -> Litestar:
         return Response("ok")
 
     return Litestar(
-        [models, health, ready, *more],
+        [models, model, health, ready, *more],
         exception_handlers={GatewayError: answer_error, HTTPException: answer_http_error, Exception: _defect},
         openapi_config=None,
         logging_config=None,
     )
 
 
-def answer_error(_: Request, error: GatewayError) -> Response:
+def answer_error(request: Request, error: GatewayError) -> Response:
+    """An error of a route that takes no call, in the words of the client."""
+    request_id = request.headers.get("x-request-id", "")
     return Response(
-        openai_chat.error_body(error),
+        words_for(request.headers).error_body(error, request_id if _REQUEST_ID.fullmatch(request_id) else None),
         status_code=error.status,
         media_type=MediaType.JSON,
         headers={name.decode(): value.decode() for name, value in retry_headers(error, error.status)},

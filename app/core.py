@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+import re
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Literal
 
 from msgspec import Raw, Struct, field
@@ -298,16 +299,20 @@ def event_cost(cost: Cost, price_version: str) -> EventCost:
 
 class Dialect(Struct, frozen=True):
     """What a route's clients speak: how a request is read, and how an error is written, whole or to end a stream.
-    `rate_headers` names the figures of limits.
 
     `read` raises InvalidRequest. `name` finds the translators that answer in this dialect: `dialects.translator`.
+    Errors are told the request's id, which `id_headers` carry. `rate_headers` names the figures of limits; it is told
+    the time, in unix seconds.
+    `relayed` are headers of the client that go on to a vendor which speaks the dialect itself, as far as they match.
     """
 
     name: str
     read: Callable[[bytes], Request]
-    error_body: Callable[[GatewayError], bytes]
-    error_frames: Callable[[GatewayError], bytes]
-    rate_headers: Callable[[Rates], list[tuple[bytes, bytes]]]
+    error_body: Callable[[GatewayError, str | None], bytes]
+    error_frames: Callable[[GatewayError, str], bytes]
+    rate_headers: Callable[[Rates, float], list[tuple[bytes, bytes]]]
+    id_headers: tuple[bytes, ...] = (b"x-request-id",)
+    relayed: Mapping[bytes, re.Pattern[str]] = {}
 
 
 class Call(Struct, frozen=True, kw_only=True):
@@ -336,6 +341,7 @@ class Call(Struct, frozen=True, kw_only=True):
     trace_id: str
     parent_span_id: int | None = None
     sampled: bool = False
+    relayed: tuple[tuple[str, str], ...] = ()
 
 
 class Reply(Struct, frozen=True):

@@ -95,7 +95,10 @@ class Gateway:
                 if call.fault is not None:
                     raise call.fault
                 self.spool.admit()
-                exchange.request = request = call.dialect.read(call.body)
+                request = call.dialect.read(call.body)
+                if call.relayed:
+                    request = msgspec.structs.replace(request, headers=call.relayed)
+                exchange.request = request
                 alias = allow(call.config, tenant, request.alias)
                 if alias.serves != request.operation:
                     raise InvalidRequest(f"{alias.name!r} serves {alias.serves}, not this route.", param="model")
@@ -339,7 +342,7 @@ class Gateway:
         if exchange.event is None:
             with contextlib.suppress(LedgerUnavailable):  # the client gets its error event all the same
                 self._end_stream(exchange, stream, relay_started)
-        yield tail + exchange.call.dialect.error_frames(error)
+        yield tail + exchange.call.dialect.error_frames(error, exchange.call.request_id)
 
     def _end_stream(self, exchange: Exchange, stream: _Stream, relay_started: float) -> None:
         """Notes what the stream told, and settles. Raises LedgerUnavailable."""
@@ -361,7 +364,7 @@ class Gateway:
             self.settle(exchange)
         except LedgerUnavailable as fault:
             error = fault
-        body = exchange.call.dialect.error_body(error)
+        body = exchange.call.dialect.error_body(error, exchange.call.request_id)
         status = error.vendor_status if isinstance(error, VendorRefused) else error.status
         headers = self._headers(exchange, b"application/json")
         headers.append((b"content-length", b"%d" % len(body)))
@@ -371,10 +374,11 @@ class Gateway:
     def _headers(self, exchange: Exchange, content_type: bytes) -> list[tuple[bytes, bytes]]:
         """What every answer says of itself."""
         call = exchange.call
+        request_id = call.request_id.encode()
         headers = [
             (b"content-type", content_type),
-            (b"x-request-id", call.request_id.encode()),
             (b"x-gateway-config-version", call.config.version.encode()),
+            *[(name, request_id) for name in call.dialect.id_headers],
         ]
         if exchange.target is not None:
             model = exchange.model_resolved or exchange.target.model
@@ -385,7 +389,7 @@ class Gateway:
                 (b"x-gateway-fallback", b"true" if _fell_back(exchange) else b"false"),
             ]
         if exchange.rates is not None:
-            headers += call.dialect.rate_headers(exchange.rates)
+            headers += call.dialect.rate_headers(exchange.rates, self.ambient.now())
         return headers
 
     # --- 8 settlement -------------------------------------------------------------------------------------------------

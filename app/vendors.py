@@ -25,6 +25,7 @@ class Vendor(Struct, frozen=True, kw_only=True):
     typed_content       writes content as a list of typed parts where it reasons
     bad_key             how the message begins by which alone it tells a bad key from a bad request
     request_id_header   where it puts its own request id
+    extras              members of a request beyond OpenAI's own that it takes: cache hints, reasoning sent back
     """
 
     base_url: str | None = None
@@ -37,6 +38,7 @@ class Vendor(Struct, frozen=True, kw_only=True):
     typed_content: bool = False
     bad_key: str | None = None
     request_id_header: str = "x-request-id"
+    extras: frozenset[str] = frozenset()
 
 
 KINDS = {
@@ -61,11 +63,13 @@ COMPATIBLE = {
             {"frequency_penalty", "logit_bias", "presence_penalty", "parallel_tool_calls", "service_tier"}
         ),
     ),
-    # https://api-docs.deepseek.com/api/create-chat-completion: what it does not list has no effect.
+    # https://api-docs.deepseek.com/api/create-chat-completion: what it does not list has no effect. A thinking model
+    # wants its reasoning back with the results of its calls (guides/thinking_mode).
     "deepseek": Vendor(
         base_url="https://api.deepseek.com/v1",
         renamed=_MAX_TOKENS,
         uncarried=frozenset({"n", "seed", "logit_bias", "parallel_tool_calls", "service_tier", "modalities"}),
+        extras=frozenset({"reasoning_content"}),
     ),
     # https://docs.fireworks.ai/tools-sdks/openai-compatibility
     "fireworks": Vendor(
@@ -100,7 +104,11 @@ COMPATIBLE = {
         ),
     ),
     # https://openrouter.ai/docs/api-reference/overview
-    "openrouter": Vendor(base_url="https://openrouter.ai/api/v1", request_id_header="x-generation-id"),
+    "openrouter": Vendor(
+        base_url="https://openrouter.ai/api/v1",
+        request_id_header="x-generation-id",
+        extras=frozenset({"cache_control", "reasoning_details"}),
+    ),
     # https://docs.together.ai/docs/openai-api-compatibility
     "together": Vendor(
         base_url="https://api.together.xyz/v1",

@@ -17,7 +17,10 @@ Operation = Literal["chat", "embeddings"]
 
 
 class ChatRequest(Struct, frozen=True):
-    """A chat completions request: `body` as the client wrote it, `fields` every top-level member of it in its order."""
+    """A request for chat: `body` as the client wrote it, `fields` every top-level member of it in its order.
+
+    `headers` are the client's own that a vendor who speaks its dialect gets too: those of `Dialect.relayed`.
+    """
 
     operation: ClassVar[Operation] = "chat"
     input_tokens: ClassVar[int] = 0
@@ -29,6 +32,7 @@ class ChatRequest(Struct, frozen=True):
     include_usage: bool = False
     max_output_tokens: int | None = None
     choices: int = 1
+    headers: tuple[tuple[str, str], ...] = ()
 
 
 class EmbedRequest(Struct, frozen=True):

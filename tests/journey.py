@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import anthropic
 import httpx
 import jwt
 import openai
@@ -56,6 +57,7 @@ OVERLAY: dict[str, Any] = {
         "azure-first": {"targets": ["azure/gpt-4o-mini", "openai/gpt-4o-mini"]},
         "embed-azure": {"targets": ["azure/text-embedding-3-small"]},
         "claude": {"targets": ["anthropic/claude-haiku-4-5"]},
+        "openai-then-claude": {"targets": ["openai/gpt-4o-mini", "anthropic/claude-haiku-4-5"]},
         "claude-first": {"targets": ["anthropic/claude-haiku-4-5", "openai/gpt-4o-mini"]},
         "groq": {"targets": ["groq/gpt-oss-120b"]},
         "mistral": {"targets": ["mistral/mistral-small"]},
@@ -179,6 +181,19 @@ class Journey:
             api_key=self.key,
             default_headers={"X-Tenant-Id": self.tenant, "X-Feature-Id": "suite"},
             http_client=openai.DefaultHttpxClient(verify=self.stack.tls()),
+            max_retries=0,
+            **options,
+        )
+        self._closing.append(client)
+        return client
+
+    def anthropic(self, **options: Any) -> anthropic.Anthropic:
+        """Anthropic's official SDK, as an app would set it up."""
+        client = anthropic.Anthropic(
+            base_url=self.stack.url,
+            api_key=self.key,
+            default_headers={"X-Tenant-Id": self.tenant, "X-Feature-Id": "suite"},
+            http_client=anthropic.DefaultHttpxClient(verify=self.stack.tls()),
             max_retries=0,
             **options,
         )

@@ -7,10 +7,13 @@ vendor has a translator of its own for it, which relays. So there is one transla
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+from msgspec import Struct
 
 from app.core import Dialect
-from app.dialects import openai_chat, openai_embeddings
+from app.dialects import anthropic_messages, openai_chat, openai_embeddings
+from app.errors import GatewayError
 from app.providers import NATIVE, PROVIDERS
 from app.providers.translator import Translator
 
@@ -21,10 +24,19 @@ ROUTES: dict[str, Dialect] = {
     "/v1/embeddings": Dialect(
         "embeddings", openai_embeddings.read, openai_chat.error_body, openai_chat.error_frames, openai_chat.rate_headers
     ),
+    "/v1/messages": Dialect(
+        "messages",
+        anthropic_messages.read,
+        anthropic_messages.error_body,
+        anthropic_messages.error_frames,
+        anthropic_messages.rate_headers,
+        id_headers=anthropic_messages.ID_HEADERS,
+        relayed=anthropic_messages.RELAYED,
+    ),
 }
 """By path; each takes POST."""
 
-WRAPPERS: dict[str, Callable[[Translator], Translator]] = {}
+WRAPPERS: dict[str, Callable[[Translator], Translator]] = {"messages": anthropic_messages.over}
 """By dialect, for those that are not the internal form: a translator that speaks the dialect over one that does not."""
 
 _SPOKEN: dict[tuple[str, str], Translator] = {
@@ -37,3 +49,20 @@ _SPOKEN: dict[tuple[str, str], Translator] = {
 def translator(dialect: Dialect, kind: str) -> Translator:
     """Who translates between a dialect's clients and a vendor of that kind."""
     return _SPOKEN[dialect.name, kind]
+
+
+class Words(Struct, frozen=True):
+    """What is said beside calls: the models, one model, and errors with the request's id where it is known."""
+
+    models: Callable[[list[str]], bytes]
+    model: Callable[[str], bytes]
+    error_body: Callable[[GatewayError, str | None], bytes]
+
+
+_OPENAI = Words(openai_chat.models, openai_chat.model, openai_chat.error_body)
+_ANTHROPIC = Words(anthropic_messages.models, anthropic_messages.model, anthropic_messages.error_body)
+
+
+def words_for(headers: Mapping[str, str]) -> Words:
+    """The words of a client, told by its headers: every request to Anthropic names a version of the API."""
+    return _ANTHROPIC if "anthropic-version" in headers else _OPENAI

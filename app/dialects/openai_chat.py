@@ -91,7 +91,7 @@ def member(fields: dict[str, Raw], name: str, shape: msgspec.json.Decoder[T]) ->
         raise InvalidRequest(f"`{name}`: {error}.", param=name) from None
 
 
-def rate_headers(rates: Rates) -> list[tuple[bytes, bytes]]:
+def rate_headers(rates: Rates, _: float) -> list[tuple[bytes, bytes]]:
     """How the caller stands with its limits, under OpenAI's names."""
     headers = []
     if rates.limit_requests is not None:
@@ -121,8 +121,8 @@ def duration(seconds: float) -> bytes:
     return b"%dm%ds" % (minutes, rest) if minutes else b"%ds" % rest
 
 
-def error_body(error: GatewayError) -> bytes:
-    """OpenAI's error envelope; a limit that tripped is named in `limit`."""
+def error_body(error: GatewayError, _: str | None = None) -> bytes:
+    """OpenAI's error envelope; a limit that tripped is named in `limit`. The request's id stands in a header alone."""
     inside: dict[str, object] = {
         "message": error.message,
         "type": error.type,
@@ -137,6 +137,19 @@ def error_body(error: GatewayError) -> bytes:
     return _encode({"error": inside})
 
 
-def error_frames(error: GatewayError) -> bytes:
+def error_frames(error: GatewayError, _: str | None = None) -> bytes:
     """The one error event that ends a stream, and the terminator that clients wait for."""
     return frame(error_body(error)) + DONE
+
+
+def models(names: list[str]) -> bytes:
+    """The list of models; an alias was created at no time."""
+    return _encode({"object": "list", "data": [_model(name) for name in names]})
+
+
+def model(name: str) -> bytes:
+    return _encode(_model(name))
+
+
+def _model(name: str) -> dict[str, object]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "gateway"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from app.providers.anthropic import ANTHROPIC
+from app.providers.anthropic import ANTHROPIC, RELAYED
 from app.providers.azure import AZURE
 from app.providers.bedrock import BEDROCK
 from app.providers.gemini import GEMINI, VERTEX
@@ -23,7 +23,7 @@ PROVIDERS: dict[str, Translator] = {
 }
 """By `Provider.kind`."""
 
-NATIVE: dict[tuple[str, str], Translator] = {}
+NATIVE: dict[tuple[str, str], Translator] = {("messages", "anthropic"): RELAYED}
 """By dialect and kind, for vendors that speak a dialect other than the internal form themselves: requests and answers
 are relayed as they are.
 """

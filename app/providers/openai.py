@@ -388,4 +388,5 @@ OPENAI = Translator(
     request_id_header="x-request-id",
     embed=embed,
     embedded=embedded,
+    extras=frozenset(),
 )

@@ -33,6 +33,7 @@ def compatible(vendor: Vendor) -> Translator:
         stream=TypedStream if vendor.typed_content else OPENAI.stream,
         error=partial(error, vendor),
         request_id_header=vendor.request_id_header,
+        extras=vendor.extras,
     )
 
 

@@ -115,6 +115,10 @@ def split(splitter: FrameSplitter, chunk: bytes) -> list[bytes]:
     return frames
 
 
+EXTRAS = frozenset({"cache_control", "reasoning_content", "reasoning_details"})
+"""Members of the internal form that OpenAI's own chat completions have not: see `chat_shape`."""
+
+
 class Translator(Struct, frozen=True):
     """Pure: no clock, no id, no log, no I/O.
 
@@ -126,6 +130,7 @@ class Translator(Struct, frozen=True):
     embed      the vendor's request for embeddings; None where it has none; raises VendorCannot
     embedded   reads the answer to it, whose tokens a vendor may count in a header; raises VendorError
     request_id_header   where the vendor puts its own request id
+    extras     members of `EXTRAS` that the vendor takes; a dialect that wraps this one writes no others
     """
 
     chat: Callable[[ChatRequest, Target], Outgoing]
@@ -136,6 +141,7 @@ class Translator(Struct, frozen=True):
     request_id_header: str
     embed: Callable[[EmbedRequest, Target], Outgoing] | None = None
     embedded: Callable[[bytes, EmbedRequest, Stamp, Mapping[str, str]], Answer] | None = None
+    extras: frozenset[str] = EXTRAS
 
     def outgoing(self, request: Request, target: Target) -> Outgoing:
         """The vendor's request for what the client wants. Raises VendorCannot."""

@@ -70,7 +70,7 @@ def usage_of(usage: MessagesUsage | None) -> Usage | None:
     )
 
 
-def _updated(first: MessagesUsage | None, last: MessagesUsage | None) -> MessagesUsage | None:
+def updated(first: MessagesUsage | None, last: MessagesUsage | None) -> MessagesUsage | None:
     """The figures of a stream: those of its start where its end does not repeat them."""
     if first is None or last is None:
         return last or first
@@ -259,7 +259,7 @@ class MessagesStream(StreamReader):
             self._last,
             stop_reason=delta.stop_reason,
             stop_details=delta.stop_details,
-            usage=_updated(self._last.usage, usage),
+            usage=updated(self._last.usage, usage),
         )
         self.usage = usage_of(self._last.usage)
         if delta.stop_reason is not None:

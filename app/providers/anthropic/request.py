@@ -38,8 +38,8 @@ from app.wire import ChatBody, ChatMessage, ChatRequest, ContentPart, NamedTool,
 _encode = msgspec.json.encode
 _members = msgspec.json.Decoder(dict[str, Raw])
 _VERSION = ("anthropic-version", "2023-06-01")
-_WHOLE = (("content-type", "application/json"), ("accept", "application/json"), _VERSION)
-_STREAMED = (("content-type", "application/json"), ("accept", "text/event-stream"), _VERSION)
+WHOLE = (("content-type", "application/json"), ("accept", "application/json"), _VERSION)
+STREAMED = (("content-type", "application/json"), ("accept", "text/event-stream"), _VERSION)
 _NO_PARAMETERS = Raw(b'{"type":"object","properties":{}}')
 
 REASONING_FORMAT = "anthropic-claude-v1"
@@ -102,7 +102,7 @@ def chat(request: ChatRequest, target: Target) -> Outgoing:
     )
     return Outgoing(
         url=target.provider.base_url + "/messages",
-        headers=_STREAMED if request.stream else _WHOLE,
+        headers=STREAMED if request.stream else WHOLE,
         body=_encode(asked),
     )
 
