@@ -250,28 +250,46 @@ def section(config: Path, environment: str, file: str, name: str) -> dict[str, d
     return entries
 
 
-SIMULATED_PATHS = {"openai": "/v1", "openai_compatible": "/v1", "anthropic": "/v1"}
+SIMULATED_PATHS = {
+    "openai": "/v1",
+    "openai_compatible": "/v1",
+    "anthropic": "/v1",
+    "gemini": "/v1beta",
+    "vertex": "/v1/projects/simulated/locations/simulated",
+}
 """Of the simulator's addresses, what follows the provider's name; nothing for kinds that are not here."""
 
 
 AWS_KEY = ("access_key_id", "secret_access_key")
+ACCOUNT = ("credentials",)
 
 
 def providers_without_key(
     config: Path, environment: str, environ: Mapping[str, str]
 ) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """The providers whose key refers to an unset variable: the simulator takes their place. In `ci`, all.
+    """The providers whose key is not there, variable or file: the simulator takes their place. In `ci`, all.
 
     Each with its path at the simulator, and the members of its entry that make up its key.
     """
     found: dict[str, tuple[str, tuple[str, ...]]] = {}
     for name, entry in section(config, environment, "gateway_models.yaml", "providers").items():
-        members = AWS_KEY if AWS_KEY[0] in entry else ("api_key",)
-        references = [str(entry.get(member, "")) for member in members]
-        unset = any(reference.startswith("env:") and not environ.get(reference[4:]) for reference in references)
+        members = next((key for key in (AWS_KEY, ACCOUNT) if key[0] in entry), ("api_key",))
+        unset = any(_is_absent(str(entry.get(member, "")), environ) for member in members)
         if environment == "ci" or unset:
             found[name] = (f"/{name}{SIMULATED_PATHS.get(str(entry.get('kind')), '')}", members)
     return found
+
+
+def simulated_key(members: tuple[str, ...], token_url: str) -> dict[str, str]:
+    """What these members of a provider's entry are at the simulator; a service account's token is asked for there."""
+    if members == ACCOUNT:
+        return {"credentials": "env:SIMULATOR_SERVICE_ACCOUNT", "token_url": token_url}
+    return dict.fromkeys(members, "env:SIMULATOR_API_KEY")
+
+
+def _is_absent(reference: str, environ: Mapping[str, str]) -> bool:
+    scheme, _, name = reference.partition(":")
+    return (scheme == "env" and not environ.get(name)) or (scheme == "file" and not Path(name).exists())
 
 
 # --- small things ---------------------------------------------------------------------------------------------------

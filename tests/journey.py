@@ -40,6 +40,7 @@ OVERLAY: dict[str, Any] = {
         "drain": {"delay_seconds": 2.5, "limit_seconds": 60},
     },
     "targets": {
+        "gemini/gemini-3-pro": {"provider": "gemini", "model": "gemini-3-pro"},
         "openai/unpriced": {"provider": "openai", "model": "gpt-4.1-nano"},
         "openrouter/text-embedding-3-small": {
             "provider": "openrouter", "model": "openai/text-embedding-3-small", "serves": "embeddings",
@@ -59,6 +60,12 @@ OVERLAY: dict[str, Any] = {
         "claude": {"targets": ["anthropic/claude-haiku-4-5"]},
         "openai-then-claude": {"targets": ["openai/gpt-4o-mini", "anthropic/claude-haiku-4-5"]},
         "claude-first": {"targets": ["anthropic/claude-haiku-4-5", "openai/gpt-4o-mini"]},
+        "gemini": {"targets": ["gemini/gemini-2.5-flash"]},
+        "gemini-first": {"targets": ["gemini/gemini-2.5-flash", "openai/gpt-4o-mini"]},
+        "gemini-later": {"targets": ["gemini/gemini-3-pro"]},
+        "embed-gemini": {"targets": ["gemini/gemini-embedding-001"]},
+        "vertex": {"targets": ["vertex/gemini-2.5-flash"]},
+        "embed-vertex": {"targets": ["vertex/gemini-embedding-001"]},
         "groq": {"targets": ["groq/gpt-oss-120b"]},
         "mistral": {"targets": ["mistral/mistral-small"]},
         "mistral-first": {"targets": ["mistral/mistral-small", "openai/gpt-4o-mini"]},

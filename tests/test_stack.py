@@ -430,7 +430,7 @@ def test_ci_meets_the_simulator_whatever_the_environment_holds() -> None:
 def test_stacks_key_names_only_tenants_that_the_configuration_has(tmp_path: Path) -> None:
     (tmp_path / "tenant_policy.yaml").write_text("tenants: {acme-corp: {plan: free}, other: {plan: free}}")
     tenants = services.section(tmp_path, "dev", "tenant_policy.yaml", "tenants")
-    document = replica_setup.overlay("sk-gw-abcdefghijkl-x", [], "", tenants, {})
+    document = replica_setup.overlay("sk-gw-abcdefghijkl-x", {}, "", tenants, {})
     assert document["service_keys"]["abcdefghijkl"]["tenants"] == ["local-dev", "acme-corp"]
 
 

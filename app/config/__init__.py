@@ -47,7 +47,7 @@ __all__ = [
     "CLASSES", "FILES", "NAME", "SERVICE_KEY", "UNLIMITED", "Account", "Alias", "Away", "AwsChain", "Config",
     "ConfigError", "ConfigSource", "Credential", "Issuer", "Price", "PriceTable", "Provider", "Quota", "Rate", "Secret",
     "ServiceAccount", "ServiceKey", "Settings", "Target", "Tariff", "Tenant", "Timeouts", "Window", "Written",
-    "WrittenAway", "WrittenDiscount", "WrittenDrain",
-    "WrittenLongContext", "WrittenPrice", "WrittenRate", "WrittenRedis", "WrittenRetry", "WrittenSpool",
-    "WrittenWindow", "load", "price_table", "price_tables", "read_price_table", "usd", "utc_day", "write_price_table",
+    "WrittenAway", "WrittenDiscount", "WrittenDrain", "WrittenLongContext", "WrittenPrice", "WrittenRate",
+    "WrittenRedis", "WrittenRetry", "WrittenSpool", "WrittenWindow", "load", "price_table", "price_tables",
+    "read_price_table", "usd", "utc_day", "write_price_table",
 ]  # fmt: skip

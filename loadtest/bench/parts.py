@@ -165,7 +165,8 @@ class Parts:
         providers = services.providers_without_key(self._config, ENVIRONMENT, {})
         return {
             "providers": {
-                name: {"base_url": f"{self.mock_url}/{name}/v1", **dict.fromkeys(members, "env:SIMULATOR_API_KEY")}
+                name: {"base_url": f"{self.mock_url}/{name}/v1"}
+                | services.simulated_key(members, f"{self.mock_url}/{name}/token")
                 for name, (_, members) in providers.items()
             },
             "service_keys": {public_id: {"digest": digest, "service": "bench", "tenants": [TENANT]}},

@@ -15,6 +15,7 @@ from loadtest.simulator import compatible, faults
 from loadtest.simulator.anthropic import ANTHROPIC
 from loadtest.simulator.azure import AZURE
 from loadtest.simulator.bedrock import BEDROCK
+from loadtest.simulator.gemini import GEMINI, VERTEX
 from loadtest.simulator.http import Connection, Reply, Request
 from loadtest.simulator.openai import OPENAI
 from loadtest.simulator.openrouter import OPENROUTER
@@ -27,6 +28,8 @@ SHAPES = {
     "anthropic": ANTHROPIC,
     "azure": AZURE,
     "bedrock": BEDROCK,
+    "gemini": GEMINI,
+    "vertex": VERTEX,
     "openrouter": OPENROUTER,
     **compatible.SHAPES,
 }

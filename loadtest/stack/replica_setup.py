@@ -9,7 +9,7 @@ from typing import Any
 
 from app.config import ConfigError, load
 from loadtest.local_ca import CLIENT_NAME
-from loadtest.services import StackError
+from loadtest.services import StackError, simulated_key
 
 TENANT = "local-dev"
 KEY_TENANTS = [TENANT, "smoke-test", "acme-corp", "acme-free-trial"]
@@ -34,7 +34,7 @@ def overlay(
     document = {
         "gateway": {"edge_secret": "env:GATEWAY_EDGE_SECRET"},
         "providers": {
-            name: {"base_url": simulator_url + path, **dict.fromkeys(members, "env:SIMULATOR_API_KEY")}
+            name: {"base_url": simulator_url + path} | simulated_key(members, f"{simulator_url}/{name}/token")
             for name, (path, members) in simulated.items()
         },
         "tenants": {TENANT: {"plan": "internal", "allowed_models": ["*"], **LIMITS}},

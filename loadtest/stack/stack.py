@@ -20,7 +20,7 @@ from loadtest import local_ca, services
 from loadtest.processes import ROOT, Child, Service
 from loadtest.services import StackError, get, write_private
 
-from . import replica_setup, state_folder
+from . import replica_setup, service_account, state_folder
 from .replica_setup import TENANT
 
 START_SECONDS = 60
@@ -284,6 +284,8 @@ class Stack:
             "GATEWAY_EDGE_SECRET": self._secrets.edge_secret,
             "SIMULATOR_API_KEY": "simulator",
         }
+        if any(members == services.ACCOUNT for _, members in simulated.values()):
+            given["SIMULATOR_SERVICE_ACCOUNT"] = service_account.key_file()
         environ = services.replica_environment(self._environ, self.config, given)
         replica_setup.check(self.config, self.environment, file, environ)
         shared = {
