@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from app.config import Config, ConfigError, load
+from app.config import AwsChain, Config, ConfigError, load
 from app.providers import PROVIDERS
 from app.vendors import COMPATIBLE, KINDS
 from tests.test_config import ENVIRON, SHIPPED
@@ -82,6 +82,11 @@ def test_bedrock_s_address_and_signatures_are_of_its_region(tmp_path: Path) -> N
     assert (credential.access_key_id, credential.region) == (ENVIRON["OPENAI_API_KEY"], "eu-west-3")
     assert credential.secret.reveal() == ENVIRON["GATEWAY_USER_SALT"]
     assert credential.session_token.reveal() == ENVIRON["OPENAI_API_KEY"]
+
+
+def test_bedrock_s_chain_signs_for_its_region(tmp_path: Path) -> None:
+    made = with_provider(tmp_path, kind="bedrock", region="eu-west-3", credentials="profile:team")
+    assert made.aliases["mine"].targets[0].provider.account == AwsChain("team", "eu-west-3")
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any
 
@@ -14,11 +16,14 @@ import msgspec
 import pytest
 from botocore.eventstream import EventStreamBuffer
 
+from app.ambient import Ambient
 from app.config import Credential, Secret, Target
 from app.dialects import openai_chat, openai_embeddings
 from app.errors import VendorBroke, VendorError, VendorFailed, VendorThrottled
+from app.http1 import Http1
 from app.providers.bedrock import BEDROCK
 from app.providers.translator import Outgoing
+from app.upstream import Engine, Httpx
 from loadtest.simulator.inprocess import running
 from tests import recordings
 from tests.recordings import Exchange
@@ -27,6 +32,8 @@ from tests.translation import STAMP, StreamOutcome, read_stream, sdk_answer, sdk
 
 CLAUDE = "us.anthropic.claude-sonnet-4-5-20250929-v1:0"
 KEY = Credential(Secret("simulator"), "AKIDSIMULATED", Secret("a-session"), "eu-central-1")
+PLAIN = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""Never used: all is plain HTTP here."""
 TOOLS = [
     {
         "type": "function",
@@ -73,6 +80,20 @@ def stream_of(response: httpx.Response) -> StreamOutcome:
 @pytest.mark.parametrize("credential", [KEY, Credential(Secret("ABSK-any"))], ids=["signature", "api-key"])
 def test_a_good_credential_gets_an_answer(url: str, model: str, credential: Credential) -> None:
     assert post(asked(url, model=model), credential).status_code == 200
+
+
+@pytest.mark.parametrize("engine", [lambda: Http1(PLAIN, Ambient()), lambda: Httpx(PLAIN)], ids=["http1", "httpx"])
+@pytest.mark.parametrize("model", [CLAUDE, "arn:aws:bedrock:eu-west-1:1:application-inference-profile/x1"])
+def test_what_the_gateway_sends_keeps_its_signature(url: str, engine: Callable[[], Engine], model: str) -> None:
+    async def status() -> int:
+        sending = engine()
+        answer = await sending.open(BEDROCK.sign(asked(url, model=model), KEY, time.time()), 5.0)
+        await answer.read(1_000_000)
+        await answer.close(ended=True)
+        await sending.close()
+        return answer.status
+
+    assert asyncio.run(status()) == 200
 
 
 def test_a_signature_with_another_secret_is_refused(url: str) -> None:
