@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import psycopg
 from msgspec import Struct
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg.errors import DataError, NotNullViolation, UndefinedTable
+from psycopg.errors import DataError, NotNullViolation, ProgramLimitExceeded, UndefinedTable
 
 from app.ambient import Ambient
 from app.sql import statements
@@ -202,7 +202,7 @@ class Archive:
                 self._connection = await self._connect()
             with _cut_after(self._connection, self._deadline_seconds):
                 yield self._connection
-        except (DataError, NotNullViolation) as error:
+        except (DataError, NotNullViolation, ProgramLimitExceeded) as error:
             raise _Unfit from error
         except UndefinedTable as error:
             await self.close()

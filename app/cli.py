@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     usage.add_argument("--database-url", default=os.environ.get("DATABASE_URL"), help="DATABASE_URL by default")
 
     money_commands.add(command)
-    ledger_commands.add(command, _config_options)
+    ledger_commands.add(command)
     return parser
 
 

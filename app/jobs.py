@@ -42,6 +42,7 @@ class JobsOptions(Struct, frozen=True):
     reports: Path | None
     invoices: Path | None
     rollup_seconds: float
+    retention_months: int | None = None
 
 
 class JobsProcess:
@@ -52,7 +53,7 @@ class JobsProcess:
         self._ambient = ambient
         self._archive = Archive(options.database_url, ambient, WORK_SECONDS)
         self._lock = Archive(options.database_url, ambient, LOCK_SECONDS)
-        jobs = standard_jobs(options.reports, options.invoices, options.rollup_seconds)
+        jobs = standard_jobs(options.reports, options.invoices, options.rollup_seconds, options.retention_months)
         self._schedule = Schedule(jobs, self._archive, self._lock, ambient)
         self._telemetry = Telemetry(lines, None, ambient)
         self._spends: dict[str, Spend] = {}

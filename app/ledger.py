@@ -36,6 +36,7 @@ from app.errors import LedgerUnavailable
 
 _SEGMENT = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,63})-([0-9]{10})\.spool")
 _HEAD_BYTES = 20
+CHECKPOINT_SUFFIX = ".offset"
 _CHECK_SECONDS = 1.0
 _PROBE = b" " * 4096
 """A row is smaller than this: a disk that takes the probe takes a row."""
@@ -95,6 +96,21 @@ def parse_segment_name(name: str) -> tuple[str, int] | None:
     """Replica and sequence of a segment's file name; None for any other file."""
     match = _SEGMENT.fullmatch(name)
     return (match[1], int(match[2])) if match else None
+
+
+def shipped_bytes(path: Path) -> int:
+    """How much of a segment the checkpoint beside it says is shipped; 0 without one, or with a torn one."""
+    try:
+        return int(path.with_name(path.name + CHECKPOINT_SUFFIX).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+def backlog(folder: Path) -> dict[str, int]:
+    """Bytes that are not shipped, by segment, in the order in which they were written."""
+    segments = sorted(filter(parse_segment_name, os.listdir(folder)), key=parse_segment_name)
+    sizes = {name: (folder / name).stat().st_size - shipped_bytes(folder / name) for name in segments}
+    return {name: size for name, size in sizes.items() if size > 0}
 
 
 def take_lock(fd: int) -> bool:

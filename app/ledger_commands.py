@@ -6,14 +6,18 @@ import argparse
 import asyncio
 import os
 import sys
+from collections import Counter
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from app import dead_letters
 from app.ambient import Ambient
-from app.config import load
+from app.ledger import backlog
 from app.ledger_schema import ledger_schema
+from app.money_commands import months
 
 if TYPE_CHECKING:
     from app.archive import Archive
@@ -24,7 +28,7 @@ BATCH_DEADLINE_SECONDS = 600.0
 Command = Callable[[str, object, str], argparse.ArgumentParser]
 
 
-def add(command: Command, config_options: Callable[[argparse.ArgumentParser], None]) -> None:
+def add(command: Command) -> None:
     """Adds the commands to the parser: `command(name, run, help)` makes one."""
     ledger = command("ledger", _maintain, "The ledger's table and schema.")
     actions = ledger.add_subparsers(required=True, metavar="ACTION")
@@ -32,11 +36,22 @@ def add(command: Command, config_options: Callable[[argparse.ArgumentParser], No
         "maintain", help="Make partitions ahead, move stragglers, drop what is past retention."
     )
     maintain.set_defaults(run=_maintain)
-    config_options(maintain)
+    maintain.add_argument("--retention-months", type=months, help="drop months before so many (keeps all)")
     maintain.add_argument("--json", action="store_true")
     _database(maintain)
     schema = actions.add_parser("schema", help="Print cost-ledger-v1.json, the JSON schema of an event.")
     schema.set_defaults(run=_schema)
+
+    spool = command("spool", _list, "What waits on a replica's disk, and what could not become a row.")
+    actions = spool.add_subparsers(required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="Segments with their backlog, dead letters with their reasons.")
+    listing.set_defaults(run=_list)
+    replay = actions.add_parser("replay", help="Try dead letters again; what becomes a row leaves its file.")
+    replay.set_defaults(run=_replay)
+    _database(replay)
+    for action in (listing, replay):
+        action.add_argument("--spool-dir", type=Path, default=Path(".gateway/spool"), help="the ledger's local disk")
+        action.add_argument("--json", action="store_true")
 
 
 def _database(parser: argparse.ArgumentParser) -> None:
@@ -73,18 +88,59 @@ def _schema(arguments: argparse.Namespace) -> int:
 
 
 def _maintain(arguments: argparse.Namespace) -> int:
-    config = load(arguments.config, arguments.environment, arguments.overlay, require_secrets=False)
-    months = config.settings.ledger.retention_months
+    kept = arguments.retention_months
 
     async def work(archive: Archive) -> int:
-        done = await archive.maintain(months)
+        done = await archive.maintain(kept)
         if arguments.json:
             print(msgspec.json.encode(done).decode())
         else:
-            kept = "all months are kept" if months is None else f"{months} months before this one are kept"
-            print(f"Partitions are made ahead; {kept}; dropped: {', '.join(done.dropped) or 'none'}.")
+            months_kept = "all months are kept" if kept is None else f"{kept} months before this one are kept"
+            print(f"Partitions are made ahead; {months_kept}; dropped: {', '.join(done.dropped) or 'none'}.")
             if done.default_rows:
                 print(f"{done.default_rows:,} rows are in no month's partition: their clocks were wrong.")
         return _fail(done.warning) if done.warning else 0
+
+    return _with_archive(arguments, work)
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    """What the files say; nobody is asked."""
+    folder: Path = arguments.spool_dir
+    if not folder.is_dir():
+        return _fail(f"{folder} is no folder; --spool-dir names the replica's spool.")
+    waiting = backlog(folder)
+    dead = {path.name: _reasons(path) for path in dead_letters.files(folder)}
+    if arguments.json:
+        print(msgspec.json.encode({"segments": waiting, "dead_letters": dead}).decode())
+        return 0
+    for name, size in waiting.items():
+        print(f"{name}: {size:,} bytes not shipped")
+    for name, reasons in dead.items():
+        print(f"{name}: {len(reasons):,} dead letters")
+        for reason, count in Counter(reasons).items():
+            print(f"  {count:,}: {reason}")
+    if not waiting and not dead:
+        print(f"{folder} is empty: every row is shipped.")
+    return 0
+
+
+def _reasons(path: Path) -> list[str]:
+    letters = dead_letters.read(path)
+    return ["it can be tried again" if letter.event else letter.reason for letter in letters]
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    async def work(archive: Archive) -> int:
+        await archive.prepare()
+        done = [await dead_letters.replay(path, archive) for path in dead_letters.files(arguments.spool_dir)]
+        if arguments.json:
+            print(msgspec.json.encode(done).decode())
+        else:
+            print(f"{sum(one.rows for one in done):,} rows replayed from {len(done):,} files.")
+        for one in done:
+            for reason in one.left:
+                sys.stderr.write(f"{one.file}, {reason}\n")
+        return 1 if any(one.left for one in done) else 0
 
     return _with_archive(arguments, work)

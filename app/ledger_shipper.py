@@ -34,7 +34,8 @@ from msgspec import Struct
 from app.ambient import Ambient
 from app.archive import Archive, ArchiveError
 from app.core import Intent, interrupted
-from app.ledger import parse_segment_name, read_lines, take_lock
+from app.dead_letters import bury
+from app.ledger import CHECKPOINT_SUFFIX, parse_segment_name, read_lines, shipped_bytes, take_lock
 
 BATCH_ROWS = 2000
 BATCH_BYTES = 4_194_304
@@ -86,23 +87,17 @@ class _Segment:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # writable: some file systems lock only such
-        self.checkpoint = path.with_name(path.name + ".offset")
-        self.shipped = self._read_checkpoint()
+        self.checkpoint = path.with_name(path.name + CHECKPOINT_SUFFIX)
+        shipped = shipped_bytes(path)  # not yet, or torn by a power loss: from the start, which changes nothing
+        self.shipped = shipped if 0 <= shipped <= self.size else 0
         self.intents: dict[str, Intent] = {}
         self.sealed = False
-
-    def _read_checkpoint(self) -> int:
-        try:
-            shipped = int(self.checkpoint.read_bytes())
-        except (FileNotFoundError, ValueError):
-            return 0  # not yet, or torn by a power loss: from the start, which changes nothing
-        return shipped if 0 <= shipped <= self.size else 0
 
     @property
     def size(self) -> int:
         return os.fstat(self.fd).st_size
 
-    def read(self, start: int, *, final: bool) -> _Batch:
+    def read(self, start: int, *, final: bool, max_rows: int = BATCH_ROWS) -> _Batch:
         """From byte `start`, as far as the lines are complete or a batch is full; `final` when nothing will follow.
 
         With `final`, `intents` follows along; without, it is not kept: the adopter reads from the beginning.
@@ -132,17 +127,13 @@ class _Segment:
             except (msgspec.DecodeError, UnicodeDecodeError):
                 if news:
                     batch.damaged.append(line.payload)
-            if len(batch.events) == BATCH_ROWS:
+            if len(batch.events) == max_rows:
                 break
         return batch
 
     def bury(self, damaged: Sequence[bytes]) -> None:
         """Keeps what cannot be a row. After a crash before the checkpoint it is kept twice."""
-        if damaged:
-            with self.path.with_name(self.path.name + ".dead-letter").open("ab") as file:
-                file.writelines(piece.rstrip(b"\n") + b"\n" for piece in damaged)
-                file.flush()
-                os.fsync(file.fileno())
+        bury(self.path.with_name(self.path.name + ".dead-letter"), damaged)
 
     def advance(self, end: int) -> None:
         """Notes that everything before `end` is done. Only ever called after the commit."""
@@ -177,6 +168,7 @@ class Shipper:
         self._adopt_at = 0.0
         self._tails: dict[str, _Segment] = {}
         self._orphan_bytes = 0
+        self._max_rows = BATCH_ROWS
         self._faults: list[str] = []
         self._caught_up_at = ambient.monotonic()
 
@@ -190,12 +182,14 @@ class Shipper:
             try:
                 shipped = await self.run_once()
                 failures = 0
+                self._max_rows = min(BATCH_ROWS, self._max_rows * 2)
                 if draining.is_set() and not self._own():
                     return
             except ArchiveError as error:
                 self.report.postgres = "down"
                 self.report.error = str(error)
                 self._adopt_at = 0.0  # begins by seeing whether PostgreSQL answers
+                self._max_rows = max(1, self._max_rows // 2)  # one that is too slow for a batch gets through a smaller
                 failures += 1
             except OSError as error:
                 self.report.error = f"the spool cannot be read: {error}"
@@ -268,9 +262,9 @@ class Shipper:
         for tail in self._tails.values():
             with self._noting(tail.path):
                 size = tail.size
-                batch = tail.read(tail.shipped, final=False)
+                batch = tail.read(tail.shipped, final=False, max_rows=self._max_rows)
                 await self._ship(tail, batch)
-                caught_up = caught_up and len(batch.events) < BATCH_ROWS and size - batch.end < BATCH_BYTES
+                caught_up = caught_up and len(batch.events) < self._max_rows and size - batch.end < BATCH_BYTES
                 if tail.sealed and tail.shipped == tail.size:
                     tail.remove()
         return caught_up
@@ -332,7 +326,7 @@ class Shipper:
     async def _ship_whole(self, segment: _Segment) -> None:
         """Reads from the beginning, for the intents; ships from the checkpoint on."""
         place = 0
-        while (batch := segment.read(place, final=True)).end > place:
+        while (batch := segment.read(place, final=True, max_rows=self._max_rows)).end > place:
             await self._ship(segment, batch)
             place = batch.end
 

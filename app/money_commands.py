@@ -83,6 +83,7 @@ def _add_jobs(command: Command) -> None:
     jobs.add_argument("--port", type=int, default=9091, help="metrics and status, with GATEWAY_ADMIN_TOKEN (9091)")
     jobs.add_argument("--rollup-seconds", type=float, default=900.0, help="how often days are summed (900)")
     jobs.add_argument("--reports", type=Path, help="a folder for {tenant}/daily.json")
+    jobs.add_argument("--retention-months", type=months, help="drop older months of the ledger (keeps all)")
     jobs.add_argument("--invoices", type=Path, help="a folder with a folder of exports for each vendor, read weekly")
     _database(jobs)
 
@@ -96,6 +97,13 @@ def _day(text: str) -> date:
         return date.fromisoformat(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a day: YYYY-MM-DD.") from None
+
+
+def months(text: str) -> int:
+    """A number of whole months, for `--retention-months`."""
+    if not text.isdecimal() or not 1 <= int(text) <= 1200:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of months, 1 to 1200.")
+    return int(text)
 
 
 def _fail(sentence: str) -> int:
@@ -286,6 +294,7 @@ def _jobs(arguments: argparse.Namespace) -> int:
             admin_token=Secret(token) if token else None,
             reports=arguments.reports,
             invoices=arguments.invoices,
+            retention_months=arguments.retention_months,
             rollup_seconds=arguments.rollup_seconds,
         ),
         once=arguments.once,

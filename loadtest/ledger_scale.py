@@ -106,7 +106,8 @@ def months(options: argparse.Namespace) -> None:
         took = time.monotonic() - started
         with psycopg.connect(url, autocommit=True) as connection:
             size = connection.execute(
-                "SELECT sum(pg_total_relation_size(inhrelid)) FROM pg_inherits WHERE inhparent = 'ledger'::regclass"
+                "SELECT sum(pg_total_relation_size(inhrelid))::bigint FROM pg_inherits"
+                " WHERE inhparent = 'ledger'::regclass"
             ).fetchone()
         made = f"{options.rows:,} rows of {options.tenants:,} tenants in 12 months"
         print(f"{made}: {size[0] / 1e9:.1f} GB, {took:.0f} s to make")

@@ -26,7 +26,7 @@ LAYERS = (
     ("routing", "estimate", "gateway"),
     (
         "api", "admin", "keys", "ledger_shipper", "archive", "reports", "price_sync", "rerate", "usage_pages",
-        "ledger_schema",
+        "ledger_schema", "dead_letters",
     ),
     ("asgi", "cli", "jobs", "ledger_commands", "money_commands", "price_commands"),
 )  # fmt: skip
@@ -45,6 +45,8 @@ WITHIN_A_LAYER = {
     ("gateway", "estimate"): "the journey asks what a call may need",
     ("admin", "api"): "both doors answer errors alike",
     ("ledger_shipper", "archive"): "the archive is the shipper's far end",
+    ("ledger_shipper", "dead_letters"): "what cannot be a row is kept",
+    ("dead_letters", "archive"): "what can be a row after all is one",
     ("reports", "archive"): "reports read what the shipper wrote",
     ("usage_pages", "archive"): "pages say when there is nothing to read from",
     ("usage_pages", "reports"): "pages show what reports found",
@@ -54,6 +56,7 @@ WITHIN_A_LAYER = {
     ("money_commands", "jobs"): "`gateway jobs`",
     ("cli", "price_commands"): "`gateway prices`",
     ("cli", "ledger_commands"): "`gateway ledger`, `gateway spool`",
+    ("ledger_commands", "money_commands"): "months are read alike",
 }
 
 HOMES = {

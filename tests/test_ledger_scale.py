@@ -6,23 +6,21 @@ import asyncio
 import json
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import jsonschema
 import msgspec
 import pytest
-import yaml
 
 from app.ambient import Ambient
 from app.archive import Archive, Maintained
 from app.cli import main
 from app.core import LedgerEvent, Usage, interrupted
 from app.ledger_schema import ledger_schema
+from app.reports.schedule import standard_jobs
 from app.sql import statements
 from loadtest import ledger_scale
 from tests.ledger_parts import AMBIENT, SCHEMA, Postgres, an_event, an_intent, conforming, query, running_postgres
-from tests.test_config import SHIPPED
 
 pytestmark = pytest.mark.timeout(300)
 """Two million rows take half a minute on a busy machine."""
@@ -158,15 +156,26 @@ def test_the_last_moment_of_a_dropped_month_and_the_first_that_stays(url: str) -
     assert places(url) == {"ledger_2026_02": 1}
 
 
-def test_the_command_keeps_as_many_months_as_are_configured(tmp_path: Path, url: str, capsys: Any) -> None:
+def test_the_command_keeps_as_many_months_as_it_is_told(url: str, capsys: Any) -> None:
     maintained(url, None, NOW)
-    overlay = tmp_path / "overlay.yaml"
-    overlay.write_text(yaml.safe_dump({"gateway": {"ledger": {"retention_months": 1}}}))
-    command = ["ledger", "maintain", "--config", str(SHIPPED), "--database-url", url, "--json"]
+    command = ["ledger", "maintain", "--database-url", url, "--json"]
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["dropped"] == []
-    assert main([*command, "--overlay", str(overlay)]) == 0
+    assert main([*command, "--retention-months", "1"]) == 0
     assert "ledger_2026_03" in json.loads(capsys.readouterr().out)["dropped"]
+
+
+def test_the_scheduled_job_drops_what_is_past_retention(url: str) -> None:
+    maintained(url, None, NOW)
+
+    async def work() -> str:
+        archive = Archive(url, AMBIENT)
+        try:
+            return await standard_jobs(None, None, 900.0, 1)[0].run(archive)
+        finally:
+            await archive.close()
+
+    assert "ledger_2026_03" in asyncio.run(work())
 
 
 # --- two million rows ---

@@ -136,7 +136,6 @@ def _settings(gateway: WrittenGateway, longest_seconds: float, secrets: Secrets,
     _positive(gateway.redis.timeout_ms, "gateway.redis.timeout_ms", faults)
     _positive(gateway.redis.probe_seconds, "gateway.redis.probe_seconds", faults)
     _positive(gateway.redis.replicas, "gateway.redis.replicas", faults)
-    _positive(gateway.ledger.retention_months, "gateway.ledger.retention_months", faults)
     if not 0 <= gateway.trace_sample_ratio <= 1:
         faults.add("gateway.trace_sample_ratio", "must be from 0 to 1")
     if not 1 <= gateway.retry.max_attempts <= 10:
@@ -149,7 +148,6 @@ def _settings(gateway: WrittenGateway, longest_seconds: float, secrets: Secrets,
         redis=gateway.redis,
         drain=gateway.drain,
         spool=gateway.spool,
-        ledger=gateway.ledger,
         trace_sample_ratio=gateway.trace_sample_ratio,
         user_id_salt=secrets.resolve(gateway.user_id_salt, "gateway.user_id_salt", faults),
         edge_secret=(

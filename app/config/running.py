@@ -11,7 +11,6 @@ from msgspec import Struct
 from app.config.tariff import Price, Tariff
 from app.config.written import (
     WrittenDrain,
-    WrittenLedger,
     WrittenRedis,
     WrittenRetry,
     WrittenSpool,
@@ -251,7 +250,6 @@ class Settings(Struct, frozen=True):
     trace_sample_ratio: float
     user_id_salt: Secret
     edge_secret: Secret | None = None
-    ledger: WrittenLedger = WrittenLedger()
 
 
 class Config(Struct, frozen=True):

@@ -217,10 +217,6 @@ class WrittenSpool(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     reserve_bytes: int = 268_435_456
 
 
-class WrittenLedger(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    retention_months: int | None = None
-
-
 class WrittenGateway(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     max_body_bytes: int = 20_971_520
     default_output_tokens: int = 1024
@@ -230,7 +226,6 @@ class WrittenGateway(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     redis: WrittenRedis = field(default_factory=WrittenRedis)
     drain: WrittenDrain = field(default_factory=WrittenDrain)
     spool: WrittenSpool = field(default_factory=WrittenSpool)
-    ledger: WrittenLedger = field(default_factory=WrittenLedger)
     trace_sample_ratio: float = 0.1
     ceiling_input_usd: Decimal = Decimal(100)
     ceiling_output_usd: Decimal = Decimal(500)

@@ -107,7 +107,9 @@ class Schedule:
             self.states = {name: JobState(*rest) for name, *rest in await run(self._sql["ages"])}
 
 
-def standard_jobs(reports: Path | None, invoices: Path | None, rollup_seconds: float) -> list[Job]:
+def standard_jobs(
+    reports: Path | None, invoices: Path | None, rollup_seconds: float, retention_months: int | None = None
+) -> list[Job]:
     """Partitions every hour, rollups every `rollup_seconds`; with a folder of invoices reconciliation every week."""
 
     async def rollup(archive: Archive) -> str:
@@ -119,10 +121,10 @@ def standard_jobs(reports: Path | None, invoices: Path | None, rollup_seconds: f
         return f"{len(days)} days summed"
 
     async def partitions(archive: Archive) -> str:
-        await archive.prepare()
-        if archive.warning:
-            raise ArchiveError(archive.warning)
-        return "they are there"
+        done = await archive.maintain(retention_months)
+        if done.warning:
+            raise ArchiveError(done.warning)
+        return f"they are there; dropped: {', '.join(done.dropped) or 'none'}"
 
     async def reconcile(archive: Archive) -> str:
         assert invoices is not None
