@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: up down test lint bench lock
+.PHONY: up down test lint audit bench lock
 
 up: $(STAMP)  ## start the whole stack on this machine; ARGS are `gateway up`'s
 	$(VENV)/bin/gateway up $(ARGS)
@@ -17,6 +17,9 @@ test: $(STAMP) lint  ## the test suite, on real Redis, PostgreSQL and Traefik
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+audit: $(STAMP)  ## secrets in the repository, known vulnerabilities, build/sbom.json; says where it cannot look things up
+	$(VENV)/bin/python .ci/audit.py
 
 bench: $(STAMP)  ## requests/s per core, added latency, memory; by hand
 	$(VENV)/bin/python -m loadtest.bench $(ARGS)

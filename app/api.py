@@ -14,10 +14,11 @@ from functools import partial
 from litestar import Litestar, MediaType, Request, Response, get
 from litestar.exceptions import HTTPException
 from litestar.handlers import HTTPRouteHandler
-from litestar.types import ASGIApp, Message, Receive, Scope, Send
+from litestar.types import ASGIApp, Receive, Scope, Send
 
 from app.ambient import Ambient, Patience, timestamp
 from app.auth import Callers, allow, allowed, authorize, header_map
+from app.bodies import Bodies
 from app.config import NAME, Config, ConfigSource, ServiceKey, Tenant
 from app.core import Call, Cut, Dialect, Exchange
 from app.dialects import ROUTES, words_for
@@ -31,14 +32,13 @@ from app.errors import (
     LedgerUnavailable,
     MethodNotAllowed,
     NotFound,
+    Overloaded,
     RequestTooLarge,
 )
 from app.gateway import Gateway, retry_headers
 
 log = logging.getLogger("gateway")
 
-UPLOAD_SECONDS = 300.0
-"""A request body that takes longer than this to arrive is given up."""
 STALLED_SECONDS = 30.0
 """A call that is not over so long after the longest deadline has a client that does not read: it is ended."""
 REFUSAL_SECONDS = 0.01
@@ -60,6 +60,7 @@ class FrontDoor:
         self.gateway = gateway
         self.ambient = ambient
         self.in_flight: dict[asyncio.Task[None], Exchange] = {}
+        self.bodies = Bodies()
         self.draining = False
 
     async def serve(self, dialect: Dialect, scope: Scope, receive: Receive, send: Send) -> None:
@@ -83,7 +84,7 @@ class FrontDoor:
         body: bytes | None = b""
         patience = Patience()
         try:
-            body = await _body(headers, receive, config.settings.max_body_bytes, patience)
+            body = await self.bodies.read(headers, receive, config.settings, patience)
         except GatewayError as error:
             fault = error
         started = self.ambient.monotonic()  # the upload was the client's time
@@ -94,7 +95,10 @@ class FrontDoor:
             with contextlib.suppress(LedgerUnavailable):
                 self.gateway.settle(exchange)
             return
-        await self._send(exchange, scope, send)
+        try:
+            await self._send(exchange, scope, send)
+        finally:
+            self.bodies.held -= len(body)
 
     async def _send(self, exchange: Exchange, scope: Scope, send: Send) -> None:
         """The sending loop. A hang-up or the drain's limit cancels this task; `exchange.cut` says which."""
@@ -108,7 +112,7 @@ class FrontDoor:
         streaming = False
         try:
             async with self.gateway.serve(exchange) as reply:
-                if self.draining or isinstance(exchange.call.fault, RequestTooLarge):
+                if self.draining or isinstance(exchange.call.fault, RequestTooLarge | Overloaded):
                     reply.headers.append((b"connection", b"close"))
                 if reply.status >= 400:
                     await self._not_too_soon(exchange.call.started)
@@ -241,45 +245,6 @@ class FrontDoor:
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
-async def _body(headers: Mapping[bytes, str], receive: Receive, max_bytes: int, patience: Patience) -> bytes | None:
-    """The request body, up to `max_bytes`; None when the client hung up. Raises RequestTooLarge, InvalidRequest.
-
-    Of a body that is too large as much again is read and dropped: closing on a sender that still writes would reset
-    the connection, and it would never see why.
-    """
-    length = headers.get(b"content-length", "")
-    if length.isdigit() and int(length) > 2 * max_bytes:
-        raise _too_large(max_bytes)
-    parts: list[bytes] = []
-    size = 0
-    message: Message = {"type": "http.request", "more_body": True}
-    patience.limit(UPLOAD_SECONDS)
-    try:
-        while message.get("more_body") and size <= 2 * max_bytes:
-            message = await receive()
-            part = message.get("body", b"")
-            size += len(part)
-            if size <= max_bytes:
-                parts.append(part)
-            else:
-                parts.clear()
-    except asyncio.CancelledError:
-        if not patience.over():
-            raise
-        raise InvalidRequest(f"The body did not arrive within {UPLOAD_SECONDS:g} s.") from None
-    finally:
-        patience.lift()
-    if message["type"] == "http.disconnect":
-        return None
-    if size > max_bytes:
-        raise _too_large(max_bytes)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _too_large(max_bytes: int) -> RequestTooLarge:
-    return RequestTooLarge(f"The body is above {max_bytes} bytes. Send less, or ask for a higher limit.")
-
-
 def _cut(exchange: Exchange, task: asyncio.Task[None], why: Cut) -> bool:
     """Ends a call, unless its row is written already or another has ended it.
 
@@ -328,9 +293,9 @@ def _others(door: FrontDoor, more: Sequence[HTTPRouteHandler]) -> Litestar:
         return Response(words_for(request.headers).models(listed), media_type=MediaType.JSON)
 
     @get("/v1/models/{name:str}", media_type=MediaType.JSON)
-    async def model(request: Request, name: str) -> Response:
+    async def model(request: Request) -> Response:
         """One of them."""
-        alias = allow(*await visitor(request), name)
+        alias = allow(*await visitor(request), request.path_params["name"])
         return Response(words_for(request.headers).model(alias.name), media_type=MediaType.JSON)
 
     @get(["/health", "/health/live"], media_type=MediaType.TEXT, sync_to_thread=False)

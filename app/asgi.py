@@ -15,10 +15,7 @@ from pathlib import Path
 import msgspec
 import uvicorn
 import uvloop
-from litestar.types import ASGIApp
 from msgspec import Struct
-from uvicorn.lifespan.off import LifespanOff
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app import admin, api, usage_pages
 from app.ambient import Ambient
@@ -32,6 +29,7 @@ from app.ledger import Spool
 from app.limits import Limits
 from app.redis_pipe import RedisPipe
 from app.reports.period import UsageReader
+from app.server import server
 from app.telemetry import JsonLog, Lines, Telemetry, open_spans
 from app.upstream import engine
 
@@ -169,10 +167,10 @@ class Replica:
             loop.add_signal_handler(number, self._signalled)
         self.spool.open()
         pages = usage_pages.tenant_routes(self.source, self.usage, self.ambient, self.door.callers)
-        main = _server(api.app(self.door, pages), self.options.host, self.options.port)
+        main = server(api.app(self.door, pages), self.options.host, self.options.port)
         token = self.options.admin_token
         pages = usage_pages.admin_routes(self.source, self.usage, self.ambient, token)
-        control = _server(
+        control = server(
             admin.app(token, self.telemetry, self.status, pages), self.options.host, self.options.admin_port
         )
         loops = [
@@ -330,6 +328,7 @@ class Replica:
     def _gauges(self) -> None:
         gauge, shipper, limits = self.telemetry.gauge, self.shipper, self.gateway.limits
         gauge("gateway_inflight", "Calls being served.", lambda: len(self.door.in_flight))
+        gauge("gateway_body_bytes", "Request bodies in memory.", lambda: self.door.bodies.held)
         gauge("gateway_draining", "1 while this replica drains.", lambda: self.door.draining)
         gauge("gateway_dependency_up", "1 when the dependency answers.", lambda: self.pipe.up, name="redis")
         gauge("gateway_dependency_changes", "Turns between up and down.", lambda: self.pipe.changes, name="redis")
@@ -355,33 +354,6 @@ class Replica:
         gauge("gateway_ledger_lag_seconds", "Age of the oldest unshipped row.", lambda: shipper.status.lag_seconds)
         gauge("gateway_ledger_shipped_rows", "Rows shipped.", lambda: shipper.status.shipped_rows)
         gauge("gateway_ledger_dead_letters", "Undecodable lines set aside.", lambda: shipper.status.dead_letters)
-
-
-class _Protocol(HttpToolsProtocol):
-    """uvicorn's protocol, which tells a call at once that its client is gone.
-
-    ASGI has a call wait for that in a task of its own: a tenth of the time of a call that has nothing else to wait for.
-    """
-
-    def connection_lost(self, error: Exception | None) -> None:
-        super().connection_lost(error)
-        if self.scope is not None:
-            self.scope["hung_up"] = True
-            if hang_up := self.scope.get("hang_up"):
-                hang_up()
-
-
-def _server(app: ASGIApp, host: str, port: int) -> uvicorn.Server:
-    """uvicorn under our own signals and lifespan: hang-ups and the drain are ours to decide."""
-    config = uvicorn.Config(
-        app, host=host, port=port, loop="none", http=_Protocol, ws="none", lifespan="off", interface="asgi3",
-        proxy_headers=False, server_header=False, date_header=False, access_log=False, log_config=None,
-        timeout_keep_alive=75, backlog=4096,
-    )  # fmt: skip
-    config.load()
-    server = uvicorn.Server(config)
-    server.lifespan = LifespanOff(config)
-    return server
 
 
 def serve(options: Options) -> int:

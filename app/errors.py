@@ -22,6 +22,7 @@ GatewayError
 │   ├── UsageUnavailable            503 ledger_unavailable
 │   ├── LimitsUnavailable           503 gateway_overloaded
 │   ├── IssuerUnavailable           503 gateway_overloaded
+│   ├── Overloaded                  503 gateway_overloaded
 │   ├── Draining                    503 gateway_overloaded
 │   └── InternalError               500 internal_error
 ├── VendorError                     what one attempt met; `retry` says what comes next
@@ -218,6 +219,12 @@ class LimitsUnavailable(OwnFault):
 
 class IssuerUnavailable(OwnFault):
     """The keys of a token's issuer were never read: see `issuers.<name>.jwks` and the log."""
+
+    code = "gateway_overloaded"
+
+
+class Overloaded(OwnFault):
+    """The bodies of all calls together are above `gateway.max_bodies_bytes`: more replicas, or a higher limit."""
 
     code = "gateway_overloaded"
 

@@ -25,10 +25,10 @@ LAYERS = (
     ("auth", "control", "limits", "redis_pipe", "ledger", "credentials", "upstream", "http1", "telemetry"),
     ("routing", "estimate", "gateway"),
     (
-        "api", "admin", "keys", "ledger_shipper", "archive", "reports", "price_sync", "rerate", "usage_pages",
+        "api", "admin", "bodies", "keys", "ledger_shipper", "archive", "reports", "price_sync", "rerate", "usage_pages",
         "ledger_schema", "dead_letters",
     ),
-    ("asgi", "cli", "jobs", "ledger_commands", "money_commands", "price_commands"),
+    ("server", "asgi", "cli", "jobs", "ledger_commands", "money_commands", "price_commands"),
 )  # fmt: skip
 """The rooms from the ground up: a file imports only from layers before its own."""
 
@@ -43,6 +43,8 @@ WITHIN_A_LAYER = {
     ("upstream", "http1"): "the default engine of the upstream",
     ("gateway", "routing"): "the journey asks for its way",
     ("gateway", "estimate"): "the journey asks what a call may need",
+    ("api", "bodies"): "the front door takes bodies in",
+    ("asgi", "server"): "the root starts both servers",
     ("admin", "api"): "both doors answer errors alike",
     ("ledger_shipper", "archive"): "the archive is the shipper's far end",
     ("ledger_shipper", "dead_letters"): "what cannot be a row is kept",
@@ -72,8 +74,8 @@ HOMES = {
     "psycopg": {"archive"},
     "pyarrow": {"reports"},
     "genai_prices": {"price_sync"},
-    "litestar": {"api", "admin", "asgi", "usage_pages"},
-    "uvicorn": {"asgi", "jobs"},
+    "litestar": {"api", "admin", "bodies", "server", "usage_pages"},
+    "uvicorn": {"asgi", "jobs", "server"},
     "uvloop": {"asgi"},
     "time": {"ambient"},
     "random": {"ambient"},

@@ -12,6 +12,7 @@ import pytest
 from msgspec import Struct
 
 import app.api
+import app.bodies
 from app.ambient import Ambient
 from app.api import FrontDoor
 from app.auth import Callers
@@ -96,7 +97,7 @@ def visit(rooms: Rooms, client: Client, longest_seconds: float = 5.0) -> FrontDo
 
 @pytest.fixture
 def short_upload(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app.api, "UPLOAD_SECONDS", 0.05)
+    monkeypatch.setattr(app.bodies, "UPLOAD_SECONDS", 0.05)
 
 
 @pytest.mark.usefixtures("short_upload")

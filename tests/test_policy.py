@@ -185,7 +185,7 @@ def test_an_issuer_with_a_star_may_name_any_tenant(tmp_path: Path) -> None:
         ({"algorithms": ["HS256"]}, "issuers.sso.algorithms: Invalid enum value 'HS256'"),
         ({"algorithms": []}, "issuers.sso.algorithms: needs at least one"),
         ({"jwks": "http://login.example.com/keys"}, "issuers.sso.jwks: expected https://host/path"),
-        ({"jwks": "https://u:p@login.example.com/keys"}, "issuers.sso.jwks: expected https://host/path"),
+        ({"jwks": "https://u:secret@login.example.com/keys"}, "issuers.sso.jwks: expected https://host/path"),
         ({"jwks": "file:keys.json"}, "issuers.sso.jwks: expected https://host/path"),
         ({"audience": []}, "issuers.sso.audience: needs at least one"),
         ({"audience": ""}, "issuers.sso.audience: needs at least one"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import msgspec
+import pytest
 import redis
 
-from tests.journey import VENDOR_KEY, Journey, chat, events, until
+from tests.journey import VENDOR_KEY, Journey, chat, events, token, until
 
 USER = "canary-user@example.com"
 PROMPT = "canary-prompt"
@@ -37,7 +40,15 @@ def _everything_written(journey: Journey) -> dict[str, bytes]:
 
 def test_no_secret_is_found_in_logs_metrics_errors_ledger_or_redis(journey: Journey) -> None:
     planted = {"x_user_id": USER, "x_canary": HEADER, "cookie": f"session={HEADER}"}
+    sent_token, expired = token(client_id="canary-service"), token(exp=1)
+    edge_secret, user_salt = _kept_by_the_stack(journey, "edge_secret", "user_salt")
     answers = [
+        journey.post(chat(PROMPT), authorization=f"Bearer {sent_token}", x_tenant_id="", **planted),
+        journey.post(chat(PROMPT), authorization=f"Bearer {expired}", **planted),
+        journey.post(chat(PROMPT), authorization=f"Basic {HEADER}", **planted),
+        journey.post(chat(PROMPT), authorization="", x_api_key=HEADER, **planted),
+        journey.post(chat(PROMPT), x_api_key=HEADER, x_gateway_edge=HEADER, **planted),
+        journey.post(chat(PROMPT), x_forwarded_tls_client_cert_info=HEADER, proxy_authorization=HEADER, **planted),
         journey.post(chat(PROMPT), **planted),
         journey.post(chat(PROMPT, model="no-such"), **planted),
         journey.post(b'{"' + PROMPT.encode(), **planted),
@@ -52,12 +63,48 @@ def test_no_secret_is_found_in_logs_metrics_errors_ledger_or_redis(journey: Jour
         events(stream)
     ids = [a.headers["x-request-id"] for a in answers if a.status_code != 401] + [stream.headers["x-request-id"]]
     journey.rows(ids)
-    secrets = [VENDOR_KEY, journey.key, journey.stack.admin_token, USER, HEADER, PROMPT]
+    signatures = [text.rpartition(".")[2] for text in (sent_token, expired)]
+    secrets = [VENDOR_KEY, journey.key, journey.stack.admin_token, USER, HEADER, PROMPT, *signatures]
+    secrets += [edge_secret, user_salt, journey.stack.key]
     for place, content in _everything_written(journey).items():
         for secret in secrets:
             assert secret.encode() not in content, f"{secret} in {place}"
     for answer in answers:
-        assert not any(secret in answer.text for secret in (VENDOR_KEY, journey.key, HEADER))
+        said = answer.text + "".join(answer.headers.values())
+        assert not any(secret in said for secret in secrets if secret != PROMPT)  # the simulator may say it again
+
+
+def _kept_by_the_stack(journey: Journey, *names: str) -> list[str]:
+    kept = json.loads((journey.stack.state_dir / "secrets.json").read_text())
+    return [kept[name] for name in names]
+
+
+PLACES = [
+    "authorization", "x-api-key", "cookie", "x-tenant-id", "x-feature-id", "x-user-id", "x-user-id-hash",
+    "x-prompt-version", "x-request-id", "traceparent", "x-est-tokens", "idempotency-key", "cache-control", "user-agent",
+    "referer", "x-forwarded-for", "x-forwarded-host", "forwarded", "proxy-authorization", "x-gateway-edge",
+    "x-forwarded-tls-client-cert-info", "openai-organization", "tracestate", "baggage", "accept-language",
+]  # fmt: skip
+"""Headers that hold a credential, or into which somebody may paste one."""
+CLAIMS = {"x-tenant-id", "x-feature-id", "x-user-id-hash", "x-prompt-version", "x-request-id", "user-agent"}
+"""Those whose values are kept for the ledger: what is pasted there is in its rows, and in Traefik's access log."""
+
+
+def test_credential_in_any_header_reaches_no_vendor(journey: Journey) -> None:
+    for place in PLACES:
+        journey.post(chat("tokens=2"), **{place.replace("-", "_"): f"sk-{HEADER}"})
+    asked = journey.asked()
+    assert len(asked) > len(PLACES) / 2
+    assert HEADER not in json.dumps(asked)
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if place not in CLAIMS])
+def test_credential_pasted_into_the_wrong_header_is_kept_nowhere(journey: Journey, place: str) -> None:
+    secret = f"sk-pasted-into-{place}"
+    journey.post(chat("tokens=2"), **{place.replace("-", "_"): secret})
+    journey.row(journey.post(chat("tokens=2")).headers["x-request-id"])
+    for where, content in _everything_written(journey).items():
+        assert secret.encode() not in content, where
 
 
 def test_vendor_gets_the_key_and_nobody_elses(journey: Journey) -> None:

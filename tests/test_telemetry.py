@@ -152,6 +152,17 @@ def test_spans_hold_no_prompt_and_no_answer(traced: Journey, receiver: Receiver)
     assert answer.json()["choices"][0]["message"]["content"] not in written
 
 
+def test_spans_hold_no_credential(traced: Journey, receiver: Receiver) -> None:
+    traced.clear()
+    trace = "8" + TRACE[1:]
+    planted = {"x_user_id": "canary-user", "cookie": "canary-cookie", "x_api_key": "canary-key"}
+    traced.post(chat("tokens=8"), traceparent=f"00-{trace}-b7ad6b7169203331-01", **planted)
+    spans = until(lambda: receiver.of(trace) if len(receiver.of(trace)) == 3 else None)
+    written = str(list(spans.values()))
+    for secret in (traced.key, traced.stack.admin_token, *planted.values()):
+        assert secret not in written
+
+
 def test_access_line_is_the_row_itself(journey: Journey) -> None:
     answer = journey.post(chat("tokens=6"))
     request_id = answer.headers["x-request-id"]

@@ -131,6 +131,8 @@ def build(
 def _settings(gateway: WrittenGateway, longest_seconds: float, secrets: Secrets, faults: Faults) -> Settings:
     for name in ("retry", "redis", "drain", "spool"):
         _in_range(getattr(gateway, name), f"gateway.{name}", faults)
+    if gateway.max_bodies_bytes < gateway.max_body_bytes:
+        faults.add("gateway.max_bodies_bytes", "must be at least gateway.max_body_bytes, or no such body is ever taken")
     for name in ("max_body_bytes", "default_output_tokens", "start_buffer_bytes"):
         _positive(getattr(gateway, name), f"gateway.{name}", faults)
     _positive(gateway.redis.timeout_ms, "gateway.redis.timeout_ms", faults)
@@ -142,6 +144,7 @@ def _settings(gateway: WrittenGateway, longest_seconds: float, secrets: Secrets,
         faults.add("gateway.retry.max_attempts", "must be from 1 to 10")
     return Settings(
         max_body_bytes=gateway.max_body_bytes,
+        max_bodies_bytes=gateway.max_bodies_bytes,
         start_buffer_bytes=gateway.start_buffer_bytes,
         longest_seconds=longest_seconds,
         retry=gateway.retry,

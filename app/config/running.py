@@ -250,6 +250,7 @@ class Settings(Struct, frozen=True):
     trace_sample_ratio: float
     user_id_salt: Secret
     edge_secret: Secret | None = None
+    max_bodies_bytes: int = 268_435_456
 
 
 class Config(Struct, frozen=True):

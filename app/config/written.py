@@ -219,6 +219,7 @@ class WrittenSpool(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 class WrittenGateway(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     max_body_bytes: int = 20_971_520
+    max_bodies_bytes: int = 268_435_456
     default_output_tokens: int = 1024
     start_buffer_bytes: int = 65_536
     timeouts: WrittenTimeouts = field(default_factory=WrittenTimeouts)
