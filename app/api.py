@@ -34,6 +34,7 @@ from app.errors import (
     NotFound,
     Overloaded,
     RequestTooLarge,
+    TenantNotAllowed,
 )
 from app.gateway import Gateway, retry_headers
 
@@ -284,7 +285,11 @@ def _others(door: FrontDoor, more: Sequence[HTTPRouteHandler]) -> Litestar:
         except (InvalidApiKey, IssuerUnavailable) as error:
             door.gateway.telemetry.unidentified(error)
             raise
-        return config, authorize(config, key, headers.get(b"x-tenant-id"))
+        try:
+            return config, authorize(config, key, headers.get(b"x-tenant-id"))
+        except TenantNotAllowed:
+            door.gateway.telemetry.audit(key.id, "tenant.forge", tenant=headers.get(b"x-tenant-id", "")[:128])
+            raise
 
     @get("/v1/models", media_type=MediaType.JSON)
     async def models(request: Request) -> Response:

@@ -261,6 +261,19 @@ def test_a_revoked_key_is_refused_by_every_replica_within_two_seconds(journey: J
         until(lambda log=log: any(line["action"] == "control.revoked" for line in audit_lines(log.read_text())))
 
 
+def test_a_forged_tenant_leaves_an_audit_line_also_where_no_call_is_made(journey: Journey) -> None:
+    forged = f"forged-{AMBIENT.key_id()}"
+    assert journey.http.get("/v1/models", headers=journey.headers(x_tenant_id=forged)).status_code == 403
+
+    def lines() -> list[dict[str, object]]:
+        logs = [journey.stack.log_dir / f"{replica.name}.log" for replica in journey.stack.replicas]
+        found = [line for log in logs for line in audit_lines(log.read_text())]
+        return [line for line in found if line.get("tenant") == forged]
+
+    (line,) = until(lines)
+    assert (line["who"], line["action"]) == ("suitekey0001", "tenant.forge")
+
+
 def test_a_forged_tenant_leaves_an_audit_line(journey: Journey) -> None:
     refused = journey.post(x_tenant_id="tenant-b")
     assert refused.status_code == 403
