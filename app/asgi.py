@@ -23,6 +23,7 @@ from app.archive import ArchiveError
 from app.auth import Callers, KeySets, Tokens, jwks
 from app.config import Config, ConfigError, ConfigSource, Secret, utc_day
 from app.control import REVOKED, Control, Entry
+from app.cooldowns import COOLDOWN, Cooldowns
 from app.credentials import Credentials, client
 from app.gateway import Gateway
 from app.ledger import Spool
@@ -142,10 +143,12 @@ class Replica:
         self.credentials = Credentials(client, ambient)
         self.upstream = engine(ambient)
         self.shipper = Shipper(options, ambient) if options.database_url else None
+        self.cooldowns = Cooldowns(ambient, self.control, options.name)
         self.gateway = Gateway(
             limits=Limits(self.pipe, ambient),
             spool=self.spool,
             credentials=self.credentials,
+            cooldowns=self.cooldowns,
             upstream=self.upstream,
             telemetry=self.telemetry,
             ambient=ambient,
@@ -284,6 +287,9 @@ class Replica:
 
     def _told(self, kind: str, name: str, entry: Entry) -> None:
         """An entry of the control channel that is new to this replica."""
+        if kind == COOLDOWN:
+            self.cooldowns.heard(name, entry)
+            return
         self.telemetry.audit(entry.by, f"control.{kind}", name=name, value=entry.value, at=entry.at, until=entry.until)
 
     def _audit_reload(self, before: Config, now: Config) -> None:
@@ -317,7 +323,7 @@ class Replica:
             "redis": "up" if self.pipe.up else "down",
             "postgres": self.shipper.status.postgres if self.shipper else "not configured",
             "control_age_seconds": round(self.control.age_seconds, 1),
-            "resting_targets": sorted(self.gateway.cooldowns.resting(now)),
+            "resting": sorted(self.cooldowns.resting()),
             "spool": {
                 "available": self.spool.available,
                 "open_intents": self.spool.open_intents,

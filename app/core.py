@@ -158,7 +158,8 @@ class Attempt(Struct, frozen=True, gc=False):
     """One request to a vendor: `outcome` is `success`, a `VendorError.fault`, or what cut it short.
 
     `estimated_usd` is what the vendor may charge for an attempt that fell silent or broke off and was followed by
-    another: the prompt, by estimate. The row's own cost is that of the last attempt alone.
+    another: the prompt, by estimate. The row's own cost is that of the last attempt alone. `key` names the one of the
+    provider's keys that signed, `<provider>:<key>`; null where it has one.
     """
 
     target: str
@@ -169,6 +170,7 @@ class Attempt(Struct, frozen=True, gc=False):
     duration_ms: float
     vendor_request_id: str | None = None
     estimated_usd: Raw = _ZERO
+    key: str | None = None
 
 
 class LedgerEvent(Struct, frozen=True, kw_only=True):
@@ -392,6 +394,7 @@ class Exchange(Struct, kw_only=True, eq=False):
     `text_bytes` is the size of the answer's text, for an estimate where the vendor reported no usage; `prompt` what it
     told of the prompt before the answer was cut.
     `rates` is what the answer says of limits. `charged` is what the row says that the call cost.
+    `grant` is what the call holds of its vendor's key, where the key's vendor grants so much and no more.
     """
 
     call: Call
@@ -399,6 +402,7 @@ class Exchange(Struct, kw_only=True, eq=False):
     request: Request | None = None
     tenant: Tenant | None = None
     reservation: Reservation | None = None
+    grant: Reservation | None = None
     rates: Rates | None = None
     input_tokens_estimate: int = 0
     output_tokens_estimate: int = 0

@@ -28,6 +28,7 @@ GatewayError
 ├── VendorError                     what one attempt met; `retry` says what comes next
 │   ├── VendorRefused               as sent by the vendor: the request itself is at fault, to the client at once
 │   ├── VendorCannot                the vendor has no equivalent for a parameter: the next target
+│   ├── VendorKeyFull               our share of what the vendor grants a key is used up: the next key or target
 │   ├── VendorThrottled             429: again on this target after its Retry-After, or the next one
 │   ├── VendorFailed                5xx, 408, 409, 529: again here, or the next one
 │   ├── VendorUnreachable           no connection: again here, or the next one
@@ -286,6 +287,13 @@ class VendorCannot(VendorError):
 
     retry = "next"
     fault = "unsupported"
+
+
+class VendorKeyFull(VendorError):
+    """The `rpm` or `tpm` of a vendor's key is used up: nothing was sent. Another key, or target, may have room."""
+
+    retry = "next"
+    fault = "key_full"
 
 
 class VendorThrottled(VendorError):

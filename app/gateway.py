@@ -12,7 +12,8 @@ import msgspec
 from app import dialects
 from app.ambient import TIMER_SECONDS, Ambient
 from app.auth import allow, authorize, require
-from app.config import Alias, Target
+from app.config import UNLIMITED, Alias, Credential, Target, VendorKey
+from app.cooldowns import Cooldowns, another, pick, rests
 from app.core import (
     Attempt,
     Cost,
@@ -46,7 +47,7 @@ from app.estimate import BYTES_PER_TOKEN, Estimates
 from app.ledger import Spool
 from app.limits import Limits
 from app.providers.translator import Answer, Frame, Kind, Stamp, StreamReader
-from app.routing import Cooldowns, after, plan, sum_up
+from app.routing import after, plan, sum_up
 from app.telemetry import Telemetry
 from app.upstream import Upstream, VendorAnswer
 
@@ -66,6 +67,7 @@ class Gateway:
         limits: Limits,
         spool: Spool,
         credentials: Credentials,
+        cooldowns: Cooldowns,
         upstream: Upstream,
         telemetry: Telemetry,
         ambient: Ambient,
@@ -76,7 +78,7 @@ class Gateway:
         self.upstream = upstream
         self.telemetry = telemetry
         self.ambient = ambient
-        self.cooldowns = Cooldowns()
+        self.cooldowns = cooldowns
         self.estimates = Estimates()
 
     @asynccontextmanager
@@ -137,36 +139,43 @@ class Gateway:
         Retries and fallbacks happen here, before anything is sent. Raises VendorRefused, UpstreamError,
         LedgerUnavailable.
         """
-        targets = plan(alias, self.cooldowns.resting(self.ambient.monotonic()))
+        targets = plan(alias, self.cooldowns.resting())
         retry = exchange.call.config.settings.retry
         deadline = exchange.call.started + alias.timeouts.total
         exchange.chain = alias.chain
         if targets[0] is not alias.targets[0]:
             self.telemetry.fell_back(exchange, alias.chain[0], targets[0].name, "resting")
         errors: list[VendorError] = []
+        tried: list[str] = []
         index = tries_here = 0
         while True:
             target = targets[index]
             tries_here += 1
+            key = pick(target, self.cooldowns.resting(), tried, self.ambient.random()) if target.provider.keys else None
             try:
-                return await self._attempt(exchange, alias, target, deadline)
+                return await self._attempt(exchange, alias, target, key, deadline)
             except VendorRefused:
                 raise
             except VendorError as error:
                 errors.append(error)
             now = self.ambient.monotonic()
             error = errors[-1]
+            if key is not None:
+                tried.append(key.name)
+            name, seconds = rests(error, target, key, retry.cooldown_seconds)
+            if seconds:
+                self.cooldowns.rest(name, seconds, error.fault)
             if isinstance(error, VendorMisconfigured):
-                self.cooldowns.rest(target.name, now + retry.cooldown_seconds)
-                self.telemetry.target_misconfigured(target.name, error)
+                self.telemetry.misconfigured(name, target.name, error)
             step = after(
                 error,
                 index=index,
                 targets=len(targets),
-                attempts=len(errors),
+                attempts=len(exchange.attempts),
                 tries_here=tries_here,
                 retry=retry,
                 chance=self.ambient.random(),
+                other_key=another(target, self.cooldowns.resting(), tried),
             )
             late = now + (step.wait_seconds if step else 0.0) >= deadline - TIMER_SECONDS
             if step is None or late:
@@ -179,15 +188,20 @@ class Gateway:
             if step.index != index:
                 self.telemetry.fell_back(exchange, target.name, targets[step.index].name, error.fault)
                 index, tries_here = step.index, 0
+                tried.clear()
 
     async def _attempt(
-        self, exchange: Exchange, alias: Alias, target: Target, deadline: float
+        self, exchange: Exchange, alias: Alias, target: Target, key: VendorKey | None, deadline: float
     ) -> tuple[VendorAnswer, _Stream | bytes]:
         """One request to one target. Raises VendorError; the attempt is noted whatever becomes of it."""
         call, request, limits = exchange.call, exchange.request, alias.timeouts
         translator = dialects.translator(call.dialect, target.provider.kind)
         outgoing = translator.outgoing(request, target)
         stamp = Stamp("chatcmpl-" + call.event_id, int(call.received_at), target.model)
+        if key is not None and key.quota != UNLIMITED:
+            attempt_id = f"{call.event_id}:{len(exchange.attempts)}:{key.name}"
+            tokens = exchange.input_tokens_estimate + exchange.output_tokens_estimate
+            exchange.grant = await self.limits.grant(key, attempt_id, tokens)
         exchange.target = target
         self.spool.intend(self._intent(exchange))
         started = self.ambient.monotonic()
@@ -197,8 +211,7 @@ class Gateway:
         outcome = "cancelled"
         exchange.patience.limit(min(limit, deadline - started))
         try:
-            account = target.provider.account
-            credential = target.provider.credential if account is None else await self.credentials.of(account)
+            credential = await self._credential(target, key)
             signed = translator.sign(outgoing, credential, self.ambient.now())
             answer = await self.upstream.open(signed, limits.connect)
             request_id = _word(answer.headers.get(translator.request_id_header))
@@ -244,10 +257,26 @@ class Gateway:
                     started_ms=_ms(started - exchange.call.started),
                     duration_ms=_ms(ended - started),
                     vendor_request_id=request_id,
+                    key=None if key is None else key.name,
                 )
             )
-            if outcome != "success" and answer is not None:
-                await answer.close()
+            if outcome != "success":
+                self._settle_grant(exchange, 0)
+                if answer is not None:
+                    await answer.close()
+
+    async def _credential(self, target: Target, key: VendorKey | None) -> Credential:
+        """What signs the request. Waits only where it has to be fetched. Raises VendorError."""
+        if key is not None:
+            return key.credential
+        account = target.provider.account
+        return target.provider.credential if account is None else await self.credentials.of(account)
+
+    def _settle_grant(self, exchange: Exchange, tokens: int) -> None:
+        """What the vendor counts for its key: an attempt that failed was a request without tokens."""
+        if exchange.grant is not None:
+            self.limits.settle(exchange.grant, tokens, 0)
+            exchange.grant = None
 
     def _note_lost(self, exchange: Exchange) -> None:
         """The vendor had read the prompt, and may charge for it; the tenant pays for the answer that it gets."""
@@ -413,6 +442,7 @@ class Gateway:
             if exchange.reservation is not None:
                 self.limits.settle(exchange.reservation, event.usage.total_tokens, exchange.charged.total_nanos)
                 self.estimates.learn(exchange)
+            self._settle_grant(exchange, event.usage.total_tokens)
             self.telemetry.record(exchange, event, row)
         return event
 

@@ -1,10 +1,11 @@
-"""The way to an answer: which targets, in which order, how often, and after what wait. Pure, but for the cooldowns."""
+"""The way to an answer: which targets, in which order, how often, and after what wait. Pure."""
 
 from __future__ import annotations
 
 from msgspec import Struct
 
 from app.config import Alias, Target, WrittenRetry
+from app.cooldowns import is_resting
 from app.errors import (
     DeadlineExceeded,
     GatewayError,
@@ -13,31 +14,17 @@ from app.errors import (
     UpstreamUnavailable,
     VendorCannot,
     VendorError,
+    VendorKeyFull,
     VendorMisconfigured,
+    VendorThrottled,
 )
-
-
-class Cooldowns:
-    """Targets that rest, until when on the monotonic clock. The latest deadline wins."""
-
-    def __init__(self) -> None:
-        self._until: dict[str, float] = {}
-
-    def rest(self, target: str, until: float) -> None:
-        self._until[target] = max(until, self._until.get(target, 0.0))
-
-    def resting(self, now: float) -> frozenset[str]:
-        if not self._until:
-            return frozenset()
-        self._until = {target: until for target, until in self._until.items() if until > now}
-        return frozenset(self._until)
 
 
 def plan(alias: Alias, resting: frozenset[str]) -> tuple[Target, ...]:
     """The targets to try, in order. Resting ones are left out, unless all rest: then trying beats certain failure."""
     if not resting:
         return alias.targets
-    awake = tuple(target for target in alias.targets if target.name not in resting)
+    awake = tuple(target for target in alias.targets if not is_resting(target, resting))
     return awake or alias.targets
 
 
@@ -48,8 +35,20 @@ class Next(Struct, frozen=True):
     wait_seconds: float
 
 
+OF_A_KEY = (VendorThrottled, VendorMisconfigured, VendorKeyFull)
+"""What one of a vendor's keys met may not be so for another."""
+
+
 def after(
-    error: VendorError, *, index: int, targets: int, attempts: int, tries_here: int, retry: WrittenRetry, chance: float
+    error: VendorError,
+    *,
+    index: int,
+    targets: int,
+    attempts: int,
+    tries_here: int,
+    retry: WrittenRetry,
+    chance: float,
+    other_key: bool = False,
 ) -> Next | None:
     """What to do after attempt number `attempts` of a call, the `tries_here`-th at the plan's target `index`.
 
@@ -60,6 +59,8 @@ def after(
     if error.retry == "never":
         return None
     untried = targets - index - 1
+    if other_key and isinstance(error, OF_A_KEY) and attempts + untried < retry.max_attempts:
+        return Next(index, 0.0)
     backoff = min(retry.backoff_cap_seconds, retry.backoff_base_seconds * 2 ** (tries_here - 1)) * chance
     asked = error.retry_after_seconds or 0.0
     if error.retry == "here" and attempts + untried < retry.max_attempts and asked <= retry.backoff_cap_seconds:

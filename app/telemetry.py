@@ -184,7 +184,10 @@ class Telemetry:
             "gateway_vendor_errors", "Failed attempts.", ("provider", "class"), registry=registry
         )
         self._misconfigured = Counter(
-            "gateway_target_misconfigured", "A vendor refused our credential or model.", ("target",), registry=registry
+            "gateway_target_misconfigured",
+            "A vendor refused our credential or model.",
+            ("target", "rests"),
+            registry=registry,
         )
         self._config = Gauge("gateway_config_info", "The snapshot in force.", ("version",), registry=registry)
         self._config_failures = Counter(
@@ -227,12 +230,14 @@ class Telemetry:
     def vendor_error(self, provider: str, error: VendorError) -> None:
         self._vendor_errors.labels(provider, error.fault).inc()
 
-    def target_misconfigured(self, target: str, error: VendorError) -> None:
-        self._misconfigured.labels(target).inc()
+    def misconfigured(self, what: str, target: str, error: VendorError) -> None:
+        """`what` rests now: a target, or one of its provider's keys."""
+        self._misconfigured.labels(target, what).inc()
         log.error(
-            "target %s refused our credential or model with status %s; it rests now: check its provider's api_key",
+            "%s refused our credential or model with status %s; %s rests now: check the provider's key, account, model",
             target,
             error.vendor_status,
+            what,
         )
 
     def record(self, exchange: Exchange, event: LedgerEvent, row: bytes | None) -> None:

@@ -6,11 +6,12 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from loadtest.stack import Stack
-from tests.journey import OTHER_KEY, OVERLAY, VENDOR_KEY, Journey, jwks
+from tests.journey import OTHER_KEY, OVERLAY, POOLS, VENDOR_KEY, Journey, jwks
 
 
 @pytest.fixture(scope="session")
@@ -21,10 +22,23 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     secret = folder / "vendor-key"
     secret.write_text(VENDOR_KEY + "\n")
     keys = {name: {"api_key": f"file:{secret}"} for name in ("openai", "openrouter")}
+    for name in {key for pool in POOLS.values() for key in pool}:
+        (folder / f"{name}-key").write_text(f"{name}-key\n")
     key_set = folder / "jwks.json"
     key_set.write_text(json.dumps(jwks()))
     issuers = {"sso": OVERLAY["issuers"]["sso"] | {"jwks": f"file:{key_set}"}}
-    overlay = OVERLAY | {"providers": keys, "issuers": issuers}
+
+    def overlay(simulator_url: str) -> dict[str, Any]:
+        pools = {
+            name: {
+                "kind": "openai_compatible",
+                "base_url": f"{simulator_url}/{name}/v1",
+                "keys": {key: facts | {"api_key": f"file:{folder / key}-key"} for key, facts in pool.items()},
+            }
+            for name, pool in POOLS.items()
+        }
+        return OVERLAY | {"providers": keys | pools, "issuers": issuers}
+
     with Stack(folder, overlay=overlay, environ=environ, report=lambda line: None) as stack:
         yield stack
 

@@ -12,6 +12,7 @@ import msgspec
 
 from app.ambient import Ambient, timestamp
 from app.config import Alias, Config, ServiceKey, Tenant, Timeouts, WrittenRetry, WrittenSpool
+from app.cooldowns import Cooldowns
 from app.core import Call, Exchange, LedgerEvent, Reservation
 from app.credentials import Credentials, client
 from app.dialects import ROUTES
@@ -199,7 +200,7 @@ class KeptTelemetry:
     def vendor_error(self, *_: object) -> None:
         pass
 
-    def target_misconfigured(self, *_: object) -> None:
+    def misconfigured(self, *_: object) -> None:
         pass
 
     def fell_back(self, *_: object) -> None:
@@ -228,6 +229,7 @@ class Rooms:
             limits=self.limits,
             spool=self.spool,
             credentials=Credentials(client, ambient),
+            cooldowns=Cooldowns(ambient),
             upstream=ScriptedUpstream(*script),
             telemetry=self.telemetry,
             ambient=ambient,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -18,6 +19,9 @@ import psycopg
 from cryptography.hazmat.primitives.asymmetric import ec
 from psycopg.rows import dict_row
 
+from app.ambient import Ambient
+from app.control import tell
+from app.cooldowns import COOLDOWN
 from loadtest.stack import Stack
 from tests.ledger_parts import conforming
 
@@ -32,6 +36,15 @@ def _digest(key: str) -> str:
     return "sha256:" + hashlib.sha256(key.encode()).hexdigest()
 
 
+POOLS: dict[str, dict[str, dict[str, Any]]] = {
+    "pooled": {"one": {}, "two": {}},
+    "half-bad": {"bad-one": {"weight": 1000}, "good": {}},
+    "granted": {"small": {"weight": 1000, "rpm": 2}, "large": {}},
+    "full": {"small": {"rpm": 1}},
+}
+"""Providers with pools of keys, at the simulator; each key is its own name and `-key`."""
+
+
 OVERLAY: dict[str, Any] = {
     "gateway": {
         "trace_sample_ratio": 1,
@@ -41,12 +54,17 @@ OVERLAY: dict[str, Any] = {
     },
     "targets": {
         "gemini/gemini-3-pro": {"provider": "gemini", "model": "gemini-3-pro"},
+        **{f"{name}/gpt-4o-mini": SIMULATED | {"provider": name} for name in POOLS},
         "openai/unpriced": {"provider": "openai", "model": "gpt-4.1-nano"},
         "openrouter/text-embedding-3-small": {
             "provider": "openrouter", "model": "openai/text-embedding-3-small", "serves": "embeddings",
         },
     },
     "aliases": {
+        "pooled": {"targets": ["pooled/gpt-4o-mini"]},
+        "half-bad": {"targets": ["half-bad/gpt-4o-mini"]},
+        "granted": {"targets": ["granted/gpt-4o-mini"]},
+        "full": {"targets": ["full/gpt-4o-mini", "openai/gpt-4o-mini"]},
         "one-target": {"targets": ["openai/gpt-4o-mini"]},
         "quick": {
             "targets": ["openai/gpt-4o-mini", "openrouter/gpt-4o-mini"],
@@ -240,7 +258,14 @@ class Journey:
         self._simulator.delete("/_sim/faults").raise_for_status()
         self._simulator.delete("/_sim/requests").raise_for_status()
         for replica in range(len(self.stack.replicas)):
-            until(lambda replica=replica: not self.admin("/status", replica).json()["resting_targets"])
+            until(lambda replica=replica: not self._wake(replica))
+
+    def _wake(self, replica: int) -> list[str]:
+        """Takes back what rests at a replica; returns what did."""
+        resting = self.admin("/status", replica).json()["resting"]
+        for name in resting:
+            asyncio.run(tell(self.stack.redis_url, Ambient(), COOLDOWN, name, None, "suite"))
+        return resting
 
     def asked(self, vendor: str = "openai") -> list[dict[str, Any]]:
         """The requests that a vendor got in this test, oldest first."""

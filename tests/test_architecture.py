@@ -22,7 +22,7 @@ LAYERS = (
     ("errors", "ambient", "audit", "sse", "sql"),
     ("wire", "vendors", "config", "core"),
     ("providers", "dialects"),
-    ("auth", "control", "limits", "redis_pipe", "ledger", "credentials", "upstream", "http1", "telemetry"),
+    ("auth", "control", "cooldowns", "limits", "redis_pipe", "ledger", "credentials", "upstream", "http1", "telemetry"),
     ("routing", "estimate", "gateway"),
     (
         "api", "admin", "bodies", "keys", "ledger_shipper", "archive", "reports", "price_sync", "rerate", "usage_pages",
@@ -39,6 +39,8 @@ WITHIN_A_LAYER = {
     ("config", "wire"): "what a target can serve",
     ("core", "config"): "a call carries the snapshot it is served under",
     ("limits", "redis_pipe"): "the pipe is the lower half of the limits",
+    ("cooldowns", "control"): "what rests is told to the other replicas",
+    ("cooldowns", "redis_pipe"): "or it is not, while Redis is away",
     ("control", "redis_pipe"): "the channel is a hash in Redis",
     ("upstream", "http1"): "the default engine of the upstream",
     ("gateway", "routing"): "the journey asks for its way",

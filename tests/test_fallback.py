@@ -116,7 +116,8 @@ def test_refused_credential_rests_the_target_for_later_calls(journey: Journey) -
     journey.fault("openai", kind="status", status=401, times=2)
     answers = [journey.post(chat("tokens=2")) for _ in range(12)]
     assert {answer.status_code for answer in answers} == {200}
-    assert len([r for r in journey.asked("openai") if r["status"] == 401]) == 2  # one a replica
+    refused = [request for request in journey.asked("openai") if request["status"] == 401]
+    assert len(refused) in (1, 2)  # one, or one a replica before it hears of the other's
 
 
 def test_refused_credential_everywhere_is_502(journey: Journey) -> None:

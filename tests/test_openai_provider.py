@@ -508,3 +508,18 @@ def test_a_recorded_error_is_classed_and_keeps_the_vendor_s_words(exchange: Exch
     assert type(error) is expected
     if isinstance(error, VendorRefused):
         assert json.dumps(error.message) in json.dumps(exchange.response.json())
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "6m0s"}, 360.0),
+        ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "120ms"}, 0.12),
+        ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "1h2m3.5s"}, 3723.5),
+        ({"x-ratelimit-remaining-requests": "9", "x-ratelimit-reset-requests": "120ms"}, None),
+        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "6m0s", "retry-after": "2"}, 2.0),
+        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "soon"}, 0.0),
+    ],
+)
+def test_without_a_wait_the_reset_of_what_is_used_up_counts(headers: dict[str, str], seconds: float | None) -> None:
+    assert OPENAI.error(429, headers, b"{}").retry_after_seconds == seconds

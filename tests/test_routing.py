@@ -22,7 +22,7 @@ from app.errors import (
     VendorTimeout,
     VendorUnreachable,
 )
-from app.routing import Cooldowns, Next, after, plan, sum_up
+from app.routing import Next, after, plan, sum_up
 from tests.translation import target
 
 HERE = [VendorThrottled, VendorFailed, VendorUnreachable, VendorBroke]
@@ -47,29 +47,15 @@ def step(error: VendorError, **facts: float) -> Next | None:
     ("resting", "planned"),
     [
         (set(), ["a", "b", "c"]),
-        ({"openai/a"}, ["b", "c"]),
-        ({"openai/b"}, ["a", "c"]),
-        ({"openai/a", "openai/b"}, ["c"]),
-        ({"openai/a", "openai/b", "openai/c"}, ["a", "b", "c"]),
-        ({"openai/other"}, ["a", "b", "c"]),
+        ({"target:openai/a"}, ["b", "c"]),
+        ({"target:openai/b"}, ["a", "c"]),
+        ({"target:openai/a", "target:openai/b"}, ["c"]),
+        ({"target:openai/a", "target:openai/b", "target:openai/c"}, ["a", "b", "c"]),
+        ({"target:openai/other"}, ["a", "b", "c"]),
     ],
 )
 def test_resting_targets_are_left_out_unless_all_rest(resting: set[str], planned: list[str]) -> None:
     assert [t.model for t in plan(alias("a", "b", "c"), frozenset(resting))] == planned
-
-
-def test_a_target_rests_until_its_time() -> None:
-    cooldowns = Cooldowns()
-    cooldowns.rest("a", 10.0)
-    assert [cooldowns.resting(now) for now in (9.9, 10.0)] == [{"a"}, set()]
-
-
-def test_the_later_end_of_two_rests_counts() -> None:
-    cooldowns = Cooldowns()
-    cooldowns.rest("a", 10.0)
-    cooldowns.rest("a", 5.0)
-    cooldowns.rest("b", 1.0)
-    assert cooldowns.resting(7.0) == {"a"}
 
 
 # --- after ------------------------------------------------------------------------------------------------------------

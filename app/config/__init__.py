@@ -25,6 +25,7 @@ from app.config.running import (
     Target,
     Tenant,
     Timeouts,
+    VendorKey,
 )
 from app.config.source import ConfigSource, load, utc_day
 from app.config.tariff import Price, Rate, Tariff, Window
@@ -42,12 +43,3 @@ from app.config.written import (
     WrittenSpool,
     WrittenWindow,
 )
-
-__all__ = [
-    "CLASSES", "FILES", "NAME", "SERVICE_KEY", "UNLIMITED", "Account", "Alias", "Away", "AwsChain", "Config",
-    "ConfigError", "ConfigSource", "Credential", "Issuer", "Price", "PriceTable", "Provider", "Quota", "Rate", "Secret",
-    "ServiceAccount", "ServiceKey", "Settings", "Target", "Tariff", "Tenant", "Timeouts", "Window", "Written",
-    "WrittenAway", "WrittenDiscount", "WrittenDrain", "WrittenLongContext", "WrittenPrice", "WrittenRate",
-    "WrittenRedis", "WrittenRetry", "WrittenSpool", "WrittenWindow", "load", "price_table", "price_tables",
-    "read_price_table", "usd", "utc_day", "write_price_table",
-]  # fmt: skip

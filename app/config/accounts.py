@@ -14,7 +14,18 @@ import msgspec
 from msgspec import Struct
 
 from app.config.reading import Faults, Secrets
-from app.config.running import AWS_KEY, BASE_URL, Account, AwsChain, Credential, Secret, ServiceAccount
+from app.config.running import (
+    AWS_KEY,
+    BASE_URL,
+    NAME,
+    Account,
+    AwsChain,
+    Credential,
+    Quota,
+    Secret,
+    ServiceAccount,
+    VendorKey,
+)
 from app.config.written import WrittenProvider
 from app.vendors import Vendor
 
@@ -95,7 +106,7 @@ def credential(
         for name in AWS_KEY[:2]:
             if parts[name] is None:
                 faults.add(f"{path}.{name}", "is required: an access key has an id and a secret")
-    elif key is None and not vendor.keyless and provider.credentials is None:
+    elif key is None and not vendor.keyless and provider.credentials is None and not provider.keys:
         faults.add(f"{path}.{'credentials' if vendor.account else 'api_key'}", "is required")
     access_key_id, secret_access_key, session_token = parts.values()
     return Credential(
@@ -104,3 +115,27 @@ def credential(
         session_token=session_token,
         region=(provider.region or "") if aws else "",
     )
+
+
+def pool(
+    name: str, provider: WrittenProvider, vendor: Vendor, path: str, secrets: Secrets, faults: Faults, *, needed: bool
+) -> tuple[VendorKey, ...]:
+    """The keys among which one is chosen per attempt; none where the provider has one credential."""
+    if provider.keys and (vendor.account == "aws" or provider.api_key is not None or provider.credentials is not None):
+        faults.add(f"{path}.keys", "stands beside another way to sign in: keep one of them")
+    keys = []
+    for key_name, key in provider.keys.items():
+        here = f"{path}.keys.{key_name}"
+        if not NAME.fullmatch(key_name):
+            faults.add(here, f"a name here matches {NAME.pattern}")
+        if key is None:
+            continue
+        if not 1 <= key.weight <= 1000:
+            faults.add(f"{here}.weight", "must be from 1 to 1000")
+        for limit in ("rpm", "tpm"):
+            value = getattr(key, limit)
+            if value is not None and value < 1:
+                faults.add(f"{here}.{limit}", "must be above 0; leave it out for no limit")
+        secret = secrets.resolve(key.api_key, f"{here}.api_key", faults, needed)
+        keys.append(VendorKey(f"{name}:{key_name}", Credential(secret), key.weight, Quota(rpm=key.rpm, tpm=key.tpm)))
+    return tuple(keys)

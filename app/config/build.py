@@ -11,7 +11,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import msgspec
 from msgspec import Struct
 
-from app.config.accounts import account, credential
+from app.config.accounts import account, credential, pool
 from app.config.callers import certificates, check_tenants, issuers, serves
 from app.config.plans import inherited
 from app.config.pricing import ceiling, price_targets
@@ -182,6 +182,7 @@ def _providers(written: Written, secrets: Secrets, faults: Faults) -> dict[str, 
             region=provider.region,
             api_version=provider.api_version,
             account=account(provider, vendor, path, secrets, faults, needed=name in used),
+            keys=pool(name, provider, vendor, path, secrets, faults, needed=name in used),
         )
     return providers
 

@@ -89,10 +89,23 @@ Account = ServiceAccount | AwsChain
 """Where credentials are fetched that expire."""
 
 
+class VendorKey(Struct, frozen=True):
+    """One of a provider's keys: `name` is `<provider>:<key>`, `weight` its share of the calls.
+
+    `quota` is what the vendor grants it, in requests and tokens per 60 seconds.
+    """
+
+    name: str
+    credential: Credential
+    weight: int
+    quota: Quota
+
+
 class Provider(Struct, frozen=True):
     """A vendor's endpoint. `kind` is its translator's name, `base_url` has no trailing slash.
 
-    With an `account`, the credential is fetched; `credential` is empty then.
+    With an `account`, the credential is fetched; with `keys`, one of them is chosen per attempt. `credential` is empty
+    then.
     """
 
     name: str
@@ -102,6 +115,7 @@ class Provider(Struct, frozen=True):
     region: str | None
     api_version: str | None = None
     account: Account | None = None
+    keys: tuple[VendorKey, ...] = ()
 
 
 class Target(Struct, frozen=True):

@@ -11,11 +11,19 @@ from msgspec import Struct, field
 from app.wire import Operation
 
 
+class WrittenVendorKey(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    api_key: str
+    weight: int = 1
+    rpm: int | None = None
+    tpm: int | None = None
+
+
 class WrittenProvider(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     kind: Literal["openai", "azure", "openai_compatible", "anthropic", "gemini", "vertex", "bedrock"]
     vendor: str | None = None
     base_url: str | None = None
     api_key: str | None = None
+    keys: dict[str, WrittenVendorKey] = {}
     credentials: str | None = None
     token_url: str | None = None
     api_version: str | None = None

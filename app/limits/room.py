@@ -11,10 +11,10 @@ from pathlib import Path
 from msgspec import Struct
 
 from app.ambient import Ambient
-from app.config import Config, Quota, ServiceKey, Tenant
+from app.config import Config, Quota, ServiceKey, Tenant, VendorKey
 from app.core import Call, Reservation
-from app.errors import LimitsUnavailable
-from app.limits.scopes import BUDGETS, LEASE_MS, MOST, Scope, make_scope, rates, refusal
+from app.errors import LimitsUnavailable, VendorKeyFull
+from app.limits.scopes import BUDGETS, LEASE_MS, MOST, Scope, grant_scope, make_scope, rates, refusal
 from app.limits.share import Share
 from app.redis_pipe import Argument, RedisAway, RedisPipe, RedisRefused
 
@@ -107,6 +107,30 @@ class Limits:
                 raise refusal(scope, left[:half], left[half:], tokens, nanos, now_ms)
             self._clock_ahead = now_ms / 1000 - self._ambient.now()
         return self._take_locally(call, tenant, scope, tokens, nanos)
+
+    async def grant(self, key: VendorKey, attempt_id: str, tokens: int) -> Reservation:
+        """Takes one request and `tokens` from what a vendor grants one of its keys; settled as any reservation.
+
+        Raises `VendorKeyFull` and takes nothing. Without Redis everything passes: the vendor counts for itself.
+        """
+        scope = grant_scope(key)
+        tokens = min(tokens, MOST)
+        try:
+            asked = self._pipe.execute(*scope.reserve(self._reserve, attempt_id, tokens, 0))
+            status, now_ms, *left = await asked
+        except asyncio.CancelledError:
+            self._give_back(scope, attempt_id)
+            raise
+        except (RedisAway, RedisRefused) as error:
+            self._give_back(scope, attempt_id)
+            if isinstance(error, RedisRefused):
+                self._complain("reserve", error)
+            return Held(attempt_id, "", tokens)
+        if status == _REFUSED:
+            half = len(scope.limits)
+            full = refusal(scope, left[:half], left[half:], tokens, 0, now_ms)
+            raise VendorKeyFull(full.message, retry_after_seconds=full.retry_after_seconds)
+        return Held(attempt_id, "", tokens, True, None, 0, scope)
 
     def _held(
         self, call: Call, tenant: Tenant, scope: Scope, tokens: int, nanos: int, left: list[int], now_ms: int

@@ -9,7 +9,7 @@ from zoneinfo import ZoneInfo
 
 from msgspec import Struct
 
-from app.config import Away, Config, Quota, ServiceKey, Tenant, WrittenAway
+from app.config import Away, Config, Quota, ServiceKey, Tenant, VendorKey, WrittenAway
 from app.core import Rates, usd
 from app.errors import BudgetExceeded, LimitError, RateLimitExceeded
 from app.redis_pipe import Argument
@@ -107,6 +107,23 @@ def make_scope(config: Config, tenant: Tenant, key: ServiceKey, now: float) -> S
         reserve_arguments=tuple(word for limit in limits for word in (limit.kind, limit.value)),
         settle_arguments=tuple(limit.kind for limit in limits),
         running=tuple(limit.key for limit in limits if limit.kind == "concurrency"),
+    )
+
+
+def grant_scope(key: VendorKey) -> Scope:
+    """The scope of what a vendor grants one of its keys; without Redis it is the vendor's to count."""
+    away = WrittenAway(rpm="open", tpm="open")
+    tag = f"_vendor.{key.name}"
+    limits = tuple(limit for limit, _ in _limits("vendor_key", tag, f"The vendor's key {key.name}", key.quota, away, 0))
+    return Scope(
+        limits=limits,
+        starts=0,
+        ends=MOST,
+        record=f"rl:{{{tag}}}:call:",
+        keys=tuple(limit.key for limit in limits),
+        reserve_arguments=tuple(word for limit in limits for word in (limit.kind, limit.value)),
+        settle_arguments=tuple(limit.kind for limit in limits),
+        running=(),
     )
 
 

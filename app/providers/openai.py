@@ -6,6 +6,7 @@ Source: OpenAI API reference; behaviours that differ from it are noted where the
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from email.utils import parsedate_to_datetime
 
@@ -364,7 +365,8 @@ def _decoded_error(written: Raw) -> OpenAIErrorBody:
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds the vendor asks for. Azure sends `Retry-After: 1` with `Retry-After-Ms: 0`: the longer one stands.
 
-    A date (RFC 9110, 10.2.3) is measured by the `Date` of the same answer, the vendor's own clock.
+    A date (RFC 9110, 10.2.3) is measured by the `Date` of the same answer, the vendor's own clock. Without either, the
+    reset of what is used up counts: `x-ratelimit-reset-tokens: 6m0s` beside `x-ratelimit-remaining-tokens: 0`.
     """
     waits = []
     for name, scale in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
@@ -376,7 +378,23 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         with contextlib.suppress(ValueError, TypeError, OverflowError):
             until, now = (parsedate_to_datetime(headers[name]) for name in ("retry-after", "date"))
             waits.append((until - now).total_seconds())
+    if not waits:
+        waits = [
+            _seconds(headers.get(f"x-ratelimit-reset-{what}", ""))
+            for what in ("requests", "tokens")
+            if headers.get(f"x-ratelimit-remaining-{what}") == "0"
+        ]
     return max((w for w in waits if 0 <= w < 86_400), default=None)
+
+
+_DURATION = re.compile(r"(?:(\d{1,4})h)?(?:(\d{1,4})m(?!s))?(?:(\d{1,6}(?:\.\d{1,9})?)s)?(?:(\d{1,9})ms)?")
+
+
+def _seconds(duration: str) -> float:
+    """OpenAI's form, `1h2m3.5s` or `120ms`; what is not one is taken for no time at all."""
+    match = _DURATION.fullmatch(duration)
+    hours, minutes, seconds, ms = match.groups("0") if match else ("0",) * 4
+    return int(hours) * 3600 + int(minutes) * 60 + float(seconds) + int(ms) / 1000
 
 
 OPENAI = Translator(

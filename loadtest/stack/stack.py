@@ -60,7 +60,7 @@ class Stack:
         replicas: int = 2,
         config: Path = ROOT / "config",
         environment: str = "dev",
-        overlay: Mapping[str, Any] | None = None,
+        overlay: Mapping[str, Any] | Callable[[str], Mapping[str, Any]] | None = None,
         environ: Mapping[str, str] = os.environ,
         replica_command: Sequence[str] = (sys.executable, "-m", "app.cli", "serve"),
         ready_file: Path | None = None,
@@ -274,7 +274,9 @@ class Stack:
         """What replicas are started with: the options that all share, and the environment. Raises `StackError`."""
         file = self.state_dir / "overlay.yaml"
         tenants = services.section(self.config, self.environment, "tenant_policy.yaml", "tenants")
-        document = replica_setup.overlay(self.key, simulated, self._local_url("simulator"), tenants, self._extra)
+        simulator_url = self._local_url("simulator")
+        extra = self._extra(simulator_url) if callable(self._extra) else self._extra
+        document = replica_setup.overlay(self.key, simulated, simulator_url, tenants, extra)
         write_private(file, yaml.safe_dump(document, sort_keys=False))
         given = {
             "REDIS_URL": self.redis_url,

@@ -1,0 +1,163 @@
+"""What rests, until when, and which of a vendor's keys is asked meanwhile."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from app.ambient import Ambient
+from app.config import UNLIMITED, Credential, Secret, Target, VendorKey
+from app.control import Entry
+from app.cooldowns import MAX_SECONDS, Cooldowns, another, is_resting, pick, rests
+from app.errors import VendorError, VendorFailed, VendorMisconfigured, VendorThrottled, VendorTimeout
+from tests.translation import target
+
+
+class Clock(Ambient):
+    at = 1_000.0
+
+    def now(self) -> float:
+        return self.at
+
+
+def key(name: str, weight: int = 1) -> VendorKey:
+    return VendorKey(f"openai:{name}", Credential(Secret(name)), weight, UNLIMITED)
+
+
+def pooled(*keys: VendorKey) -> Target:
+    made = target("openai", "gpt")
+    return replace(made, provider=replace(made.provider, keys=keys))
+
+
+MAIN, SPARE = key("main"), key("spare")
+POOL = pooled(MAIN, SPARE)
+
+
+# --- until when -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def cooldowns(clock: Clock) -> Cooldowns:
+    return Cooldowns(clock)
+
+
+def test_a_name_rests_until_its_time(cooldowns: Cooldowns, clock: Clock) -> None:
+    cooldowns.rest("target:a", 10.0, "failed")
+    clock.at += 9.9
+    assert cooldowns.resting() == {"target:a"}
+    clock.at += 0.1
+    assert cooldowns.resting() == frozenset()
+
+
+def test_the_later_end_of_two_rests_counts(cooldowns: Cooldowns, clock: Clock) -> None:
+    cooldowns.rest("target:a", 10.0, "failed")
+    cooldowns.rest("target:a", 5.0, "failed")
+    clock.at += 7.0
+    assert cooldowns.resting() == {"target:a"}
+
+
+def test_what_another_replica_told_counts_where_it_ends_later(cooldowns: Cooldowns, clock: Clock) -> None:
+    cooldowns.rest("target:a", 5.0, "failed")
+    cooldowns.heard("target:a", Entry(value="throttled", by="other", at="", until=clock.at + 10.0))
+    cooldowns.heard("target:a", Entry(value="throttled", by="third", at="", until=clock.at + 1.0))
+    clock.at += 7.0
+    assert cooldowns.resting() == {"target:a"}
+
+
+def test_a_rest_that_is_taken_back_ends(cooldowns: Cooldowns) -> None:
+    cooldowns.rest("target:a", 10.0, "failed")
+    cooldowns.heard("target:a", Entry(value=None, by="operator", at=""))
+    assert cooldowns.resting() == frozenset()
+
+
+def test_a_vendor_cannot_put_itself_to_sleep_for_long(cooldowns: Cooldowns, clock: Clock) -> None:
+    cooldowns.rest("target:a", 10 * MAX_SECONDS, "throttled")
+    clock.at += MAX_SECONDS
+    assert cooldowns.resting() == frozenset()
+
+
+# --- what rests after which failure -----------------------------------------------------------------------------------
+
+AT = "openai/gpt"
+
+
+@pytest.mark.parametrize(
+    ("error", "alone", "of_pool"),
+    [
+        (VendorMisconfigured("x", vendor_status=401), (f"target:{AT}", 30.0), ("key:openai:main", 30.0)),
+        (VendorMisconfigured("x", vendor_status=402), (f"target:{AT}", 30.0), ("key:openai:main", 30.0)),
+        (VendorMisconfigured("x", vendor_status=403), (f"target:{AT}", 30.0), (f"key:openai:main:{AT}", 30.0)),
+        (VendorMisconfigured("x", vendor_status=404), (f"target:{AT}", 30.0), (f"target:{AT}", 30.0)),
+        (VendorThrottled("x", retry_after_seconds=7.0), (f"target:{AT}", 7.0), (f"key:openai:main:{AT}", 7.0)),
+        (VendorThrottled("x"), ("", 0.0), ("", 0.0)),
+        (VendorFailed("x", retry_after_seconds=7.0), ("", 0.0), ("", 0.0)),
+        (VendorTimeout("x"), ("", 0.0), ("", 0.0)),
+    ],
+)
+def test_what_rests_after_a_failure(error: VendorError, alone: tuple[str, float], of_pool: tuple[str, float]) -> None:
+    assert rests(error, target("openai", "gpt"), None, 30.0) == alone
+    assert rests(error, POOL, MAIN, 30.0) == of_pool
+
+
+@pytest.mark.parametrize(
+    ("resting", "whole"),
+    [
+        ({"key:openai:main"}, False),
+        ({"key:openai:main", "key:openai:spare"}, True),
+        ({"key:openai:main", f"key:openai:spare:{AT}"}, True),
+        ({"key:openai:main", "key:openai:spare:openai/other"}, False),
+        ({f"target:{AT}"}, True),
+    ],
+)
+def test_a_target_rests_with_the_last_of_its_keys(resting: set[str], whole: bool) -> None:
+    assert is_resting(POOL, frozenset(resting)) is whole
+
+
+# --- which key --------------------------------------------------------------------------------------------------------
+
+
+def test_keys_are_asked_by_weight() -> None:
+    weighted = pooled(key("main", 3), key("spare", 1))
+    picked = [pick(weighted, frozenset(), [], chance).name for chance in (0.0, 0.74, 0.76, 0.99)]
+    assert picked == ["openai:main", "openai:main", "openai:spare", "openai:spare"]
+
+
+def test_a_resting_key_is_not_asked() -> None:
+    assert pick(POOL, frozenset({"key:openai:main"}), [], 0.0) is SPARE
+
+
+def test_a_key_that_was_tried_is_not_asked_again_while_another_is_left() -> None:
+    assert pick(POOL, frozenset(), ["openai:main"], 0.0) is SPARE
+
+
+def test_where_all_were_tried_one_that_does_not_rest_is_asked_again() -> None:
+    assert pick(POOL, frozenset({"key:openai:main"}), ["openai:main", "openai:spare"], 0.0) is SPARE
+
+
+def test_where_all_rest_one_is_asked_all_the_same() -> None:
+    assert pick(POOL, frozenset({"key:openai:main", "key:openai:spare"}), [], 0.0) is MAIN
+
+
+@given(st.floats(0, 1, exclude_max=True), st.lists(st.integers(1, 1000), min_size=1, max_size=5))
+def test_a_pool_always_gives_a_key(chance: float, weights: list[int]) -> None:
+    keys = [key(f"k{place}", weight) for place, weight in enumerate(weights)]
+    assert pick(pooled(*keys), frozenset(), [], chance) in keys
+
+
+@pytest.mark.parametrize(
+    ("resting", "tried", "left"),
+    [
+        (set(), ["openai:main"], True),
+        (set(), ["openai:main", "openai:spare"], False),
+        ({"key:openai:spare"}, ["openai:main"], False),
+    ],
+)
+def test_another_key_is_one_that_neither_rests_nor_was_tried(resting: set[str], tried: list[str], left: bool) -> None:
+    assert another(POOL, frozenset(resting), tried) is left
