@@ -28,8 +28,10 @@ from app.credentials import Credentials, client
 from app.gateway import Gateway
 from app.ledger import Spool
 from app.limits import Limits
+from app.limits.budgets import ReadSpent
 from app.redis_pipe import RedisPipe
 from app.reports.period import UsageReader
+from app.reports.spent import SpentReader
 from app.server import server
 from app.telemetry import JsonLog, Lines, Telemetry, open_spans
 from app.upstream import engine
@@ -145,7 +147,7 @@ class Replica:
         self.shipper = Shipper(options, ambient) if options.database_url else None
         self.cooldowns = Cooldowns(ambient, self.control, options.name)
         self.gateway = Gateway(
-            limits=Limits(self.pipe, ambient),
+            limits=Limits(self.pipe, ambient, lambda: source.current, self._spent_reader()),
             spool=self.spool,
             credentials=self.credentials,
             cooldowns=self.cooldowns,
@@ -180,7 +182,7 @@ class Replica:
             asyncio.ensure_future(self._keep(run))
             for run in (
                 *(self.pipe.run, self.spool.run, self.reload, self.control.run, self.key_sets.run),
-                self.gateway.limits.run,
+                *(self.gateway.limits.run, self.gateway.limits.budgets.run),
             )
         ]
         shipping = asyncio.ensure_future(self._keep(self.shipper.run)) if self.shipper else None
@@ -218,6 +220,20 @@ class Replica:
         except ArchiveError as error:
             log.error("usage cannot be read: %s", error)
             return None
+
+    def _spent_reader(self) -> ReadSpent | None:
+        """Sums the ledger where Redis lost its counters; None without PostgreSQL. A wrong URL is one that is away."""
+        if not self.options.database_url:
+            return None
+        try:
+            return SpentReader(self.options.database_url, lambda: self.source.current.environment, self.ambient)
+        except ArchiveError as error:
+            log.error("budgets could not be rebuilt: %s", error)
+
+            async def away(*_: object) -> None:
+                return None
+
+            return away
 
     async def _keep(self, run: Callable[[], Awaitable[None]]) -> None:
         """Runs a loop, and again after a second should a defect end it: none of them may stop unseen."""
@@ -321,6 +337,7 @@ class Replica:
             "draining": self.door.draining,
             "in_flight": len(self.door.in_flight),
             "redis": "up" if self.pipe.up else "down",
+            "budgets": "whole" if self.gateway.limits.budgets.made_good else "not whole",
             "postgres": self.shipper.status.postgres if self.shipper else "not configured",
             "control_age_seconds": round(self.control.age_seconds, 1),
             "resting": sorted(self.cooldowns.resting()),
@@ -347,6 +364,7 @@ class Replica:
         )
         gauge("gateway_log_lines_dropped", "Lines its consumer was too slow for.", lambda: self.lines.dropped)
         gauge("gateway_limits_local_calls", "Calls judged here alone: Redis was away.", lambda: limits.local_calls)
+        gauge("gateway_limits_budgets_whole", "0 while Redis lacks what was used.", lambda: limits.budgets.whole)
         gauge("gateway_limits_lost_settlements", "Settlements given up.", lambda: limits.lost_settlements)
         gauge("gateway_spool_rows", "Rows written by this process.", lambda: self.spool.rows)
         gauge("gateway_spool_write_failures", "Rows that could not be written.", lambda: self.spool.write_failures)

@@ -26,7 +26,11 @@ log = logging.getLogger(__name__)
 
 _CONNECT_SECONDS = 2.0
 """For TCP, TLS, AUTH and SELECT together: several round trips, and no call waits for them."""
-_GRACE_SECONDS = 0.01
+_STEADY_SECONDS = 60.0
+"""A second loss within this time of the last makes Redis a flapping one: calls would pay for each of its returns."""
+_PROBATION_SECONDS = 2.0, 30.0
+"""For how long a flapping Redis must answer before it counts as there: at first, doubled each time, and at most."""
+_GRACE_SECONDS = 0.03
 """An overdue command gets one more look at the socket: it may be the event loop that stood still, not Redis."""
 _INCOMPLETE = object()
 
@@ -141,7 +145,7 @@ class RedisPipe:
     """The connection as the rooms see it. `run` keeps it; `up` says whether it is there, `changes` counts the turns.
 
     `timeout_ms` and `probe_seconds` may be set at any time and count from the next connection on. What `on_return`
-    holds is called each time Redis is there again.
+    holds is called each time Redis is there again. A Redis that comes and goes must answer for a while first.
     """
 
     def __init__(
@@ -164,6 +168,8 @@ class RedisPipe:
         self.up = False
         self.changes = 0
         self._said_up: bool | None = None
+        self._lost_at = float("-inf")
+        self._probation_seconds = 0.0
         self._line: _Line | None = None
         self._closed = False
 
@@ -223,9 +229,7 @@ class RedisPipe:
             transport = connection._writer.transport  # redis-py has no public name for it
             line = _Line(self, transport)
             transport.set_protocol(line)
-            pong: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-            line.write(("PING",), pong, None)
-            await pong
+            await self._prove(line)
         except BaseException:
             if line is not None:
                 line.lose("no connection")
@@ -238,9 +242,28 @@ class RedisPipe:
                 callback()
         return connection, line
 
+    async def _prove(self, line: _Line) -> None:
+        """Sees that Redis answers, of a flapping one for as long as its probation lasts. Raises RedisAway."""
+        ends = self._ambient.monotonic() + self._probation_seconds
+        while True:
+            pong: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            line.write(("PING",), pong, None)
+            await pong
+            left = ends - self._ambient.monotonic()
+            if left <= 0:
+                return
+            await self._ambient.sleep(min(left, self.probe_seconds / 4))
+            if line.gone.is_set():
+                raise RedisAway("it did not stay")
+
     def lost(self, line: _Line, reason: str) -> None:
         """A connection reports its end."""
         if line is self._line:
+            now = self._ambient.monotonic()
+            first, longest = _PROBATION_SECONDS
+            flapping = now - self._lost_at < _STEADY_SECONDS + self._probation_seconds
+            self._probation_seconds = min(longest, max(first, 2 * self._probation_seconds)) if flapping else 0.0
+            self._lost_at = now
             self._line, self.up = None, False
             self._say(False, reason)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from loadtest.stack import Stack
-from tests.journey import OTHER_KEY, OVERLAY, POOLS, VENDOR_KEY, Journey, jwks
+from tests.journey import OTHER_KEY, OVERLAY, POOLS, VENDOR_KEY, Journey, jwks, until
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +40,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         return OVERLAY | {"providers": keys | pools, "issuers": issuers}
 
     with Stack(folder, overlay=overlay, environ=environ, report=lambda line: None) as stack:
+        with Journey(stack) as journey:  # a Redis that was never used gets its budgets from the ledger first
+            until(lambda: all(journey.admin("/status", n).json()["budgets"] == "whole" for n in range(2)))
         yield stack
 
 

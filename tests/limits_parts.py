@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ from app.config import UNLIMITED, Config, Quota, ServiceKey, Tenant, WrittenAway
 from app.core import Call, Reservation
 from app.errors import LimitError
 from app.limits import Limits
+from app.limits.scopes import WHOLE
 from app.redis_pipe import RedisPipe
 from tests import gateway_parts
-from tests.redis_parts import AMBIENT, RedisServer
+from tests.redis_parts import AMBIENT, RedisServer, running
 
 LIMITS = ("rpm", "tpm", "concurrency", "daily_token_cap", "daily_usd", "monthly_usd", "global_rpm", "global_tpm")
 OPEN, CLOSED, SHARE = (WrittenAway(**dict.fromkeys(LIMITS, policy)) for policy in ("open", "closed", "local_share"))
@@ -44,6 +47,26 @@ def a_config(away: WrittenAway = CLOSED, shared: Quota = UNLIMITED, replicas: in
     return msgspec.structs.replace(
         base, settings=msgspec.structs.replace(base.settings, redis=redis), global_quota=shared
     )
+
+
+def whole(server: RedisServer) -> RedisServer:
+    """Marks an empty Redis as one that has lost nothing."""
+    server.client.set(WHOLE, 0)
+    return server
+
+
+@contextlib.asynccontextmanager
+async def limits_on(server: RedisServer, timeout_ms: float = 100, **options: Any) -> AsyncIterator[Limits]:
+    """Limits as they run in a replica, on a pipe of their own; `pipe` is it."""
+    async with running(pipe_to(server, timeout_ms)) as pipe:
+        limits = Limits(pipe, AMBIENT, **options)
+        limits.pipe = pipe
+        task = asyncio.create_task(limits.budgets.run())
+        try:
+            yield limits
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
 
 class Caller:
@@ -163,6 +186,3 @@ class Script:
 
     def __call__(self, now_us: int, keys: list[str], *arguments: str | int) -> Any:
         return self._client.evalsha(self._sha, len(keys), *keys, *arguments, *divmod(now_us, 1_000_000))
-
-
-Make = Callable[..., Any]

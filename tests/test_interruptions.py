@@ -8,10 +8,12 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
 import pytest
+import redis
 
 from tests.journey import Journey, chat, decoded, events, text, until
 
@@ -27,7 +29,7 @@ def _ready(journey: Journey) -> bool:
     try:
         return all(
             httpx.get(replica.url + "/health/ready").status_code == 200
-            and journey.admin("/status", number).json()["redis"] == "up"
+            and [journey.admin("/status", number).json()[part] for part in ("redis", "budgets")] == ["up", "whole"]
             for number, replica in enumerate(journey.stack.replicas)
         )
     except httpx.TransportError:
@@ -221,7 +223,7 @@ def test_frozen_postgres_blocks_nobody(whole: Journey) -> None:
 
 
 @pytest.mark.parametrize("way", ["stop", "freeze"])
-def test_calls_go_on_unmetered_while_redis_is_away(whole: Journey, way: str) -> None:
+def test_calls_go_on_while_redis_is_away(whole: Journey, way: str) -> None:
     getattr(whole.stack, way)("redis")
     try:
         until(lambda: whole.admin("/status", 0).json()["redis"] == "down" if _poke(whole) else False, 10)
@@ -231,6 +233,27 @@ def test_calls_go_on_unmetered_while_redis_is_away(whole: Journey, way: str) -> 
     assert {answer.status_code for answer in answers} == {200}
     assert len(whole.rows([answer.headers["x-request-id"] for answer in answers])) == 20
     until(lambda: "x-ratelimit-remaining-requests" in whole.post(chat("tokens=2")).headers, 10)
+
+
+def test_emptied_redis_gets_its_budgets_back_from_the_ledger(whole: Journey) -> None:
+    def spent() -> tuple[int, int]:
+        """In PostgreSQL and in Redis."""
+        today = datetime.now(UTC)
+        (row,) = whole.query(
+            "SELECT sum(total_tokens)::bigint AS tokens FROM ledger WHERE tenant_id = 'tenant-a' AND occurred_at >= %s",
+            today.replace(hour=0, minute=0, second=0, microsecond=0),
+        )
+        return row["tokens"], int(counters.get(f"rl:{{tenant-a}}:daily_tokens:{today:%Y%m%d}") or 0)
+
+    counters = redis.Redis.from_url(whole.stack.redis_url)
+    whole.row(whole.post(chat("tokens=20")).headers["x-request-id"])
+    counters.flushall()
+    answers = [whole.post(chat("tokens=2")) for _ in range(20)]
+    until(lambda: all(whole.admin("/status", number).json()["budgets"] == "whole" for number in range(2)))
+    answers += [whole.post(chat("tokens=2")) for _ in range(20)]
+    assert {answer.status_code for answer in answers} == {200}
+    whole.rows([answer.headers["x-request-id"] for answer in answers])
+    until(lambda: len(set(spent())) == 1, 40)
 
 
 def _poke(journey: Journey) -> bool:

@@ -19,7 +19,7 @@ from app.config import NAME, Tenant
 from app.core import Rates, Reservation
 from app.errors import BudgetExceeded, LimitError, RateLimitExceeded
 from app.limits import Limits
-from app.limits.scopes import LEASE_MS, RECORD_SECONDS, period
+from app.limits.scopes import LEASE_MS, RECORD_SECONDS, WHOLE, period
 from app.redis_pipe import RedisPipe
 from tests.limits_parts import (
     DAY_SECONDS,
@@ -35,6 +35,7 @@ from tests.limits_parts import (
     pipe_to,
     records,
     today,
+    whole,
 )
 from tests.redis_parts import AMBIENT, RedisServer, redis_server, run, running, until
 
@@ -62,7 +63,7 @@ def server(shared: RedisServer) -> RedisServer:
     """An empty Redis, and no midnight within the test."""
     not_just_before_midnight(10)
     shared.client.flushall()
-    return shared
+    return whole(shared)
 
 
 def on(server: RedisServer, tenant: Tenant, scenario: Callable[[Caller], Any], **options: Any) -> Any:
@@ -142,7 +143,7 @@ class Window:
     def reserve(self, amount: int) -> list[int]:
         n = len(self.calls)
         fixed = (RECORD_SECONDS, LEASE_MS, amount, 0, 0, 2 * START_SECOND)
-        answer = self._reserve(self.now_us, [f"call:{n}", "window"], f"{n}", *fixed, "tpm", self.limit)
+        answer = self._reserve(self.now_us, [f"call:{n}", "window", "whole"], f"{n}", *fixed, "tpm", self.limit)
         if answer[0] == 1:
             self.charges.append([self.now_us, amount])
             self.calls.append(self.charges[-1])
@@ -493,7 +494,7 @@ def test_settling_tells_the_difference_once(server: RedisServer) -> None:
     settle = Script(server, "settle.lua")
     reserve = Script(server, "reserve.lua")
     now_us = START_SECOND * 1_000_000
-    reserve(now_us, ["call:a", "t"], "a", RECORD_SECONDS, LEASE_MS, 100, 900, 0, 2 * START_SECOND, "tpm", 1000)
+    reserve(now_us, ["call:a", "t", "whole"], "a", RECORD_SECONDS, LEASE_MS, 100, 900, 0, 2 * START_SECOND, "tpm", 1000)
     answers = [settle(now_us, ["call:a", "t"], "a", 1, 130, 400, "tpm") for _ in range(2)]
     assert answers == [[0, 30, -500], []]
 
@@ -518,7 +519,7 @@ def test_a_call_over_midnight_is_settled_on_the_day_of_its_reservation(server: R
     reserve, settle = Script(server, "reserve.lua"), Script(server, "settle.lua")
     midnight = (START_SECOND // DAY_SECONDS + 1) * DAY_SECONDS
     fixed = ("a", RECORD_SECONDS, LEASE_MS, 100, 0, midnight - DAY_SECONDS, midnight)
-    reserve((midnight - 5) * 1_000_000, ["call:a", "first day"], *fixed, "daily_tokens", 1000)
+    reserve((midnight - 5) * 1_000_000, ["call:a", "first day", WHOLE], *fixed, "daily_tokens", 1000)
     settle((midnight + 5) * 1_000_000, ["call:a", "first day"], "a", 1, 30, 0, "daily_tokens")
     assert server.client.get("first day") == "30"
     assert server.client.ttl("first day") > 2 * DAY_SECONDS
@@ -546,6 +547,7 @@ def test_counters_that_somebody_deleted_are_not_refunded_below_zero(server: Redi
 def test_counters_end_at_what_all_calls_used(shared: RedisServer, used: list[int]) -> None:
     not_just_before_midnight(5)
     shared.client.flushall()
+    whole(shared)
     quota = {"rpm": 10_000, "tpm": 10**6, "concurrency": 10_000, "daily_tokens": 10**6, "daily_nanos": 10**15}
 
     async def scenario(caller: Caller) -> None:
@@ -574,7 +576,7 @@ def test_a_call_that_ended_makes_room_for_another_at_once(server: RedisServer) -
 
 def test_a_lapsed_lease_gives_its_concurrency_back_and_keeps_its_charges(server: RedisServer) -> None:
     reserve = Script(server, "reserve.lua")
-    keys = ["calls", "tokens"]
+    keys = ["calls", "tokens", WHOLE]
 
     def call(name: str, now_ms: int) -> int:
         fixed = (name, RECORD_SECONDS, LEASE_MS, 100, 0, 0, 2 * START_SECOND)
@@ -650,7 +652,7 @@ def test_periods_follow_each_other_without_gap_or_overlap(now: int, time_zone: s
 def test_every_key_expires(server: RedisServer) -> None:
     settled(server)
     settled(server, (170, 3000))
-    assert {key for key in server.client.keys("*") if server.client.ttl(key) < 0} == set()
+    assert {key for key in server.client.keys("*") if server.client.ttl(key) < 0} == {WHOLE}
 
 
 names = st.from_regex(NAME, fullmatch=True)
@@ -662,6 +664,7 @@ def test_no_key_of_one_tenant_is_touched_by_another(shared: RedisServer, mine: s
     not_just_before_midnight(5)
     assume(mine != other)
     shared.client.flushall()
+    whole(shared)
     quota = dict.fromkeys(EVERYTHING, 100) | {"rpm": 1}
 
     def of(tenant: str) -> dict[str, Any]:
@@ -680,7 +683,7 @@ def test_no_key_of_one_tenant_is_touched_by_another(shared: RedisServer, mine: s
             limits.settle(theirs, 10, 0)
             await stranger.refusal(90)
             assert of(mine) == before
-            assert set(shared.client.keys("*")) == {*of(mine), *of(other)}
+            assert set(shared.client.keys("*")) == {*of(mine), *of(other), WHOLE}
             limits.settle(held, 90, 0)
 
     run(main())

@@ -24,9 +24,11 @@ from tests.limits_parts import (
     Counters,
     a_key,
     a_tenant,
+    limits_on,
     not_just_before_midnight,
     pipe_to,
     records,
+    whole,
 )
 from tests.redis_parts import AMBIENT, RedisServer, redis_server, run, running, until
 
@@ -45,7 +47,7 @@ def frail(tmp_path: Path) -> Iterator[RedisServer]:
     """A server of one's own, to freeze and kill."""
     not_just_before_midnight(15)
     with redis_server(tmp_path) as server:
-        yield server
+        yield whole(server)
 
 
 def without_redis(folder: Path, tenant: Tenant, scenario: Callable[[Caller], Any], **options: Any) -> Any:
@@ -182,8 +184,8 @@ def test_what_a_call_used_above_its_estimate_is_its_share_s_loss(tmp_path: Path)
 
 def test_the_share_of_a_budget_is_of_what_was_left_when_redis_was_last_heard(frail: RedisServer) -> None:
     async def main() -> int:
-        async with running(pipe_to(frail, timeout_ms=100)) as pipe:
-            caller = Caller(Limits(pipe, AMBIENT), a_tenant(monthly_nanos=1000), away=SHARE)
+        async with limits_on(frail) as limits:
+            caller = Caller(limits, a_tenant(monthly_nanos=1000), away=SHARE)
             caller.limits.settle(await caller.reserve(1, 880), 1, 880)
             await away(caller, frail)
             admitted = sum([await caller.admitted(1, 10) for _ in range(20)])
@@ -195,8 +197,8 @@ def test_the_share_of_a_budget_is_of_what_was_left_when_redis_was_last_heard(fra
 
 def test_calls_that_run_already_count_in_the_share_of_concurrency(frail: RedisServer) -> None:
     async def main() -> list[bool]:
-        async with running(pipe_to(frail, timeout_ms=100)) as pipe:
-            caller = Caller(Limits(pipe, AMBIENT), a_tenant(concurrency=6), away=SHARE)
+        async with limits_on(frail) as limits:
+            caller = Caller(limits, a_tenant(concurrency=6), away=SHARE)
             first = await caller.reserve()
             await caller.reserve()
             await away(caller, frail)
@@ -217,18 +219,18 @@ def test_what_was_used_without_redis_is_charged_to_the_budgets_on_its_return(
     frail: RedisServer, policy: WrittenAway
 ) -> None:
     async def main() -> None:
-        async with running(pipe_to(frail, timeout_ms=100)) as pipe:
-            caller = Caller(Limits(pipe, AMBIENT), a_tenant(**EVERYTHING), key=a_key(**EVERYTHING), away=policy)
+        async with limits_on(frail) as limits:
+            caller = Caller(limits, a_tenant(**EVERYTHING), key=a_key(**EVERYTHING), away=policy)
             caller.limits.settle(await caller.reserve(100, 1000), 10, 100)
-            await pipe.execute("PING")
+            await limits.pipe.execute("PING")
             await away(caller, frail)
             caller.limits.settle(await caller.reserve(100, 1000), 30, 300)
             lasting = await caller.reserve(100, 1000)
             frail.thaw()
-            await until(lambda: pipe.up)
+            await until(lambda: limits.pipe.up)
             await until(lambda: Counters(frail).day_tokens == 140)  # what still runs is charged at its estimate
             caller.limits.settle(lasting, 5, 50)
-            await pipe.execute("PING")
+            await until(lambda: Counters(frail).day_tokens == 45)
 
     run(main())
     for counters in (Counters(frail), Counters(frail, "_key.k3f9a0b1c2d4")):
@@ -238,12 +240,12 @@ def test_what_was_used_without_redis_is_charged_to_the_budgets_on_its_return(
 
 def test_what_was_charged_on_return_expires_like_any_counter(frail: RedisServer) -> None:
     async def main() -> None:
-        async with running(pipe_to(frail, timeout_ms=100)) as pipe:
-            caller = Caller(Limits(pipe, AMBIENT), a_tenant(**EVERYTHING), away=OPEN)
+        async with limits_on(frail) as limits:
+            caller = Caller(limits, a_tenant(**EVERYTHING), away=OPEN)
             await away(caller, frail)
             caller.limits.settle(await caller.reserve(100, 1000), 30, 300)
             frail.thaw()
-            await until(lambda: pipe.up)
+            await until(lambda: limits.pipe.up)
             await until(lambda: Counters(frail).month_nanos == 300)
 
     run(main())
@@ -254,17 +256,17 @@ def test_what_was_charged_on_return_expires_like_any_counter(frail: RedisServer)
 
 def test_a_running_call_that_redis_has_not_heard_of_gets_its_lease_on_return(frail: RedisServer) -> None:
     async def main() -> list[int]:
-        async with running(pipe_to(frail, timeout_ms=100)) as pipe:
-            caller = Caller(Limits(pipe, AMBIENT), a_tenant(concurrency=6), away=SHARE)
+        async with limits_on(frail) as limits:
+            caller = Caller(limits, a_tenant(concurrency=6), away=SHARE)
             held = await caller.reserve()
             await away(caller, frail)
             local = await caller.reserve()
             frail.thaw()
-            await until(lambda: pipe.up)
+            await until(lambda: limits.pipe.up)
             await until(lambda: Counters(frail).running == 2)
             for reservation in (held, local):
                 caller.limits.settle(reservation, 1, 0)
-            await pipe.execute("PING")
+            await limits.pipe.execute("PING")
             return [Counters(frail).running, caller.limits.run_once()]
 
     assert run(main()) == [0, 0]
@@ -272,14 +274,14 @@ def test_a_running_call_that_redis_has_not_heard_of_gets_its_lease_on_return(fra
 
 def test_a_second_settlement_of_a_local_call_changes_nothing(frail: RedisServer) -> None:
     async def main() -> None:
-        async with running(pipe_to(frail, timeout_ms=100)) as pipe:
-            caller = Caller(Limits(pipe, AMBIENT), a_tenant(daily_tokens=1000), away=OPEN)
+        async with limits_on(frail) as limits:
+            caller = Caller(limits, a_tenant(daily_tokens=1000), away=OPEN)
             await away(caller, frail)
             local = await caller.reserve(100)
             for used in (30, 30, 90):
                 caller.limits.settle(local, used, 0)
             frail.thaw()
-            await until(lambda: pipe.up)
+            await until(lambda: limits.pipe.up)
             await until(lambda: Counters(frail).day_tokens)
 
     run(main())
@@ -291,10 +293,10 @@ def test_a_reservation_that_a_frozen_redis_makes_late_is_undone(frail: RedisServ
     """Redis reads what was sent when it thaws: only what calls used of its budgets is charged in the end."""
 
     async def main() -> None:
-        async with running(pipe_to(frail, timeout_ms=100)) as pipe:
-            caller = Caller(Limits(pipe, AMBIENT), a_tenant(**EVERYTHING), away=policy)
+        async with limits_on(frail) as limits:
+            caller = Caller(limits, a_tenant(**EVERYTHING), away=policy)
             caller.limits.settle(await caller.reserve(100, 1000), 5, 50)
-            await pipe.execute("PING")
+            await limits.pipe.execute("PING")
             frail.freeze()
             if policy is CLOSED:
                 with pytest.raises(LimitsUnavailable):
@@ -304,9 +306,9 @@ def test_a_reservation_that_a_frozen_redis_makes_late_is_undone(frail: RedisServ
                 assert not reservation.held
                 caller.limits.settle(reservation, 30, 300)
             frail.thaw()
-            await until(lambda: pipe.up)
+            await until(lambda: limits.pipe.up)
             await until(lambda: records(frail) == [])
-            await pipe.execute("PING")
+            await limits.pipe.execute("PING")
 
     run(main())
     used = 5 if policy is CLOSED else 35
@@ -315,15 +317,15 @@ def test_a_reservation_that_a_frozen_redis_makes_late_is_undone(frail: RedisServ
 
 def test_a_settlement_without_redis_is_made_up_for_when_it_is_back(frail: RedisServer) -> None:
     async def main() -> None:
-        async with running(pipe_to(frail, timeout_ms=100)) as pipe:
-            caller = Caller(Limits(pipe, AMBIENT), a_tenant(**EVERYTHING), away=OPEN)
+        async with limits_on(frail) as limits:
+            caller = Caller(limits, a_tenant(**EVERYTHING), away=OPEN)
             early, late = await caller.reserve(100, 1000), await caller.reserve(100, 1000)
             frail.freeze()
             caller.limits.settle(early, 30, 300)
-            await until(lambda: not pipe.up)
+            await until(lambda: not limits.pipe.up)
             caller.limits.settle(late, 40, 400)
             frail.thaw()
-            await until(lambda: pipe.up)
+            await until(lambda: limits.pipe.up)
             await until(lambda: records(frail) == [])
 
     run(main())
@@ -332,14 +334,14 @@ def test_a_settlement_without_redis_is_made_up_for_when_it_is_back(frail: RedisS
 
 def test_no_more_settlements_are_kept_than_the_limit_says(frail: RedisServer) -> None:
     async def main() -> int:
-        async with running(pipe_to(frail, timeout_ms=100)) as pipe:
-            caller = Caller(Limits(pipe, AMBIENT, unsettled_limit=3), a_tenant(daily_tokens=1000), away=OPEN)
+        async with limits_on(frail, unsettled_limit=3) as limits:
+            caller = Caller(limits, a_tenant(daily_tokens=1000), away=OPEN)
             held = [await caller.reserve(100) for _ in range(5)]
             await away(caller, frail)
             for reservation in held:
                 caller.limits.settle(reservation, 0, 0)
             frail.thaw()
-            await until(lambda: pipe.up)
+            await until(lambda: limits.pipe.up)
             await until(lambda: len(records(frail)) == 3)
             return caller.limits.lost_settlements
 
@@ -349,13 +351,13 @@ def test_no_more_settlements_are_kept_than_the_limit_says(frail: RedisServer) ->
 
 def test_limits_hold_again_after_redis_was_killed_and_restarted(frail: RedisServer) -> None:
     async def main() -> None:
-        async with running(pipe_to(frail)) as pipe:
-            caller = Caller(Limits(pipe, AMBIENT), a_tenant(rpm=1), away=OPEN)
+        async with limits_on(frail, 5000) as limits:
+            caller = Caller(limits, a_tenant(rpm=1), away=OPEN)
             frail.kill()
-            await until(lambda: not pipe.up)
+            await until(lambda: not limits.pipe.up)
             await caller.reserve()
             await asyncio.to_thread(frail.start)
-            await until(lambda: pipe.up)
+            await until(lambda: limits.pipe.up)
             assert (await caller.reserve()).held
             await caller.refusal()
 
@@ -369,8 +371,8 @@ def test_limits_hold_when_redis_memory_is_full(frail: RedisServer) -> None:
     frail.client.config_set("maxmemory", "1")
 
     async def main() -> list[Reservation]:
-        async with running(pipe_to(frail)) as pipe:
-            caller = Caller(Limits(pipe, AMBIENT), a_tenant(**EVERYTHING | {"rpm": 1}), tpm=100)
+        async with limits_on(frail, 5000) as limits:
+            caller = Caller(limits, a_tenant(**EVERYTHING | {"rpm": 1}), tpm=100)
             first = await caller.reserve(10)
             caller.limits.run_once()
             caller.limits.settle(first, 20, 0)
@@ -387,8 +389,8 @@ def test_a_script_that_redis_refuses_follows_the_policy_and_is_logged_once(
     frail.client.set("rl:{acme-corp}:rpm", "not a hash")
 
     async def main() -> int:
-        async with running(pipe_to(frail)) as pipe:
-            caller = Caller(Limits(pipe, AMBIENT), a_tenant(rpm=1), away=OPEN, tpm=1000)
+        async with limits_on(frail, 5000) as limits:
+            caller = Caller(limits, a_tenant(rpm=1), away=OPEN, tpm=1000)
             for _ in range(10):
                 caller.limits.settle(await caller.reserve(10), 5, 0)
             with pytest.raises(LimitsUnavailable):

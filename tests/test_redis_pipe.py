@@ -261,6 +261,26 @@ def test_a_redis_that_became_slow_counts_as_away_until_it_is_fast_again(server: 
     run(main())
 
 
+def test_a_redis_that_comes_and_goes_is_away_until_it_stays(frail: RedisServer) -> None:
+    async def main() -> None:
+        async with running(pipe_to(frail.url, timeout_ms=100)) as pipe:
+            for _ in range(2):
+                frail.freeze()
+                await asyncio.gather(pipe.execute("PING"), return_exceptions=True)
+                frail.thaw()
+                if pipe.changes < 4:
+                    await until(lambda: pipe.up)
+            for _ in range(8):  # each turn shorter than the two seconds for which it must answer now
+                await asyncio.sleep(0.3)
+                frail.freeze()
+                await asyncio.sleep(0.2)
+                frail.thaw()
+            assert (pipe.up, pipe.changes) == (False, 4)
+            await until(lambda: pipe.up)
+
+    run(main())
+
+
 def test_a_redis_that_still_loads_counts_as_away() -> None:
     async def main() -> None:
         async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

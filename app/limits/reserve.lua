@@ -2,14 +2,15 @@
 -- Takes what a call needs from every limit of one scope, or nothing from any.
 -- Runs when memory is full too: calls must not fail for want of a counter.
 --
--- KEYS  1 the call's record, then one key per limit.
+-- KEYS  1 the call's record, then one key per limit, last the mark that daily and monthly counters are whole.
 -- ARGV  1 call id, 2 seconds that the record lives, 3 milliseconds of a lease, 4 tokens, 5 nano-dollars,
 --       6 and 7 the unix seconds from and before which the keys of daily and monthly limits have the right name,
 --       then kind and limit per limit.
 -- Gives {1, now_ms, left, left, …}, when taken: what each limit had left before;
 --       {0, now_ms, left, …, wait_ms, …} when refused: nothing was taken; of a `rpm` or `tpm` that is in the way, the
 --       milliseconds until enough of its window has left, else 0;
---       {2, now_ms} when the names of keys are of another day than Redis's.
+--       {2, now_ms} when the names of keys are of another day than Redis's;
+--       {3, now_ms} when a daily or monthly counter is not there, nor the mark: what was used is not known.
 --
 -- `rpm`, `tpm`: a hash with one field per second: unix second = amount taken in it. The seconds from now-60 to now
 -- cover every interval of 60 seconds that ends now, so no such interval exceeds the limit. The field `sum` is their
@@ -27,7 +28,7 @@ end
 
 local tokens, nanos = number(ARGV[4]), number(ARGV[5])
 local answer, sums, amounts, slots, refused = {1, now_ms}, {}, {}, {}, false
-for n = 2, #KEYS do
+for n = 2, #KEYS - 1 do
   local key, kind, limit = KEYS[n], ARGV[2 * n + 4], number(ARGV[2 * n + 5])
   local sum, amount = 0, 1
   if kind == 'rpm' or kind == 'tpm' then
@@ -64,6 +65,9 @@ for n = 2, #KEYS do
   else
     amount = kind == 'daily_tokens' and tokens or nanos
     local kept = call('GET', key)
+    if not kept and call('EXISTS', KEYS[#KEYS]) == 0 then
+      return {3, now_ms}
+    end
     slots[n] = kept
     sum = number(kept or 0)
   end
@@ -73,7 +77,7 @@ end
 
 if refused then
   answer[1] = 0
-  for n = 2, #KEYS do
+  for n = 2, #KEYS - 1 do
     local kind, left, wait_ms = ARGV[2 * n + 4], answer[n + 1], 0
     if amounts[n] > left and (kind == 'rpm' or kind == 'tpm') then
       -- Until as much has left as this call lacks; the whole window where even that is too little.
@@ -90,12 +94,12 @@ if refused then
       end
       wait_ms = free_at * 1000 - now_ms
     end
-    answer[#KEYS + n] = wait_ms
+    answer[#KEYS + n - 1] = wait_ms
   end
   return answer
 end
 
-for n = 2, #KEYS do
+for n = 2, #KEYS - 1 do
   local key, kind = KEYS[n], ARGV[2 * n + 4]
   if kind == 'rpm' or kind == 'tpm' then
     call('HSET', key, 'sum', sums[n] + amounts[n], time[1], slots[n] + amounts[n])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,13 +15,14 @@ from app.ambient import Ambient
 from app.config import Config, Quota, ServiceKey, Tenant, VendorKey
 from app.core import Call, Reservation
 from app.errors import LimitsUnavailable, VendorKeyFull
-from app.limits.scopes import BUDGETS, LEASE_MS, MOST, Scope, grant_scope, make_scope, rates, refusal
+from app.limits.budgets import Budgets, ReadSpent
+from app.limits.scopes import LEASE_MS, MOST, Scope, grant_scope, make_scope, rates, refusal
 from app.limits.share import Share
 from app.redis_pipe import Argument, RedisAway, RedisPipe, RedisRefused
 
 log = logging.getLogger(__name__)
 
-_REFUSED, _TAKEN, _OTHER_DAY = 0, 1, 2
+_REFUSED, _TAKEN, _OTHER_DAY, _EMPTIED = 0, 1, 2, 3
 """What a reserve script's answer begins with."""
 _LOG_SECONDS = 60.0
 """A script that fails does so for every call: one line in so many seconds says it."""
@@ -32,11 +34,15 @@ _SCOPES = 10_000
 
 
 class Held(Reservation, frozen=True, gc=False):
-    """A reservation with what it was taken from; `held` is False where this process took it from its own share."""
+    """A reservation with what it was taken from; `held` is False where this process took it from its own share.
+
+    That was in unix second `second`; the call had come in `began`.
+    """
 
     nanos: int = 0
     scope: Scope | None = None
     second: int = 0
+    began: int = 0
 
 
 class _Known(Struct):
@@ -51,12 +57,20 @@ class _Known(Struct):
 class Limits:
     """Counts for metrics: `local_calls` were judged by this process alone; `lost_settlements` stay at the estimate."""
 
-    def __init__(self, pipe: RedisPipe, ambient: Ambient, *, unsettled_limit: int = 10_000) -> None:
+    def __init__(
+        self,
+        pipe: RedisPipe,
+        ambient: Ambient,
+        current: Callable[[], Config] | None = None,
+        read_spent: ReadSpent | None = None,
+        *,
+        unsettled_limit: int = 10_000,
+    ) -> None:
+        """`read_spent` sums the ledger for the owners of `current` where Redis lost its counters; None: no ledger."""
         here = Path(__file__)
         self._reserve = pipe.script(here.with_name("reserve.lua").read_text())
         self._settle = pipe.script(here.with_name("settle.lua").read_text())
         self._renew = pipe.script(here.with_name("renew.lua").read_text())
-        self._charge = pipe.script(here.with_name("charge.lua").read_text())
         self._pipe = pipe
         self._ambient = ambient
         self._unsettled_limit = unsettled_limit
@@ -65,13 +79,14 @@ class Limits:
         self._known: dict[tuple[str, str], _Known] = {}
         self._share = Share()
         self._heard: dict[str, int] = {}
-        self._owed: dict[str, int] = {}
         self._local: set[str] = set()
         self._running: dict[str, set[str]] = {}
         self._logged = float("-inf")
         self.local_calls = 0
         self.lost_settlements = 0
         pipe.on_return.append(self._returned)
+        self.budgets = Budgets(pipe, ambient, current, read_spent)
+        self.budgets.on_whole.append(self._whole)
 
     async def reserve(self, call: Call, tenant: Tenant, tokens: int, nanos: int) -> Reservation:
         """Takes one request, `tokens` and `nanos` (nano-dollars; both at least 0) from all limits of the call.
@@ -85,6 +100,8 @@ class Limits:
             scope = self._scope(call.config, tenant, call.key)
             if scope is None:
                 return Held(call.event_id, tenant.id, tokens)
+            if scope.budgets and not self.budgets.whole:
+                break
             try:
                 asked = self._pipe.execute(*scope.reserve(self._reserve, call.event_id, tokens, nanos))
             except RedisAway:
@@ -105,6 +122,9 @@ class Limits:
             if status == _REFUSED:
                 half = len(scope.limits)
                 raise refusal(scope, left[:half], left[half:], tokens, nanos, now_ms)
+            if status == _EMPTIED:
+                self.budgets.emptied()
+                break
             self._clock_ahead = now_ms / 1000 - self._ambient.now()
         return self._take_locally(call, tenant, scope, tokens, nanos)
 
@@ -158,14 +178,9 @@ class Limits:
             self._queue(scope.settle(self._settle, call_id, 1, tokens, nanos))
         elif call_id in self._local:
             self._local.discard(call_id)
-            self._owe(scope, tokens - reservation.tokens, nanos - reservation.nanos)
-            self._share.correct(
-                scope,
-                tokens - reservation.tokens,
-                nanos - reservation.nanos,
-                reservation.second,
-                int(self._ambient.now()),
-            )
+            tokens, nanos = tokens - reservation.tokens, nanos - reservation.nanos
+            self.budgets.owe(scope, tokens, nanos, reservation.began)
+            self._share.correct(scope, tokens, nanos, reservation.second, int(self._ambient.now()))
             if scope.running:  # a renewal may have made it a lease
                 self._queue(scope.settle(self._settle, call_id, 0, 0, 0))
         self._send_settlements()
@@ -275,40 +290,16 @@ class Limits:
             waits_ms = self._share.waits_ms(scope, left, tokens, nanos, second)
             raise refusal(scope, left, waits_ms, tokens, nanos, int(now * 1000), share=True)
         self._share.take(scope, tokens, nanos, second)
-        self._owe(scope, tokens, nanos)
+        began = int(call.received_at)
+        self.budgets.owe(scope, tokens, nanos, began)
         self._begin(scope, call.event_id)
         self._local.add(call.event_id)
         self.local_calls += 1
-        return Held(call.event_id, tenant.id, tokens, False, None, nanos, scope, second)
-
-    def _owe(self, scope: Scope, tokens: int, nanos: int) -> None:
-        """Notes what Redis is to count when it is back, or right now."""
-        for limit in scope.limits:
-            if limit.kind in BUDGETS:
-                self._owed[limit.key] = self._owed.get(limit.key, 0) + limit.amount(tokens, nanos)
-        if self._pipe.up:
-            self._pay()
-
-    def _pay(self) -> None:
-        """Makes the daily and monthly counters good."""
-        owed, self._owed = self._owed, {}
-        for key, amount in owed.items():
-            if amount:
-                try:
-                    self._pipe.send(
-                        "EVALSHA", self._charge, 1, key, amount, on_error=partial(self._unpaid, key, amount)
-                    )
-                except RedisAway as error:
-                    self._unpaid(key, amount, error)
-
-    def _unpaid(self, key: str, amount: int, error: Exception) -> None:
-        if isinstance(error, RedisAway):
-            self._owed[key] = self._owed.get(key, 0) + amount
-        else:
-            self._complain("charge", error)
+        return Held(call.event_id, tenant.id, tokens, False, None, nanos, scope, second, began)
 
     def _returned(self) -> None:
         self._send_settlements()
-        self._pay()
-        self._share.end(self._heard, int(self._ambient.now()))
         self.run_once()
+
+    def _whole(self) -> None:
+        self._share.end(self._heard, int(self._ambient.now()))

@@ -15,6 +15,8 @@ from app.errors import BudgetExceeded, LimitError, RateLimitExceeded
 from app.redis_pipe import Argument
 
 Kind = Literal["rpm", "tpm", "concurrency", "daily_tokens", "daily_usd", "monthly_usd"]
+WHOLE = "rl:{_global}:whole"
+"""The key that says that daily and monthly counters are whole: see budgets.py."""
 WINDOWS = ("rpm", "tpm")
 BUDGETS = ("daily_tokens", "daily_usd", "monthly_usd")
 RECORD_SECONDS = 93_600
@@ -70,11 +72,13 @@ class Scope(Struct, frozen=True):
     settle_arguments: tuple[Argument, ...]
     running: tuple[str, ...]
     """Keys of `concurrency` limits."""
+    budgets: bool
+    """Whether a daily or monthly limit is among them."""
 
     def reserve(self, sha: str, call_id: str, tokens: int, nanos: int) -> tuple[Argument, ...]:
         """The command for reserve.lua."""
         return (
-            "EVALSHA", sha, len(self.keys) + 1, self.record + call_id, *self.keys,
+            "EVALSHA", sha, len(self.keys) + 2, self.record + call_id, *self.keys, WHOLE,
             call_id, RECORD_SECONDS, LEASE_MS, tokens, nanos, self.starts, self.ends, *self.reserve_arguments,
         )  # fmt: skip
 
@@ -107,6 +111,7 @@ def make_scope(config: Config, tenant: Tenant, key: ServiceKey, now: float) -> S
         reserve_arguments=tuple(word for limit in limits for word in (limit.kind, limit.value)),
         settle_arguments=tuple(limit.kind for limit in limits),
         running=tuple(limit.key for limit in limits if limit.kind == "concurrency"),
+        budgets=any(limit.kind in BUDGETS for limit in limits),
     )
 
 
@@ -124,6 +129,7 @@ def grant_scope(key: VendorKey) -> Scope:
         reserve_arguments=tuple(word for limit in limits for word in (limit.kind, limit.value)),
         settle_arguments=tuple(limit.kind for limit in limits),
         running=(),
+        budgets=False,
     )
 
 
@@ -147,6 +153,14 @@ def _limits(
             name, starts, ends = period(kind == "monthly_usd", quota.time_zone, now)
             key = f"{prefix}{kind}:{name}"
             yield Limit(f"{owner}_{kind}", kind, key, value, whose, policy, ends, quota.time_zone), starts
+
+
+def budgets_of(owner: str, id: str, quota: Quota, now: float) -> Iterator[Limit]:
+    """A tenant's or service key's daily and monthly limits at `now`."""
+    tag = f"_key.{id}" if owner == "key" else id
+    for limit, _ in _limits(owner, tag, "", quota, WrittenAway(), now):
+        if limit.kind in BUDGETS:
+            yield limit
 
 
 def period(monthly: bool, time_zone: str, now: float) -> tuple[str, int, int]:
