@@ -52,7 +52,9 @@ class Usage(Struct, frozen=True, gc=False):
 
 
 def estimate(operation: Operation, input_tokens: int, output_tokens: int) -> Usage:
-    """What stands for the usage of a call that no vendor reported."""
+    """What stands for the usage of a call that no vendor reported. Counting is free."""
+    if operation == "count_tokens":
+        return Usage()
     if operation == "embeddings":
         return Usage(embedding=input_tokens)
     return Usage(input=input_tokens, output=output_tokens)

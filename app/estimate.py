@@ -6,13 +6,10 @@ from msgspec import Struct
 
 from app.config import Alias
 from app.core import Exchange, charge, estimate
+from app.prompt_size import BLOB_TOKENS, BYTES_PER_TOKEN, size
 
-BYTES_PER_TOKEN = 4
-"""What a token is taken to be where no vendor has counted yet (OpenAI's rule of thumb for English)."""
 FEWEST_BYTES, MOST_BYTES = 1.5, 6.0
 """What is learned stays between these: dense code and numbers, and long English words with JSON around them."""
-BLOB_TOKENS = 1024
-"""What an image or file inside a request is taken to be: base64 is not text, so its length says nothing."""
 WEIGHT = 0.05
 """Of one call in what is learned: the last twenty or so decide."""
 
@@ -41,7 +38,7 @@ class Estimates:
         The client's hint can only raise the tokens. Dollars are by the dearest target, for the chain may end there.
         """
         request = exchange.request
-        text_bytes, blobs = _size(exchange.call.body)
+        text_bytes, blobs = size(exchange.call.body)
         learned = self._learned.get(alias.name)
         bytes_per_token = BYTES_PER_TOKEN if learned is None else learned.bytes_per_token
         sized = int(text_bytes / bytes_per_token) + 1 + blobs * BLOB_TOKENS
@@ -61,18 +58,10 @@ class Estimates:
         tokens = usage.total_input + usage.embedding
         if tokens <= 0:
             return
-        text_bytes, blobs = _size(exchange.call.body)
+        text_bytes, blobs = size(exchange.call.body)
         if blobs:
             return
         seen = min(2 * MOST_BYTES, text_bytes / tokens)  # one odd call does not teach more than many
         learned = self._learned.setdefault(exchange.request.alias, _Learned())
         learned.deviation += WEIGHT * (abs(seen - learned.mean) - learned.deviation)
         learned.mean += WEIGHT * (seen - learned.mean)
-
-
-def _size(body: bytes) -> tuple[int, int]:
-    """Bytes of a request without what is base64 in it, and how many such parts there are."""
-    if b";base64," not in body:
-        return len(body), 0
-    first, *rest = body.split(b";base64,")
-    return len(first) + sum(len(part) - max(0, part.find(b'"')) for part in rest), len(rest)

@@ -43,9 +43,10 @@ from app.errors import (
     VendorRefused,
     VendorTimeout,
 )
-from app.estimate import BYTES_PER_TOKEN, Estimates
+from app.estimate import Estimates
 from app.ledger import Spool
 from app.limits import Limits
+from app.prompt_size import BYTES_PER_TOKEN
 from app.providers.translator import Answer, Frame, Kind, Stamp, StreamReader
 from app.routing import after, plan, sum_up
 from app.telemetry import Telemetry
@@ -102,7 +103,7 @@ class Gateway:
                     request = msgspec.structs.replace(request, headers=call.relayed)
                 exchange.request = request
                 alias = allow(call.config, tenant, request.alias)
-                if alias.serves != request.operation:
+                if alias.serves != request.serves:
                     raise InvalidRequest(f"{alias.name!r} serves {alias.serves}, not this route.", param="model")
                 exchange.authorized = self.ambient.monotonic()
                 tokens, nanos = self.estimates.need(exchange, alias)
@@ -133,7 +134,7 @@ class Gateway:
 
     # --- 5 plan, 6 dialogue -------------------------------------------------------------------------------------------
 
-    async def _dialogue(self, exchange: Exchange, alias: Alias) -> tuple[VendorAnswer, _Stream | bytes]:
+    async def _dialogue(self, exchange: Exchange, alias: Alias) -> tuple[VendorAnswer | None, _Stream | bytes]:
         """The first good answer of the chain: a whole body, or a stream up to its first content.
 
         Retries and fallbacks happen here, before anything is sent. Raises VendorRefused, UpstreamError,
@@ -192,11 +193,18 @@ class Gateway:
 
     async def _attempt(
         self, exchange: Exchange, alias: Alias, target: Target, key: VendorKey | None, deadline: float
-    ) -> tuple[VendorAnswer, _Stream | bytes]:
-        """One request to one target. Raises VendorError; the attempt is noted whatever becomes of it."""
+    ) -> tuple[VendorAnswer | None, _Stream | bytes]:
+        """One request to one target, unless its translator answers by itself.
+
+        Raises VendorError; the attempt is noted whatever becomes of it.
+        """
         call, request, limits = exchange.call, exchange.request, alias.timeouts
         translator = dialects.translator(call.dialect, target.provider.kind)
         outgoing = translator.outgoing(request, target)
+        if isinstance(outgoing, Answer):
+            exchange.target = target
+            self._note_answer(exchange, outgoing)
+            return None, outgoing.body
         stamp = Stamp("chatcmpl-" + call.event_id, int(call.received_at), target.model)
         if key is not None and key.quota != UNLIMITED:
             attempt_id = f"{call.event_id}:{len(exchange.attempts)}:{key.name}"

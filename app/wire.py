@@ -12,8 +12,10 @@ from msgspec import Raw, Struct
 ABSENT = Raw()
 """A member that was not there; one that was null reads `null`."""
 
-Operation = Literal["chat", "embeddings"]
-"""What a call wants of a model; a target serves one of them."""
+Service = Literal["chat", "embeddings"]
+"""What a target's model is for."""
+Operation = Literal["chat", "embeddings", "count_tokens"]
+"""What a call wants of a model."""
 
 
 class ChatRequest(Struct, frozen=True):
@@ -23,6 +25,7 @@ class ChatRequest(Struct, frozen=True):
     """
 
     operation: ClassVar[Operation] = "chat"
+    serves: ClassVar[Service] = "chat"
     input_tokens: ClassVar[int] = 0
 
     body: bytes
@@ -39,6 +42,7 @@ class EmbedRequest(Struct, frozen=True):
     """An embeddings request: `inputs` are texts, or lists of token numbers, of which there are `input_tokens`."""
 
     operation: ClassVar[Operation] = "embeddings"
+    serves: ClassVar[Service] = "embeddings"
     stream: ClassVar[bool] = False
     include_usage: ClassVar[bool] = False
     max_output_tokens: ClassVar[int] = 0
@@ -53,7 +57,24 @@ class EmbedRequest(Struct, frozen=True):
     dimensions: int | None = None
 
 
-Request = ChatRequest | EmbedRequest
+class CountRequest(Struct, frozen=True):
+    """A request for the number of a prompt's tokens, in its dialect's own words. It makes nothing."""
+
+    operation: ClassVar[Operation] = "count_tokens"
+    serves: ClassVar[Service] = "chat"
+    stream: ClassVar[bool] = False
+    include_usage: ClassVar[bool] = False
+    input_tokens: ClassVar[int] = 0
+    max_output_tokens: ClassVar[int] = 0
+    choices: ClassVar[int] = 1
+
+    body: bytes
+    alias: str
+    fields: dict[str, Raw]
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+Request = ChatRequest | EmbedRequest | CountRequest
 
 
 class StreamOptions(Struct):

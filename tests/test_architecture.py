@@ -19,7 +19,7 @@ from app.providers import PROVIDERS
 ROOT = Path(__file__).parents[1]
 
 LAYERS = (
-    ("errors", "ambient", "audit", "sse", "sql"),
+    ("errors", "ambient", "audit", "sse", "sql", "prompt_size"),
     ("wire", "vendors", "config", "core"),
     ("providers", "dialects"),
     ("auth", "control", "cooldowns", "limits", "redis_pipe", "ledger", "credentials", "upstream", "http1", "telemetry"),

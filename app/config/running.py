@@ -15,7 +15,7 @@ from app.config.written import (
     WrittenRetry,
     WrittenSpool,
 )
-from app.wire import Operation
+from app.wire import Service
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Tenants, features and aliases: no such name can forge a Redis key or a path."""
@@ -133,7 +133,7 @@ class Target(Struct, frozen=True):
     price: Price
     priced: bool
     drop_params: frozenset[str] = frozenset()
-    serves: Operation = "chat"
+    serves: Service = "chat"
     max_output_tokens: int = 8192
     priced_as: str = ""
     tariff: Tariff | None = None
@@ -165,7 +165,7 @@ class Alias(Struct, frozen=True):
     chain: tuple[str, ...]
     default_output_tokens: int
     timeouts: Timeouts
-    serves: Operation = "chat"
+    serves: Service = "chat"
 
 
 class Quota(Struct, frozen=True, gc=False):

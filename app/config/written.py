@@ -8,7 +8,7 @@ from typing import Literal
 
 from msgspec import Struct, field
 
-from app.wire import Operation
+from app.wire import Service
 
 
 class WrittenVendorKey(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -38,7 +38,7 @@ class WrittenTarget(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     provider: str
     model: str
-    serves: Operation = "chat"
+    serves: Service = "chat"
     priced_as: str | None = None
     drop_params: list[str] = []
     max_output_tokens: int = 8192

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from app.core import Dialect
 from app.dialects import anthropic_messages, openai_chat, openai_embeddings
@@ -17,22 +18,21 @@ from app.errors import GatewayError
 from app.providers import NATIVE, PROVIDERS
 from app.providers.translator import Translator
 
+_CHAT = Dialect("chat", openai_chat.read, openai_chat.error_body, openai_chat.error_frames, openai_chat.rate_headers)
+_MESSAGES = Dialect(
+    "messages",
+    anthropic_messages.read,
+    anthropic_messages.error_body,
+    anthropic_messages.error_frames,
+    anthropic_messages.rate_headers,
+    id_headers=anthropic_messages.ID_HEADERS,
+    relayed=anthropic_messages.RELAYED,
+)
 ROUTES: dict[str, Dialect] = {
-    "/v1/chat/completions": Dialect(
-        "chat", openai_chat.read, openai_chat.error_body, openai_chat.error_frames, openai_chat.rate_headers
-    ),
-    "/v1/embeddings": Dialect(
-        "embeddings", openai_embeddings.read, openai_chat.error_body, openai_chat.error_frames, openai_chat.rate_headers
-    ),
-    "/v1/messages": Dialect(
-        "messages",
-        anthropic_messages.read,
-        anthropic_messages.error_body,
-        anthropic_messages.error_frames,
-        anthropic_messages.rate_headers,
-        id_headers=anthropic_messages.ID_HEADERS,
-        relayed=anthropic_messages.RELAYED,
-    ),
+    "/v1/chat/completions": _CHAT,
+    "/v1/embeddings": replace(_CHAT, name="embeddings", read=openai_embeddings.read),
+    "/v1/messages": _MESSAGES,
+    "/v1/messages/count_tokens": replace(_MESSAGES, read=anthropic_messages.read_count),
 }
 """By path; each takes POST."""
 

@@ -16,7 +16,7 @@ from app.config import Credential, Target
 from app.core import Usage
 from app.errors import VendorBroke, VendorCannot, VendorError
 from app.sse import DONE, FrameSplitter
-from app.wire import ChatRequest, EmbedRequest, Request
+from app.wire import ChatRequest, CountRequest, EmbedRequest, Request
 
 MAX_FRAME_BYTES = 4_194_304
 """One event of a stream beyond this is broken. Images come as one event of a few MB at most."""
@@ -129,6 +129,8 @@ class Translator(Struct, frozen=True):
     error      what an HTTP status with its headers (lower-case names) and body means
     embed      the vendor's request for embeddings; None where it has none; raises VendorCannot
     embedded   reads the answer to it, whose tokens a vendor may count in a header; raises VendorError
+    count      the vendor's request for the number of a prompt's tokens, or the answer where the vendor has none
+    counted    reads the answer to it; raises VendorError
     request_id_header   where the vendor puts its own request id
     extras     members of `EXTRAS` that the vendor takes; a dialect that wraps this one writes no others
     """
@@ -141,12 +143,16 @@ class Translator(Struct, frozen=True):
     request_id_header: str
     embed: Callable[[EmbedRequest, Target], Outgoing] | None = None
     embedded: Callable[[bytes, EmbedRequest, Stamp, Mapping[str, str]], Answer] | None = None
+    count: Callable[[CountRequest, Target], Outgoing | Answer] | None = None
+    counted: Callable[[bytes, Stamp], Answer] | None = None
     extras: frozenset[str] = EXTRAS
 
-    def outgoing(self, request: Request, target: Target) -> Outgoing:
-        """The vendor's request for what the client wants. Raises VendorCannot."""
+    def outgoing(self, request: Request, target: Target) -> Outgoing | Answer:
+        """The vendor's request for what the client wants, or the answer if no vendor is needed. Raises VendorCannot."""
         if request.operation == "chat":
             return self.chat(request, target)
+        if request.operation == "count_tokens":
+            return self.count(request, target)
         if self.embed is None:
             raise VendorCannot(f"{target.name} has no embeddings; use another model.", param="model")
         return self.embed(request, target)
@@ -155,4 +161,6 @@ class Translator(Struct, frozen=True):
         """Reads a whole answer to `request`. Raises VendorError."""
         if request.operation == "chat":
             return self.response(body, stamp)
+        if request.operation == "count_tokens":
+            return self.counted(body, stamp)
         return self.embedded(body, request, stamp, headers)

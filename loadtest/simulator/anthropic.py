@@ -101,9 +101,11 @@ def _answer(request: Request, quota: Quota) -> Unary | Stream:
     if route == ("GET", "/v1/models"):
         models = [{"type": "model", "id": name, "display_name": name} for name in _MODELS]
         return _json({"data": models, "has_more": False, "first_id": _MODELS[0], "last_id": _MODELS[-1]}, quota)
-    if route != ("POST", "/v1/messages"):
+    if route not in (("POST", "/v1/messages"), ("POST", "/v1/messages/count_tokens")):
         return error(Problem(404, "Not found"))
     try:
+        if request.path.endswith("/count_tokens"):
+            return _count(msgspec.json.decode(request.body, type=dict[str, Any]), quota)
         ask = _ask.decode(request.body)
         return _messages(ask, quota)
     except msgspec.DecodeError as fault:
@@ -135,6 +137,15 @@ def _messages(ask: MessagesAsk, quota: Quota) -> Unary | Stream:
         "usage": usage,
     }
     return Unary(200, headers(quota, False), msgspec.json.encode(message), content.latency_ms, tokens)
+
+
+def _count(members: dict[str, Any], quota: Quota) -> Unary:
+    """The tokens of a request that has no length."""
+    if "max_tokens" in members:
+        return error(Problem(400, "max_tokens: Extra inputs are not permitted"))
+    ask = msgspec.convert(members | {"max_tokens": 1}, MessagesAsk)
+    problem = _fault_in(ask)
+    return error(problem) if problem else _json({"input_tokens": content_of(_as_chat(ask)).prompt_tokens}, quota)
 
 
 def _fault_in(ask: MessagesAsk) -> Problem | None:

@@ -6,12 +6,25 @@ import re
 from functools import partial
 
 from app.dialects.anthropic_messages.answer import MessagesEvents, response
+from app.dialects.anthropic_messages.counting import estimated
+from app.dialects.anthropic_messages.counting import read as read_count
 from app.dialects.anthropic_messages.errors import error_body, error_frames, rate_headers
 from app.dialects.anthropic_messages.models import model, models
 from app.dialects.anthropic_messages.request import chat, read
 from app.providers.translator import Stamp, StreamReader, Translator
 
-__all__ = ["ID_HEADERS", "RELAYED", "error_body", "error_frames", "model", "models", "over", "rate_headers", "read"]
+__all__ = [
+    "ID_HEADERS",
+    "RELAYED",
+    "error_body",
+    "error_frames",
+    "model",
+    "models",
+    "over",
+    "rate_headers",
+    "read",
+    "read_count",
+]
 
 _FEATURE = r"[a-z0-9]{1,32}(?:-[a-z0-9]{1,32}){0,12}-20\d\d-?\d\d-?\d\d"
 RELAYED = {b"anthropic-beta": re.compile(rf"{_FEATURE}(?:, ?{_FEATURE}){{0,31}}")}
@@ -29,6 +42,7 @@ def over(inner: Translator) -> Translator:
         stream=partial(_events, inner),
         error=inner.error,
         request_id_header=inner.request_id_header,
+        count=estimated,
     )
 
 

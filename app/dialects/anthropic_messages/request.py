@@ -119,7 +119,10 @@ def chat(inner: Translator, request: ChatRequest, target: Target) -> Outgoing:
 
 
 class _Asked:
-    """One request on its way into the other words. `origins` has, for each message written, the one it came from."""
+    """One request on its way into the other words.
+
+    `origins` has, for each message written, the place that it came from, and that of each of its parts.
+    """
 
     def __init__(self, request: ChatRequest, target: Target, extras: frozenset[str]) -> None:
         self.request = request
@@ -127,7 +130,7 @@ class _Asked:
         self.extras = extras
         dropped = target.drop_params
         self.fields: Fields = {name: value for name, value in request.fields.items() if name not in dropped}
-        self.origins: list[str] = []
+        self.origins: list[tuple[str, list[str]]] = []
 
     def as_chat(self) -> ChatRequest:
         for name, value in self.fields.items():
@@ -158,8 +161,9 @@ class _Asked:
 
     def own_name(self, param: str) -> str:
         """The member of Messages that became `param` of the internal form."""
-        if found := re.match(r"messages\[(\d+)\]", param):
-            return self.origins[int(found[1])]
+        if found := re.match(r"messages\[(\d+)\](?:\.content\[(\d+)\])?", param):
+            where, parts = self.origins[int(found[1])]
+            return parts[int(found[2])] if found[2] and int(found[2]) < len(parts) else where
         if found := re.match(r"tools\[\d+\]", param):
             return found[0]
         if param == "reasoning_effort":
@@ -178,12 +182,12 @@ class _Asked:
         for place, written in enumerate(turns):
             where = f"messages[{place}]"
             turn = self._read(_turn, written, where)
-            if turn.role == "assistant":
-                yield self._wrote(where, self._answered(turn.content, where))
-            elif isinstance(turn.content, str):
+            if isinstance(turn.content, str):
                 yield self._wrote(where, {"role": turn.role, "content": turn.content})
+            elif turn.role == "assistant":
+                yield self._answered(turn.content, where)
             else:
-                yield from self._asked(turn, where)
+                yield from self._asked(turn.role, turn.content, where)
 
     def _hinted_at_last(self, messages: list[Part]) -> list[Part]:
         """A hint of the whole request stands for one on its last part."""
@@ -196,13 +200,13 @@ class _Asked:
             last["content"] = self._plain(parts)
         return messages
 
-    def _wrote(self, origin: str, message: Part) -> Part:
-        self.origins.append(origin)
+    def _wrote(self, origin: str, message: Part, parts: list[str] | None = None) -> Part:
+        self.origins.append((origin, parts or []))
         return message
 
-    def _asked(self, turn: Turn, where: str) -> Iterator[Part]:
+    def _asked(self, role: str, content: list[Raw], where: str) -> Iterator[Part]:
         """Results of tools are messages of their own, in front of what else the user says, as either API wants them."""
-        blocks = list(self._blocks(turn.content, f"{where}.content"))
+        blocks = list(self._blocks(content, f"{where}.content"))
         for block, at in blocks:
             if isinstance(block, ToolResult):
                 content = (
@@ -212,12 +216,11 @@ class _Asked:
                 yield self._wrote(at, message)
         said = [(block, at) for block, at in blocks if not isinstance(block, ToolResult)]
         if said or not blocks:
-            yield self._wrote(where, {"role": turn.role, "content": self._plain([self._part(*one) for one in said])})
+            message: Part = {"role": role, "content": self._plain([self._part(*one) for one in said])}
+            yield self._wrote(where, message, [at for _, at in said])
 
-    def _answered(self, content: str | list[Raw], where: str) -> Part:
+    def _answered(self, content: list[Raw], where: str) -> Part:
         """An earlier answer. Its reasoning goes back to a vendor that wants it."""
-        if isinstance(content, str):
-            return {"role": "assistant", "content": content}
         parts: list[Part] = []
         calls: list[Part] = []
         thinking: list[Thinking | RedactedThinking] = []
@@ -238,7 +241,7 @@ class _Asked:
         text = "".join(block.thinking for block in thinking if isinstance(block, Thinking))
         if "reasoning_content" in self.extras and text:
             message["reasoning_content"] = text
-        return message
+        return self._wrote(where, message)
 
     def _arguments(self, written: Raw, where: str) -> str:
         if bytes(written)[:1] != b"{":

@@ -14,17 +14,19 @@ import msgspec
 from msgspec import Raw
 
 from app.config import Target
+from app.core import Usage
 from app.errors import VendorBroke
 from app.providers.anthropic.answer import FINISH_REASONS, error, error_in_answer, updated, usage_of
 from app.providers.anthropic.request import STREAMED, WHOLE, sign
-from app.providers.anthropic.wire import ErrorBody, Event, Message, MessagesUsage
+from app.providers.anthropic.wire import ErrorBody, Event, Message, MessagesUsage, TokensCounted
 from app.providers.translator import Answer, Frame, Kind, Outgoing, Stamp, StreamReader, Translator, split
 from app.sse import FrameSplitter, data_of, event_of, frame
-from app.wire import ChatRequest
+from app.wire import ChatRequest, CountRequest
 
 _encode = msgspec.json.encode
 _decode = msgspec.json.decode
 _message = msgspec.json.Decoder(Message)
+_counted = msgspec.json.Decoder(TokensCounted)
 _event = msgspec.json.Decoder(Event)
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _DELTA = b"event: content_block_delta\ndata: {"
@@ -36,12 +38,20 @@ FOREIGN = b"gateway1:"
 
 def chat(request: ChatRequest, target: Target) -> Outgoing:
     """The client's members as they came; `model` becomes the target's."""
+    return _outgoing(request, target, "/messages")
+
+
+def count(request: CountRequest, target: Target) -> Outgoing:
+    return _outgoing(request, target, "/messages/count_tokens")
+
+
+def _outgoing(request: ChatRequest | CountRequest, target: Target, path: str) -> Outgoing:
     members = {name: value for name, value in request.fields.items() if name not in target.drop_params}
     members["model"] = Raw(_encode(target.model))
     if FOREIGN in bytes(members["messages"]):
         members["messages"] = _without_foreign_thinking(members["messages"])
     return Outgoing(
-        url=target.provider.base_url + "/messages",
+        url=target.provider.base_url + path,
         headers=(*(STREAMED if request.stream else WHOLE), *request.headers),
         body=b"{" + b",".join(b"%b:%b" % (_encode(name), value) for name, value in members.items()) + b"}",
     )
@@ -81,6 +91,17 @@ def response(body: bytes, stamp: Stamp) -> Answer:
         text_bytes=0 if usage else len(body),
         service_tier=answer.usage.service_tier if answer.usage else None,
     )
+
+
+def counted(body: bytes, stamp: Stamp) -> Answer:
+    """The figure stands in the body alone: counting uses no tokens."""
+    try:
+        answer = _counted.decode(body)
+    except _UNREADABLE as fault:
+        raise VendorBroke("the vendor's answer is not a count of tokens") from fault
+    if answer.error is not None:
+        raise error_in_answer(answer.error)
+    return Answer(body=body, model=None, usage=Usage(), finish_reason=None, text_bytes=0)
 
 
 class RelayedStream(StreamReader):
@@ -176,4 +197,6 @@ RELAYED = Translator(
     stream=RelayedStream,
     error=error,
     request_id_header="request-id",
+    count=count,
+    counted=counted,
 )

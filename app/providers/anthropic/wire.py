@@ -218,3 +218,8 @@ class Event(Struct, frozen=True):
     delta: EventDelta | None = None
     usage: MessagesUsage | None = None
     error: ErrorBody | None = None
+
+
+class TokensCounted(Struct, frozen=True):
+    input_tokens: int = 0
+    error: ErrorBody | None = None
