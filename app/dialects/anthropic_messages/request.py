@@ -111,8 +111,9 @@ def read(body: bytes) -> ChatRequest:
 def chat(inner: Translator, request: ChatRequest, target: Target) -> Outgoing:
     """The vendor's request, by way of chat completions. A refusal names the member of Messages. Raises VendorCannot."""
     asked = _Asked(request, target, inner.extras)
+    written = asked.as_chat()
     try:
-        return inner.chat(asked.as_chat(), target)
+        return inner.chat(written, target)
     except VendorCannot as error:
         own = asked.own_name(error.param or "")
         raise VendorCannot(error.message.replace(f"`{error.param}`", f"`{own}`"), param=own) from None

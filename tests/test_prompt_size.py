@@ -1,0 +1,40 @@
+"""How large a prompt is taken to be: base64 is no text, wherever it stands."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.prompt_size import BLOB_TOKENS, size, tokens
+
+BLOB = "iVBORw0KGgo/" * 100
+PARTS = {
+    "OpenAI's image": {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{BLOB}"}},
+    "OpenAI's audio": {"type": "input_audio", "input_audio": {"data": BLOB, "format": "wav"}},
+    "Anthropic's image": {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": BLOB}},
+    "the same, its data first": {"type": "image", "source": {"data": BLOB, "type": "base64"}},
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("times", [1, 3])
+def test_base64_counts_by_its_parts_and_not_by_its_length(part: str, times: int) -> None:
+    body = json.dumps([PARTS[part]] * times).encode()
+    assert size(body) == (len(body) - times * len(BLOB), times)
+    assert tokens(body) < times * (BLOB_TOKENS + 40)
+
+
+@pytest.mark.parametrize("text", ["word " * 100, "short", BLOB[:100]])
+def test_data_that_is_text_counts_as_text(text: str) -> None:
+    body = json.dumps({"data": text}).encode()
+    assert size(body) == (len(body), 0)
+
+
+@given(st.lists(st.sampled_from([b'"data"', b": ", b'"', b";base64,", BLOB.encode(), b"x "])).map(b"".join))
+def test_any_bytes_have_a_size_that_is_not_negative(body: bytes) -> None:
+    text_bytes, blobs = size(body)
+    assert 0 <= text_bytes <= len(body)
+    assert blobs >= 0
