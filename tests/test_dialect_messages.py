@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -19,7 +21,7 @@ from hypothesis import strategies as st
 from app import errors
 from app.core import Rates, Usage
 from app.dialects import ROUTES, WRAPPERS, anthropic_messages, translator
-from app.dialects.anthropic_messages.errors import TYPES, error_body, error_frames, rate_headers
+from app.dialects.anthropic_messages.errors import TYPES, error_body, error_frames, rate_headers, type_of
 from app.errors import (
     GatewayError,
     InvalidRequest,
@@ -667,7 +669,7 @@ def test_every_error_is_raised_by_the_sdk_with_its_type_and_code(kind: type[Gate
         client.messages.create(model="m", max_tokens=5, messages=[{"role": "user", "content": "Hi"}])
     inside = raised.value.body["error"]
     assert (inside["code"], inside["param"], inside["message"]) == (kind.code, "model", "Mend it.")
-    assert inside["type"] == anthropic_messages.errors.type_of(kind.status)
+    assert inside["type"] == type_of(kind.status)
     assert raised.value.body["request_id"] == "req_1"
 
 
@@ -675,6 +677,15 @@ def test_every_error_is_raised_by_the_sdk_with_its_type_and_code(kind: type[Gate
 def test_a_status_has_anthropic_s_type(status: int, kind: str) -> None:
     refusal = VendorRefused("No.", vendor_status=status, kind="tokens")
     assert json.loads(error_body(refusal, None))["error"]["type"] == kind
+
+
+def test_types_of_the_page_are_those_of_the_errors_that_a_client_can_meet() -> None:
+    page = (Path(__file__).parents[1] / "runbooks" / "dialects.md").read_text()
+    rows = re.findall(r"^\| ([\d, ]+) \| `(\w+)` \|$", page, re.MULTILINE)
+    written = {(int(status), kind) for statuses, kind in rows for status in statuses.split(", ")}
+    met = {kind.status for kind in classes() if not issubclass(kind, VendorError)}
+    assert {(status, type_of(status)) for status in met} <= written
+    assert all(type_of(status) == kind for status, kind in written)
 
 
 def test_a_vendor_s_refusal_keeps_its_words_type_and_code() -> None:

@@ -82,6 +82,20 @@ def updated(first: MessagesUsage | None, last: MessagesUsage | None) -> Messages
 
 
 def response(body: bytes, stamp: Stamp) -> Answer:
+    message = _read(body)
+    told = _told(message, body)
+    choice = WrittenChoice(0, _written(message), told.finish_reason or "stop")
+    if message.id:
+        stamp = msgspec.structs.replace(stamp, id=message.id)
+    return msgspec.structs.replace(told, body=completion(stamp, message.model, [choice], told.usage))
+
+
+def relayed(body: bytes, stamp: Stamp) -> Answer:
+    """The answer as it came, for clients that speak Messages themselves."""
+    return _told(_read(body), body)
+
+
+def _read(body: bytes) -> Message:
     try:
         answer = _message.decode(body)
     except _UNREADABLE as error:
@@ -90,18 +104,18 @@ def response(body: bytes, stamp: Stamp) -> Answer:
         raise error_in_answer(answer.error)
     if answer.content is None or answer.stop_reason is None:
         raise VendorBroke("the vendor's answer has no content or no end")
+    return answer
+
+
+def _told(answer: Message, body: bytes) -> Answer:
+    """What a message tells the ledger."""
     usage = usage_of(answer.usage)
-    message = _written(answer)
-    finish_reason = FINISH_REASONS.get(answer.stop_reason, "stop")
-    choice = WrittenChoice(0, message, finish_reason)
-    if answer.id:
-        stamp = msgspec.structs.replace(stamp, id=answer.id)
     return Answer(
-        body=completion(stamp, answer.model, [choice], usage),
+        body=body,
         model=answer.model,
         usage=usage,
-        finish_reason=finish_reason,
-        text_bytes=0 if usage else sum(map(_text_bytes, answer.content)),
+        finish_reason=FINISH_REASONS.get(answer.stop_reason or "", "stop"),
+        text_bytes=0 if usage else sum(map(_text_bytes, answer.content or ())),
         service_tier=answer.usage.service_tier if answer.usage else None,
     )
 

@@ -16,16 +16,15 @@ from msgspec import Raw
 from app.config import Target
 from app.core import Usage
 from app.errors import VendorBroke
-from app.providers.anthropic.answer import FINISH_REASONS, error, error_in_answer, updated, usage_of
+from app.providers.anthropic.answer import FINISH_REASONS, error, error_in_answer, relayed, updated, usage_of
 from app.providers.anthropic.request import STREAMED, WHOLE, sign
-from app.providers.anthropic.wire import ErrorBody, Event, Message, MessagesUsage, TokensCounted
+from app.providers.anthropic.wire import ErrorBody, Event, MessagesUsage, TokensCounted
 from app.providers.translator import Answer, Frame, Kind, Outgoing, Stamp, StreamReader, Translator, split
 from app.sse import FrameSplitter, data_of, event_of, frame
 from app.wire import ChatRequest, CountRequest
 
 _encode = msgspec.json.encode
 _decode = msgspec.json.decode
-_message = msgspec.json.Decoder(Message)
 _counted = msgspec.json.Decoder(TokensCounted)
 _event = msgspec.json.Decoder(Event)
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -71,26 +70,6 @@ def _is_foreign(block: Any) -> bool:
         return False
     seal = block.get("signature") or block.get("data")
     return isinstance(seal, str) and seal.startswith(FOREIGN.decode())
-
-
-def response(body: bytes, stamp: Stamp) -> Answer:
-    try:
-        answer = _message.decode(body)
-    except _UNREADABLE as fault:
-        raise VendorBroke("the vendor's answer is not a message") from fault
-    if answer.error is not None:
-        raise error_in_answer(answer.error)
-    if answer.content is None or answer.stop_reason is None:
-        raise VendorBroke("the vendor's answer has no content or no end")
-    usage = usage_of(answer.usage)
-    return Answer(
-        body=body,
-        model=answer.model,
-        usage=usage,
-        finish_reason=FINISH_REASONS.get(answer.stop_reason, "stop"),
-        text_bytes=0 if usage else len(body),
-        service_tier=answer.usage.service_tier if answer.usage else None,
-    )
 
 
 def counted(body: bytes, stamp: Stamp) -> Answer:
@@ -193,7 +172,7 @@ def text_bytes(frames: bytes) -> int:
 RELAYED = Translator(
     chat=chat,
     sign=sign,
-    response=response,
+    response=relayed,
     stream=RelayedStream,
     error=error,
     request_id_header="request-id",
