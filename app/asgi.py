@@ -35,6 +35,8 @@ from app.reports.spent import SpentReader
 from app.server import server
 from app.telemetry import JsonLog, Lines, Telemetry, open_spans
 from app.upstream import engine
+from app.warnings import Warnings
+from app.warnings import client as warnings_client
 
 log = logging.getLogger("gateway")
 
@@ -155,6 +157,8 @@ class Replica:
             telemetry=self.telemetry,
             ambient=ambient,
         )
+        self.warnings = Warnings(lambda: source.current, self.pipe, warnings_client, ambient)
+        self.gateway.limits.on_nearly_used.append(self.warnings.take)
         self.key_sets = KeySets(lambda: source.current, jwks.client(), ambient)
         callers = Callers(Tokens(self.key_sets), self.control.kind(REVOKED))
         self.door = api.FrontDoor(source, self.gateway, callers, ambient)
@@ -183,6 +187,7 @@ class Replica:
             for run in (
                 *(self.pipe.run, self.spool.run, self.reload, self.control.run, self.key_sets.run),
                 *(self.gateway.limits.run, self.gateway.limits.budgets.run),
+                self.warnings.run,
             )
         ]
         shipping = asyncio.ensure_future(self._keep(self.shipper.run)) if self.shipper else None
@@ -206,6 +211,7 @@ class Replica:
         if self.usage:
             await self.usage.close()
         await self.key_sets.close()
+        await self.warnings.close()
         await control.shutdown()
         if self.spans:
             await asyncio.to_thread(self.spans.close)
@@ -366,6 +372,11 @@ class Replica:
         gauge("gateway_limits_local_calls", "Calls judged here alone: Redis was away.", lambda: limits.local_calls)
         gauge("gateway_limits_budgets_whole", "0 while Redis lacks what was used.", lambda: limits.budgets.whole)
         gauge("gateway_limits_lost_settlements", "Settlements given up.", lambda: limits.lost_settlements)
+        warnings, warned = self.warnings, "Warnings of budgets nearly used up, by what became of them."
+        gauge("gateway_budget_warnings", warned, lambda: warnings.sent, outcome="sent")
+        gauge("gateway_budget_warnings", warned, lambda: warnings.left, outcome="left")
+        gauge("gateway_budget_warnings", warned, lambda: warnings.dropped, outcome="dropped")
+        gauge("gateway_webhook_failures", "Failed attempts to send a warning.", lambda: warnings.failed)
         gauge("gateway_spool_rows", "Rows written by this process.", lambda: self.spool.rows)
         gauge("gateway_spool_write_failures", "Rows that could not be written.", lambda: self.spool.write_failures)
         if shipper is None:

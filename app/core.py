@@ -179,7 +179,8 @@ class LedgerEvent(Struct, frozen=True, kw_only=True):
     """One call, whatever became of it. The guide's fields first, with its names and nesting; ours after them.
 
     A row with `adjusts` is no call: it corrects the cost of the call with that `event_id`, and has no tokens. Its
-    `cost_status` is `repriced` where the call had been charged at the ceiling, `unpriced`.
+    `cost_status` is `repriced` where the call had been charged at the ceiling, `unpriced`. `alias_requested` is what
+    the client asked for where a budget that was nearly used up put `model_alias`, a cheaper one, in its place.
     """
 
     schema: str = field(default="cost-ledger-v1", name="$schema")
@@ -224,6 +225,7 @@ class LedgerEvent(Struct, frozen=True, kw_only=True):
     error_code: str | None = None
     limit_tripped: str | None = None
     operation: Operation = "chat"
+    alias_requested: str | None = None
 
 
 class Intent(Struct, frozen=True, array_like=True, gc=False):
@@ -254,6 +256,7 @@ class Intent(Struct, frozen=True, array_like=True, gc=False):
     price_version: str
     chain: tuple[str, ...]
     operation: Operation = "chat"
+    alias_requested: str | None = None
 
 
 def interrupted(intent: Intent) -> LedgerEvent:
@@ -286,6 +289,7 @@ def interrupted(intent: Intent) -> LedgerEvent:
         cost_status="priced" if intent.priced else "unpriced",
         error_code="process_died",
         operation=intent.operation,
+        alias_requested=intent.alias_requested,
     )
 
 
@@ -391,6 +395,7 @@ class Exchange(Struct, kw_only=True, eq=False):
     """The notes on one call: the only mutable record. Written along the journey, read once at settlement.
 
     `done` is set where an answer was good to its end: what is neither done, cut nor an error is a defect.
+    `alias_requested` is set where `request` names the alias that a downgrade put in its place.
     `cut` says who ended the call before its answer did; whoever cancels the task sets it first. `patience` cancels it
     too, where a vendor does not answer in time.
     `text_bytes` is the size of the answer's text, for an estimate where the vendor reported no usage; `prompt` what it
@@ -402,6 +407,7 @@ class Exchange(Struct, kw_only=True, eq=False):
     call: Call
     patience: Patience
     request: Request | None = None
+    alias_requested: str | None = None
     tenant: Tenant | None = None
     reservation: Reservation | None = None
     grant: Reservation | None = None

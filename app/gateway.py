@@ -11,8 +11,8 @@ import msgspec
 
 from app import dialects
 from app.ambient import TIMER_SECONDS, Ambient
-from app.auth import allow, authorize, require
-from app.config import UNLIMITED, Alias, Credential, Target, VendorKey
+from app.auth import allow, authorize, require, substitute
+from app.config import UNLIMITED, Alias, Credential, Target, Tenant, VendorKey
 from app.cooldowns import Cooldowns, another, pick, rests
 from app.core import (
     Attempt,
@@ -106,6 +106,8 @@ class Gateway:
                 if alias.serves != request.serves:
                     raise InvalidRequest(f"{alias.name!r} serves {alias.serves}, not this route.", param="model")
                 exchange.authorized = self.ambient.monotonic()
+                if tenant.downgrade:
+                    alias = self._downgraded(exchange, tenant, alias)
                 tokens, nanos = self.estimates.need(exchange, alias)
                 exchange.reservation = held = await self.limits.reserve(call, tenant, tokens, nanos)  # 3 budget
                 exchange.rates = held.rates
@@ -131,6 +133,15 @@ class Gateway:
             finally:
                 with contextlib.suppress(LedgerUnavailable):  # counted; the intent stands for the row
                     self.settle(exchange)  # 8 settlement, where it has not been
+
+    def _downgraded(self, exchange: Exchange, tenant: Tenant, alias: Alias) -> Alias:
+        """What the tenant's policy has in the alias's place while a budget is nearly used up, noted; else the alias."""
+        cheaper = substitute(exchange.call.config, tenant, alias)
+        if cheaper is None or not self.limits.nearly_used(exchange.call, tenant):
+            return alias
+        exchange.alias_requested = alias.name
+        exchange.request = msgspec.structs.replace(exchange.request, alias=cheaper.name)
+        return cheaper
 
     # --- 5 plan, 6 dialogue -------------------------------------------------------------------------------------------
 
@@ -425,6 +436,8 @@ class Gateway:
                 (b"x-gateway-attempts", b"%d" % len(exchange.attempts)),
                 (b"x-gateway-fallback", b"true" if _fell_back(exchange) else b"false"),
             ]
+        if exchange.alias_requested is not None:
+            headers.append((b"x-gateway-downgraded-from", exchange.alias_requested.encode()))
         if exchange.rates is not None:
             headers += call.dialect.rate_headers(exchange.rates, self.ambient.now())
         return headers
@@ -506,6 +519,7 @@ class Gateway:
             error_code=None if error is None else _error_code(error),
             limit_tripped=error.limit if isinstance(error, LimitError) else None,
             operation="chat" if request is None else request.operation,
+            alias_requested=exchange.alias_requested,
         )
 
     def _usage(self, exchange: Exchange) -> tuple[Usage, str]:
@@ -564,6 +578,7 @@ class Gateway:
             price_version=call.config.price_version,
             chain=exchange.chain,
             operation=request.operation,
+            alias_requested=exchange.alias_requested,
         )
 
 

@@ -189,6 +189,9 @@ class Telemetry:
             ("target", "rests"),
             registry=registry,
         )
+        self._downgraded = Counter(
+            "gateway_downgrades", "Calls served by a cheaper alias.", ("tenant", "from", "to"), registry=registry
+        )
         self._config = Gauge("gateway_config_info", "The snapshot in force.", ("version",), registry=registry)
         self._config_failures = Counter(
             "gateway_config_reload_failures", "Configurations that were refused.", registry=registry
@@ -254,6 +257,8 @@ class Telemetry:
             self._unpriced.labels(event.provider).inc()
         if event.limit_tripped:
             self._limited.labels(self._tenant(event.tenant_id), event.limit_tripped).inc()
+        if event.alias_requested:
+            self._downgraded.labels(self._tenant(event.tenant_id), event.alias_requested, event.model_alias).inc()
         if row is None:
             row = self._encode(event)
         self._lines.write(b'{"time":"%b","message":"call","event":%b}' % (timestamp(self._ambient.now()).encode(), row))

@@ -12,10 +12,19 @@ import pytest
 
 from loadtest.stack import Stack
 from tests.journey import OTHER_KEY, OVERLAY, POOLS, VENDOR_KEY, Journey, jwks, until
+from tests.webhook import Webhook
 
 
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def webhook() -> Iterator[Webhook]:
+    """Where the stack's warnings go."""
+    webhook = Webhook()
+    yield webhook
+    webhook.close()
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory, webhook: Webhook) -> Iterator[Stack]:
     """The stack with the suite's overlay: short limits, and aliases and tenants made for single tests."""
     environ = {name: value for name, value in os.environ.items() if not name.endswith(("_API_KEY", "_ACCESS_KEY"))}
     folder = tmp_path_factory.mktemp("stack")
@@ -27,6 +36,9 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     key_set = folder / "jwks.json"
     key_set.write_text(json.dumps(jwks()))
     issuers = {"sso": OVERLAY["issuers"]["sso"] | {"jwks": f"file:{key_set}"}}
+    address = folder / "webhook"
+    address.write_text(webhook.url)
+    gateway = OVERLAY["gateway"] | {"warnings": {"webhook": f"file:{address}"}}
 
     def overlay(simulator_url: str) -> dict[str, Any]:
         pools = {
@@ -37,7 +49,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
             }
             for name, pool in POOLS.items()
         }
-        return OVERLAY | {"providers": keys | pools, "issuers": issuers}
+        return OVERLAY | {"gateway": gateway, "providers": keys | pools, "issuers": issuers}
 
     with Stack(folder, overlay=overlay, environ=environ, report=lambda line: None) as stack:
         with Journey(stack) as journey:  # a Redis that was never used gets its budgets from the ledger first

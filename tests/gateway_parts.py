@@ -168,6 +168,8 @@ class Clock(Ambient):
 class KeptLimits:
     """Grants everything. `reserved` and `settled` have the tokens and nano-dollars of each call."""
 
+    nearly = False
+
     def __init__(self) -> None:
         self.reserved: list[tuple[int, int]] = []
         self.settled: list[tuple[int, int]] = []
@@ -175,6 +177,9 @@ class KeptLimits:
     async def reserve(self, call: Call, tenant: Tenant, tokens: int, nanos: int) -> Reservation:
         self.reserved.append((tokens, nanos))
         return Reservation(call.event_id, tenant.id, tokens)
+
+    def nearly_used(self, call: Call, tenant: Tenant) -> bool:
+        return self.nearly
 
     def settle(self, reservation: Reservation, tokens: int, nanos: int) -> None:
         self.settled.append((tokens, nanos))

@@ -98,6 +98,8 @@ OVERLAY: dict[str, Any] = {
         "tenant-few": {"plan": "internal", "rpm": 5},
         "tenant-poor": {"plan": "internal", "daily_token_cap": 3_000},
         "tenant-narrow": {"plan": "free"},
+        "tenant-low": {"plan": "internal", "daily_token_cap": 4_000, "downgrade": {"azure": "one-target"}},
+        "tenant-lower": {"plan": "internal", "daily_token_cap": 4_000, "downgrade": {"azure": "one-target"}},
         "usage-a": {"plan": "internal", "daily_token_cap": 10_000},
         "usage-b": {"plan": "internal"},
     },
@@ -119,7 +121,7 @@ OVERLAY: dict[str, Any] = {
             "digest": _digest("sk-gw-suitekey0001-" + "s" * 43),
             "service": "suite",
             "roles": ["call", "usage"],
-            "tenants": ["tenant-a", "tenant-few", "tenant-poor", "tenant-narrow"],
+            "tenants": ["tenant-a", "tenant-few", "tenant-poor", "tenant-narrow", "tenant-low", "tenant-lower"],
         },
     },
 }  # fmt: skip

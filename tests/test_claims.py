@@ -60,6 +60,8 @@ def test_answer_headers_of_the_readme_are_those_that_are_sent(journey: Journey) 
     answers = [journey.post(chat("tokens=2")), journey.post(chat(max_tokens=100_000), x_tenant_id="tenant-poor")]
     with journey.stream(chat("tokens=2")) as streamed:
         events(streamed)
+    big = chat("x" * 13_200, "azure", max_tokens=20)
+    answers += [journey.post(big, x_tenant_id="tenant-lower") for _ in range(4)]
     sent = {name for answer in (*answers, streamed) for name in answer.headers if OURS.fullmatch(name)}
     assert sent == header_tables()[1]
 

@@ -5,7 +5,7 @@
 
 from app.auth.callers import Callers, header_map
 from app.auth.jwks import KeySets
-from app.auth.policy import allow, allowed, authorize, require
+from app.auth.policy import allow, allowed, authorize, require, substitute
 from app.auth.tokens import Tokens
 
-__all__ = ["Callers", "KeySets", "Tokens", "allow", "allowed", "authorize", "header_map", "require"]
+__all__ = ["Callers", "KeySets", "Tokens", "allow", "allowed", "authorize", "header_map", "require", "substitute"]

@@ -56,6 +56,12 @@ def allow(config: Config, tenant: Tenant, alias: str) -> Alias:
     return within
 
 
+def substitute(config: Config, tenant: Tenant, alias: Alias) -> Alias | None:
+    """The cheaper alias that serves in this one's place when a budget is nearly used up. None: nothing else does."""
+    found = config.aliases.get(tenant.downgrade.get(alias.name, ""))
+    return None if found is None else _within(found, tenant)
+
+
 def allowed(config: Config, tenant: Tenant) -> list[str]:
     """The aliases that a tenant may use."""
     return [name for name, alias in config.aliases.items() if tenant.allows(name) and _within(alias, tenant)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from datetime import date
 from decimal import Decimal
 from typing import TypeVar
@@ -30,6 +30,7 @@ from app.config.running import (
     Config,
     Provider,
     Quota,
+    Secret,
     ServiceKey,
     Settings,
     Target,
@@ -142,6 +143,9 @@ def _settings(gateway: WrittenGateway, longest_seconds: float, secrets: Secrets,
         faults.add("gateway.trace_sample_ratio", "must be from 0 to 1")
     if not 1 <= gateway.retry.max_attempts <= 10:
         faults.add("gateway.retry.max_attempts", "must be from 1 to 10")
+    warnings = gateway.warnings
+    if not 1 <= warnings.at_percent <= 99:
+        faults.add("gateway.warnings.at_percent", "must be from 1 to 99; at 100 calls are refused")
     return Settings(
         max_body_bytes=gateway.max_body_bytes,
         max_bodies_bytes=gateway.max_bodies_bytes,
@@ -156,7 +160,18 @@ def _settings(gateway: WrittenGateway, longest_seconds: float, secrets: Secrets,
         edge_secret=(
             None if gateway.edge_secret is None else secrets.resolve(gateway.edge_secret, "gateway.edge_secret", faults)
         ),
+        warn_at_percent=warnings.at_percent,
+        warnings_webhook=(None if warnings.webhook is None else _webhook(warnings.webhook, secrets, faults)),
     )
+
+
+def _webhook(reference: str, secrets: Secrets, faults: Faults) -> Secret:
+    """Slack's addresses are secrets: who knows one may post."""
+    path = "gateway.warnings.webhook"
+    webhook = secrets.resolve(reference, path, faults)
+    if webhook.reveal() and BASE_URL.fullmatch(webhook.reveal()) is None:
+        faults.add(path, f"what {reference} holds is not an http(s) URL without credentials, query and fragment")
+    return webhook
 
 
 def _providers(written: Written, secrets: Secrets, faults: Faults) -> dict[str, Provider]:
@@ -315,6 +330,7 @@ def _tenants(written: Written, faults: Faults) -> dict[str, Tenant]:
     quotas: dict[str, Quota] = {}
     for name, plan in _entries(written.plans, NAME, "plans", faults):
         _check_policy(plan, written, f"plans.{name}", faults)
+        _check_downgrade(plan.downgrade or {}, plan.allowed_models or (), written, f"plans.{name}", faults)
         quotas[name] = _quota(plan, f"plans.{name}", faults)
     tenants: dict[str, Tenant] = {}
     for name, tenant in _entries(written.tenants, NAME, "tenants", faults):
@@ -322,6 +338,9 @@ def _tenants(written: Written, faults: Faults) -> dict[str, Tenant]:
         _known(tenant.plan, written.plans, "plan", f"tenants.{name}.plan", faults)
         plan = written.plans.get(tenant.plan) or WrittenPlan()
         models = (plan.allowed_models or ()) if tenant.allowed_models is None else tenant.allowed_models
+        downgrade = (plan.downgrade or {}) if tenant.downgrade is None else tenant.downgrade
+        if tenant.downgrade is not None or tenant.allowed_models is not None:
+            _check_downgrade(downgrade, models, written, f"tenants.{name}", faults)
         tenants[name] = Tenant(
             id=name,
             plan=tenant.plan,
@@ -329,8 +348,32 @@ def _tenants(written: Written, faults: Faults) -> dict[str, Tenant]:
             allowed_models=None if "*" in models else frozenset(models),
             quota=_quota(tenant, f"tenants.{name}", faults, quotas.get(tenant.plan)),
             residency=_residency(plan.residency if tenant.residency is None else tenant.residency),
+            downgrade=downgrade,
         )
     return tenants
+
+
+def _check_downgrade(
+    downgrade: Mapping[str, str], models: Collection[str], written: Written, path: str, faults: Faults
+) -> None:
+    """What serves instead is there, may be used, and serves the same."""
+    for name, cheaper in downgrade.items():
+        here = f"{path}.downgrade.{name}"
+        for alias_name in (name, cheaper):
+            _known(alias_name, written.aliases, "alias", here, faults)
+        if cheaper == name:
+            faults.add(here, "names the alias itself; expected a cheaper one")
+        if cheaper not in models and "*" not in models:
+            faults.add(here, f"{cheaper!r} is not among the allowed_models")
+        if _serves(name, written) != _serves(cheaper, written):
+            faults.add(here, f"{cheaper!r} serves something else")
+
+
+def _serves(alias_name: str, written: Written) -> str | None:
+    """What an alias serves, by its first target that is known."""
+    alias = written.aliases.get(alias_name)
+    targets = [written.targets.get(name) for name in alias.targets] if alias else []
+    return next((target.serves for target in targets if target), None)
 
 
 def _residency(regions: list[str] | None) -> frozenset[str] | None:

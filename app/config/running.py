@@ -190,7 +190,8 @@ UNLIMITED = Quota()
 class Tenant(Struct, frozen=True):
     """A billing and policy boundary. `allowed_models` None means every alias.
 
-    `residency`: the regions whose providers may serve it; None means any.
+    `residency`: the regions whose providers may serve it; None means any. `downgrade`: by alias, the cheaper one that
+    serves in its place when a budget is nearly used up.
     """
 
     id: str
@@ -199,6 +200,7 @@ class Tenant(Struct, frozen=True):
     allowed_models: frozenset[str] | None
     quota: Quota = UNLIMITED
     residency: frozenset[str] | None = None
+    downgrade: Mapping[str, str] = {}
 
     def allows(self, alias: str) -> bool:
         return self.allowed_models is None or alias in self.allowed_models
@@ -252,7 +254,10 @@ class Issuer(Struct, frozen=True):
 
 
 class Settings(Struct, frozen=True):
-    """The `gateway` section, with every default filled in. `longest_seconds`: the longest total over all aliases."""
+    """The `gateway` section, with every default filled in. `longest_seconds`: the longest total over all aliases.
+
+    A budget is nearly used up from `warn_at_percent` on; `warnings_webhook` is the address that is told, a secret too.
+    """
 
     max_body_bytes: int
     start_buffer_bytes: int
@@ -265,6 +270,8 @@ class Settings(Struct, frozen=True):
     user_id_salt: Secret
     edge_secret: Secret | None = None
     max_bodies_bytes: int = 268_435_456
+    warn_at_percent: int = 80
+    warnings_webhook: Secret | None = None
 
 
 class Config(Struct, frozen=True):

@@ -70,6 +70,7 @@ class WrittenQuota(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 class WrittenPlan(WrittenQuota, frozen=True, forbid_unknown_fields=True, kw_only=True):
     allowed_models: list[str] | None = None
+    downgrade: dict[str, str] | None = None
     tier: str | None = None
     residency: list[str] | None = None
 
@@ -225,6 +226,11 @@ class WrittenSpool(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     reserve_bytes: int = 268_435_456
 
 
+class WrittenWarnings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    at_percent: int = 80
+    webhook: str | None = None
+
+
 class WrittenGateway(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     max_body_bytes: int = 20_971_520
     max_bodies_bytes: int = 268_435_456
@@ -235,6 +241,7 @@ class WrittenGateway(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     redis: WrittenRedis = field(default_factory=WrittenRedis)
     drain: WrittenDrain = field(default_factory=WrittenDrain)
     spool: WrittenSpool = field(default_factory=WrittenSpool)
+    warnings: WrittenWarnings = field(default_factory=WrittenWarnings)
     trace_sample_ratio: float = 0.1
     ceiling_input_usd: Decimal = Decimal(100)
     ceiling_output_usd: Decimal = Decimal(500)

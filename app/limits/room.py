@@ -16,7 +16,7 @@ from app.config import Config, Quota, ServiceKey, Tenant, VendorKey
 from app.core import Call, Reservation
 from app.errors import LimitsUnavailable, VendorKeyFull
 from app.limits.budgets import Budgets, ReadSpent
-from app.limits.scopes import LEASE_MS, MOST, Scope, grant_scope, make_scope, rates, refusal
+from app.limits.scopes import LEASE_MS, MOST, Limit, Scope, grant_scope, make_scope, rates, refusal
 from app.limits.share import Share
 from app.redis_pipe import Argument, RedisAway, RedisPipe, RedisRefused
 
@@ -55,7 +55,11 @@ class _Known(Struct):
 
 
 class Limits:
-    """Counts for metrics: `local_calls` were judged by this process alone; `lost_settlements` stay at the estimate."""
+    """Counts for metrics: `local_calls` were judged by this process alone; `lost_settlements` stay at the estimate.
+
+    Each of `on_nearly_used` is told, once per budget and window, that a budget is nearly used up and what it has left;
+    calls wait for it, so it must not.
+    """
 
     def __init__(
         self,
@@ -79,11 +83,13 @@ class Limits:
         self._known: dict[tuple[str, str], _Known] = {}
         self._share = Share()
         self._heard: dict[str, int] = {}
+        self._told: dict[str, int] = {}
         self._local: set[str] = set()
         self._running: dict[str, set[str]] = {}
         self._logged = float("-inf")
         self.local_calls = 0
         self.lost_settlements = 0
+        self.on_nearly_used: list[Callable[[Limit, int], None]] = []
         pipe.on_return.append(self._returned)
         self.budgets = Budgets(pipe, ambient, current, read_spent)
         self.budgets.on_whole.append(self._whole)
@@ -121,6 +127,7 @@ class Limits:
                 return self._held(call, tenant, scope, tokens, nanos, left, now_ms)
             if status == _REFUSED:
                 half = len(scope.limits)
+                self._hear(scope, left[:half])
                 raise refusal(scope, left[:half], left[half:], tokens, nanos, now_ms)
             if status == _EMPTIED:
                 self.budgets.emptied()
@@ -156,10 +163,8 @@ class Limits:
         self, call: Call, tenant: Tenant, scope: Scope, tokens: int, nanos: int, left: list[int], now_ms: int
     ) -> Held:
         for place, limit in enumerate(scope.limits):
-            amount = limit.amount(tokens, nanos)
-            left[place] -= amount
-            if limit.ends:
-                self._heard[limit.key] = left[place]
+            left[place] -= limit.amount(tokens, nanos)
+        self._hear(scope, left)
         self._begin(scope, call.event_id)
         return Held(call.event_id, tenant.id, tokens, True, rates(scope, left, now_ms), nanos, scope)
 
@@ -176,6 +181,8 @@ class Limits:
         self._end(scope, call_id)
         if reservation.held:
             self._queue(scope.settle(self._settle, call_id, 1, tokens, nanos))
+            if self._told:
+                self._correct_heard(scope, tokens - reservation.tokens, nanos - reservation.nanos)
         elif call_id in self._local:
             self._local.discard(call_id)
             tokens, nanos = tokens - reservation.tokens, nanos - reservation.nanos
@@ -236,6 +243,39 @@ class Limits:
         self._known[tenant.id, key.id] = _Known(config, tenant.quota, key.quota, scope)
         return scope
 
+    # --- budgets that are nearly used up ---
+
+    def nearly_used(self, call: Call, tenant: Tenant) -> bool:
+        """Whether a budget that the call would take from is nearly used up, as this replica last heard. Never waits."""
+        if not self._told:
+            return False
+        scope = self._scope(call.config, tenant, call.key)
+        return scope is not None and any(
+            limit.key in self._told and self._heard.get(limit.key, 0) <= limit.nearly for limit in scope.limits
+        )
+
+    def _hear(self, scope: Scope, left: list[int]) -> None:
+        for limit, remaining in zip(scope.limits, left, strict=True):
+            if limit.ends:
+                self._heard[limit.key] = remaining
+                if remaining <= limit.nearly:
+                    self._tell(limit, remaining)
+
+    def _correct_heard(self, scope: Scope, tokens: int, nanos: int) -> None:
+        """`tokens` and `nanos` more than were reserved have been used; below zero for less."""
+        for limit in scope.limits:
+            if limit.key in self._told and limit.key in self._heard:
+                self._heard[limit.key] -= limit.amount(tokens, nanos)
+
+    def _tell(self, limit: Limit, left: int) -> None:
+        if limit.key in self._told:
+            return
+        now = self._ambient.now() + self._clock_ahead
+        self._told = {key: ends for key, ends in self._told.items() if ends > now}
+        self._told[limit.key] = limit.ends
+        for told in self.on_nearly_used:
+            told(limit, left)
+
     # --- concurrency: leases ---
 
     def _begin(self, scope: Scope, call_id: str) -> None:
@@ -290,6 +330,11 @@ class Limits:
             waits_ms = self._share.waits_ms(scope, left, tokens, nanos, second)
             raise refusal(scope, left, waits_ms, tokens, nanos, int(now * 1000), share=True)
         self._share.take(scope, tokens, nanos, second)
+        for limit, remaining in zip(scope.limits, left, strict=True):
+            # Where the other replicas use as much of their shares.
+            together = (remaining - limit.amount(tokens, nanos)) * settings.replicas
+            if together <= limit.nearly:
+                self._tell(limit, together)
         began = int(call.received_at)
         self.budgets.owe(scope, tokens, nanos, began)
         self._begin(scope, call.event_id)

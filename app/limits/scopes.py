@@ -36,7 +36,8 @@ MOST = 2**53 - 1
 class Limit(Struct, frozen=True, gc=False):
     """One limit. `value` in requests, calls at once, tokens or nano-dollars; `ends`: unix seconds, budgets only.
 
-    `whose` begins the sentence of a refusal. `away` is what holds without Redis.
+    `whose` begins the sentence of a refusal. `away` is what holds without Redis. A budget is nearly used up where no
+    more than `nearly` is left of it.
     """
 
     name: str
@@ -47,6 +48,15 @@ class Limit(Struct, frozen=True, gc=False):
     away: Away
     ends: int = 0
     time_zone: str = "UTC"
+    nearly: int = -1
+
+    @property
+    def period(self) -> str:
+        return "month" if self.kind == "monthly_usd" else "day"
+
+    def figure(self, value: int) -> str:
+        """An amount of a budget as people read it."""
+        return f"{value} tokens" if self.kind == "daily_tokens" else f"{bytes(usd(value)).decode()} USD"
 
     def amount(self, tokens: int, nanos: int) -> int:
         """What a call takes from it."""
@@ -94,9 +104,10 @@ def make_scope(config: Config, tenant: Tenant, key: ServiceKey, now: float) -> S
     """The scope of a tenant's calls by a service key at `now`; None where nothing is limited."""
     away = config.settings.redis.away
     shared = Quota(rpm=config.global_quota.rpm, tpm=config.global_quota.tpm)
+    spare_percent = 100 - config.settings.warn_at_percent
     found = [
-        *_limits("tenant", tenant.id, f"Tenant {tenant.id}", tenant.quota, away, now),
-        *_limits("key", f"_key.{key.id}", f"The service key {key.id}", key.quota, away, now),
+        *_limits("tenant", tenant.id, f"Tenant {tenant.id}", tenant.quota, away, now, spare_percent),
+        *_limits("key", f"_key.{key.id}", f"The service key {key.id}", key.quota, away, now, spare_percent),
         *_limits("global", "_global", "All tenants together", shared, away, now),
     ]
     if not found:
@@ -134,7 +145,7 @@ def grant_scope(key: VendorKey) -> Scope:
 
 
 def _limits(
-    owner: str, tag: str, whose: str, quota: Quota, away: WrittenAway, now: float
+    owner: str, tag: str, whose: str, quota: Quota, away: WrittenAway, now: float, spare_percent: int = 0
 ) -> Iterator[tuple[Limit, int]]:
     """An owner's limits, each with the second from which its key's name holds."""
     prefix = f"rl:{{{tag}}}:"
@@ -152,7 +163,8 @@ def _limits(
         if value is not None:
             name, starts, ends = period(kind == "monthly_usd", quota.time_zone, now)
             key = f"{prefix}{kind}:{name}"
-            yield Limit(f"{owner}_{kind}", kind, key, value, whose, policy, ends, quota.time_zone), starts
+            nearly = value * spare_percent // 100
+            yield Limit(f"{owner}_{kind}", kind, key, value, whose, policy, ends, quota.time_zone, nearly), starts
 
 
 def budgets_of(owner: str, id: str, quota: Quota, now: float) -> Iterator[Limit]:
@@ -239,11 +251,10 @@ def _error(limit: Limit, amount: int, remaining: int, wait_seconds: float, share
     """A sentence that names the limit, its value, and what to do."""
     budget = limit.kind in BUDGETS
     above = amount > limit.value
-    period_name = "month" if limit.kind == "monthly_usd" else "day"
     if budget:
         figures = (
-            f"has a budget of {_figure(limit, limit.value)} per {period_name} ({limit.time_zone}) with "
-            f"{_figure(limit, max(0, remaining))} left; this call may need {_figure(limit, amount)}."
+            f"has a budget of {limit.figure(limit.value)} per {limit.period} ({limit.time_zone}) with "
+            f"{limit.figure(max(0, remaining))} left; this call may need {limit.figure(amount)}."
         )
     elif limit.kind == "concurrency":
         figures = f"has its limit of {limit.value} calls at once running."
@@ -261,7 +272,7 @@ def _error(limit: Limit, amount: int, remaining: int, wait_seconds: float, share
     elif share:
         advice = f"Each replica admits a share of it while Redis is away. Send it again in {wait_seconds:.1f} seconds."
     elif budget:
-        advice = f"Lower max_tokens, or wait for the next {period_name}, in {wait_seconds:.0f} seconds."
+        advice = f"Lower max_tokens, or wait for the next {limit.period}, in {wait_seconds:.0f} seconds."
     elif limit.kind == "concurrency":
         advice = "Send it again when one of them has ended."
     else:
@@ -272,7 +283,3 @@ def _error(limit: Limit, amount: int, remaining: int, wait_seconds: float, share
         retry_after_seconds=wait_seconds,
         should_retry=False if above or (budget and not share) else None,
     )
-
-
-def _figure(limit: Limit, value: int) -> str:
-    return f"{value} tokens" if limit.kind == "daily_tokens" else f"{bytes(usd(value)).decode()} USD"
