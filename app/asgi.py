@@ -44,6 +44,8 @@ RELOAD_SECONDS = 2.0
 """How often the configuration's files are looked at: with the load itself, every replica follows within 5 s."""
 SHIP_SECONDS = 10.0
 """How long the drain waits for the shipper; what remains is adopted by a living replica."""
+LAKE_RESERVES = 2
+"""Segments that only the lake still waits for are let go at so many times the spool's reserve, before calls suffer."""
 CUT_SECONDS = 5.0
 """How long calls that the drain's limit cut may take to leave."""
 
@@ -64,6 +66,15 @@ class Options(Struct, frozen=True):
     admin_token: Secret | None
 
 
+class LakeStatus(Struct):
+    """The part of it that is about the lake, where there is one."""
+
+    files: int = 0
+    backlog_bytes: int = 0
+    dropped_segments: int = 0
+    error: str | None = None
+
+
 class ShipperStatus(Struct):
     """The shipper's last word: a line of JSON on its standard output."""
 
@@ -74,13 +85,16 @@ class ShipperStatus(Struct):
     lag_seconds: float = 0.0
     adopted_segments: int = 0
     error: str | None = None
+    lake: LakeStatus | None = None
 
 
 class Shipper:
     """Keeps `ledger_shipper` running as a child, so that PostgreSQL never shares the hot loop."""
 
-    def __init__(self, options: Options, ambient: Ambient) -> None:
+    def __init__(self, options: Options, ambient: Ambient, keep_free_bytes: int) -> None:
+        """Below `keep_free_bytes` of free disk no segment waits for the lake."""
         self.status = ShipperStatus()
+        self._keep_free_bytes = keep_free_bytes
         self._options = options
         self._ambient = ambient
         self._process: asyncio.subprocess.Process | None = None
@@ -99,6 +113,7 @@ class Shipper:
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "app.ledger_shipper",
             "--spool-dir", str(self._options.spool_dir), "--replica", self._options.name,
+            "--keep-free-bytes", str(self._keep_free_bytes),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
             start_new_session=True,
         )  # fmt: skip
@@ -146,7 +161,9 @@ class Replica:
         self.spool = Spool(options.spool_dir, options.name, settings.spool, ambient)
         self.credentials = Credentials(client, ambient)
         self.upstream = engine(ambient)
-        self.shipper = Shipper(options, ambient) if options.database_url else None
+        self.shipper = (
+            Shipper(options, ambient, LAKE_RESERVES * settings.spool.reserve_bytes) if options.database_url else None
+        )
         self.cooldowns = Cooldowns(ambient, self.control, options.name)
         self.gateway = Gateway(
             limits=Limits(self.pipe, ambient, lambda: source.current, self._spent_reader()),
@@ -389,6 +406,14 @@ class Replica:
         gauge("gateway_ledger_lag_seconds", "Age of the oldest unshipped row.", lambda: shipper.status.lag_seconds)
         gauge("gateway_ledger_shipped_rows", "Rows shipped.", lambda: shipper.status.shipped_rows)
         gauge("gateway_ledger_dead_letters", "Undecodable lines set aside.", lambda: shipper.status.dead_letters)
+
+        def lake() -> LakeStatus:
+            return shipper.status.lake or LakeStatus()
+
+        gauge("gateway_lake_files", "Files written to the lake.", lambda: lake().files)
+        gauge("gateway_lake_backlog_bytes", "Bytes of segments that wait for the lake.", lambda: lake().backlog_bytes)
+        gauge("gateway_lake_dropped_segments", "Let go, the disk being short.", lambda: lake().dropped_segments)
+        gauge("gateway_lake_up", "0 while the lake takes no files.", lambda: lake().error is None)
 
 
 def serve(options: Options) -> int:

@@ -193,6 +193,7 @@ class Spool:
         self._segment: _Segment | None = None
         self._sealed: list[_Segment] = []
         self._rotate_at = settings.segment_bytes
+        self._rotate_after = 0.0
         self._sequence = 0
         self._named = False
         self._unsynced_since: float | None = None
@@ -280,6 +281,7 @@ class Spool:
                 self._sequence += 1
             else:
                 self._named = False
+                self._rotate_after = self._ambient.monotonic() + self._settings.segment_seconds
                 return segment
 
     def _rotate(self) -> None:
@@ -325,6 +327,8 @@ class Spool:
             self._check_at = now + _CHECK_SECONDS
             if self._fault:
                 self._probe()
+            elif self._segment is not None and self._segment.size and now >= self._rotate_after:
+                self._rotate()
         if self._segment is None or self._thread is None or not (check or self._unsynced_since is not None):
             return 0
         written, pending = self.bytes_written, self._unsynced_since

@@ -8,16 +8,16 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from app import dead_letters
 from app.ambient import Ambient
 from app.ledger import backlog
 from app.ledger_schema import ledger_schema
-from app.money_commands import months
+from app.money_commands import day, months
 
 if TYPE_CHECKING:
     from app.archive import Archive
@@ -41,6 +41,13 @@ def add(command: Command) -> None:
     _database(maintain)
     schema = actions.add_parser("schema", help="Print cost-ledger-v1.json, the JSON schema of an event.")
     schema.set_defaults(run=_schema)
+    fill = actions.add_parser("fill-lake", help="Make the lake's files of some days from PostgreSQL.")
+    fill.set_defaults(run=_fill_lake)
+    fill.add_argument("--from", dest="first", type=day, required=True, help="first day, YYYY-MM-DD (UTC)")
+    fill.add_argument("--to", dest="last", type=day, help="last day, included (the first day)")
+    fill.add_argument("--lake", default=os.environ.get("LEDGER_LAKE_URL"), help="LEDGER_LAKE_URL by default")
+    fill.add_argument("--format", choices=("parquet", "jsonl"), default=os.environ.get("LEDGER_LAKE_FORMAT", "parquet"))
+    _database(fill)
 
     spool = command("spool", _list, "What waits on a replica's disk, and what could not become a row.")
     actions = spool.add_subparsers(required=True, metavar="ACTION")
@@ -104,33 +111,69 @@ def _maintain(arguments: argparse.Namespace) -> int:
     return _with_archive(arguments, work)
 
 
+def _fill_lake(arguments: argparse.Namespace) -> int:
+    from app.lake import Lake, LakeError, fill
+
+    last = arguments.last or arguments.first
+    if not arguments.lake:
+        return _fail("Which lake? Set LEDGER_LAKE_URL, or give --lake.")
+    if last < arguments.first:
+        return _fail("--to is before --from.")
+    try:
+        lake = Lake(arguments.lake, arguments.format)
+    except LakeError as error:
+        return _fail(str(error))
+
+    async def work(archive: Archive) -> int:
+        on = arguments.first
+        while on <= last:
+            rows, files = await fill(archive, lake, on)
+            print(f"{on}: {rows:,} rows in {files:,} files")
+            on += timedelta(days=1)
+        return 0
+
+    try:
+        return _with_archive(arguments, work)
+    except LakeError as error:
+        return _fail(str(error))
+
+
 def _list(arguments: argparse.Namespace) -> int:
     """What the files say; nobody is asked."""
+    from app import dead_letters
+
     folder: Path = arguments.spool_dir
     if not folder.is_dir():
         return _fail(f"{folder} is no folder; --spool-dir names the replica's spool.")
     waiting = backlog(folder)
+    for_lake = backlog(folder / "lake") if (folder / "lake").is_dir() else {}
     dead = {path.name: _reasons(path) for path in dead_letters.files(folder)}
     if arguments.json:
-        print(msgspec.json.encode({"segments": waiting, "dead_letters": dead}).decode())
+        print(msgspec.json.encode({"segments": waiting, "for_lake": for_lake, "dead_letters": dead}).decode())
         return 0
     for name, size in waiting.items():
         print(f"{name}: {size:,} bytes not shipped")
+    if for_lake:
+        print(f"{len(for_lake):,} segments wait for the lake: {sum(for_lake.values()):,} bytes")
     for name, reasons in dead.items():
         print(f"{name}: {len(reasons):,} dead letters")
         for reason, count in Counter(reasons).items():
             print(f"  {count:,}: {reason}")
-    if not waiting and not dead:
+    if not waiting and not for_lake and not dead:
         print(f"{folder} is empty: every row is shipped.")
     return 0
 
 
 def _reasons(path: Path) -> list[str]:
+    from app import dead_letters
+
     letters = dead_letters.read(path)
     return ["it can be tried again" if letter.event else letter.reason for letter in letters]
 
 
 def _replay(arguments: argparse.Namespace) -> int:
+    from app import dead_letters
+
     async def work(archive: Archive) -> int:
         await archive.prepare()
         done = [await dead_letters.replay(path, archive) for path in dead_letters.files(arguments.spool_dir)]

@@ -2,6 +2,8 @@
 
     python -m app.ledger_shipper --spool-dir DIR --replica NAME        with DATABASE_URL in the environment
 
+and LEDGER_LAKE_URL, LEDGER_LAKE_FORMAT (parquet, jsonl) where segments are to become files of a lake as well.
+
 It ships the events of its replica's segments as they are written, and of every segment whose lock is free: those are
 complete, or their process is dead. Then an intent without its event becomes an `interrupted` row. The ledger ignores
 a row that it has, so shipping anything twice changes nothing; that is why a crash at any line here is harmless.
@@ -35,7 +37,8 @@ from app.ambient import Ambient
 from app.archive import Archive, ArchiveError
 from app.core import Intent, interrupted
 from app.dead_letters import bury
-from app.ledger import CHECKPOINT_SUFFIX, parse_segment_name, read_lines, shipped_bytes, take_lock
+from app.lake import FORMATS, Lake, LakeError, LakeReport, LakeShipper, hand_over
+from app.ledger import CHECKPOINT_SUFFIX, encode_line, parse_segment_name, read_lines, shipped_bytes, take_lock
 
 BATCH_ROWS = 2000
 BATCH_BYTES = 4_194_304
@@ -65,6 +68,7 @@ class Report(Struct):
     lag_seconds: float = 0.0
     adopted_segments: int = 0
     error: str | None = None
+    lake: LakeReport | None = None
 
 
 class _Batch(Struct):
@@ -143,6 +147,13 @@ class _Segment:
             written.write_bytes(b"%d" % end)
             written.replace(self.checkpoint)
 
+    def complete(self, events: Sequence[bytes]) -> None:
+        """Adds events at the end, as lines of the spool; on a line of their own, for the last one may be torn."""
+        if events:
+            torn = os.pread(self.fd, 1, self.size - 1) not in (b"\n", b"")
+            lines = [encode_line(b"E", event) for event in events]
+            os.pwrite(self.fd, b"".join([b"\n"] * torn + lines), self.size)
+
     def remove(self) -> None:
         """The checkpoint first: left behind alone, it would be wrong about a segment of that name."""
         self.checkpoint.unlink(missing_ok=True)
@@ -157,9 +168,19 @@ class Shipper:
     """Moves rows from `spool_dir` to the archive. `report` is up to date after each `run_once`."""
 
     def __init__(
-        self, spool_dir: Path, replica: str, archive: Archive, ambient: Ambient, adopt_seconds: float = 10.0
+        self,
+        spool_dir: Path,
+        replica: str,
+        archive: Archive,
+        ambient: Ambient,
+        adopt_seconds: float = 10.0,
+        lake: LakeReport | None = None,
+        keep_free_bytes: int = 0,
     ) -> None:
-        self.report = Report()
+        """With a `lake` segments are handed over to it, as long as so much of the disk is free, instead of deleted."""
+        self.report = Report(lake=lake)
+        self._lake = lake
+        self._keep_free_bytes = keep_free_bytes
         self._spool_dir = spool_dir
         self._replica = replica
         self._archive = archive
@@ -266,7 +287,7 @@ class Shipper:
                 await self._ship(tail, batch)
                 caught_up = caught_up and len(batch.events) < self._max_rows and size - batch.end < BATCH_BYTES
                 if tail.sealed and tail.shipped == tail.size:
-                    tail.remove()
+                    self._finish(tail)
         return caught_up
 
     def _open_tails(self) -> None:
@@ -309,19 +330,30 @@ class Shipper:
                 with self._noting(segment.path):
                     await self._ship_whole(segment)
                     if segment.sealed:
-                        segment.remove()
+                        self._finish(segment)
                         self.report.adopted_segments += 1
                     else:
                         unsealed.append(segment)
             for segment in reversed(unsealed):
                 with self._noting(segment.path):
-                    intents = list(segment.intents.values())
-                    for start in range(0, len(intents), BATCH_ROWS):
-                        rows = [_row(_encode(interrupted(intent))) for intent in intents[start : start + BATCH_ROWS]]
+                    events = [_encode(interrupted(intent)) for intent in segment.intents.values()]
+                    for start in range(0, len(events), BATCH_ROWS):
+                        rows = [_row(event) for event in events[start : start + BATCH_ROWS]]
                         await self._ship(segment, _Batch(rows, end=segment.shipped))
-                    segment.remove()
+                    self._finish(segment, events)
                     self.report.adopted_segments += 1
             self._orphan_bytes = 0
+
+    def _finish(self, segment: _Segment, interrupted: Sequence[bytes] = ()) -> None:
+        """PostgreSQL has all of it: the segment goes to the lake with the rows of its open intents, or is deleted."""
+        lake = self._lake
+        if lake is not None:
+            segment.complete(interrupted)
+            if hand_over(segment.path, self._keep_free_bytes):
+                segment.checkpoint.unlink(missing_ok=True)
+                return
+            lake.dropped_segments += 1
+        segment.remove()
 
     async def _ship_whole(self, segment: _Segment) -> None:
         """Reads from the beginning, for the intents; ships from the checkpoint on."""
@@ -363,20 +395,39 @@ def _watch_replica(loop: asyncio.AbstractEventLoop, draining: asyncio.Event, dra
     os._exit(0)
 
 
-async def _main(options: argparse.Namespace, archive: Archive, ambient: Ambient) -> None:
+def _lake(environ: Mapping[str, str]) -> Lake | LakeError | None:
+    """What the environment says of a lake. One that cannot be opened is told; PostgreSQL gets its rows all the same."""
+    url = environ.get("LEDGER_LAKE_URL")
+    try:
+        return Lake(url, environ.get("LEDGER_LAKE_FORMAT", FORMATS[0])) if url else None
+    except LakeError as error:
+        print(error, file=sys.stderr)
+        return error
+
+
+async def _main(options: argparse.Namespace, archive: Archive, lake: Lake | LakeError | None, ambient: Ambient) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     if stat.S_ISFIFO(os.fstat(1).st_mode):
         os.set_blocking(1, False)
     draining = asyncio.Event()
-    shipper = Shipper(options.spool_dir, options.replica, archive, ambient, options.adopt_seconds)
+    to_lake = LakeShipper(options.spool_dir, lake) if isinstance(lake, Lake) else None
+    shipper = Shipper(
+        options.spool_dir, options.replica, archive, ambient, options.adopt_seconds,
+        to_lake.report if to_lake else None, options.keep_free_bytes,
+    )  # fmt: skip
+    if isinstance(lake, LakeError):
+        shipper.report.lake = LakeReport(error=str(lake))
     watched = (asyncio.get_running_loop(), draining, options.drain_seconds)
     threading.Thread(target=_watch_replica, args=watched, daemon=True).start()
     telling = asyncio.create_task(_tell(shipper.report, ambient))
+    filling = asyncio.create_task(to_lake.run()) if to_lake else None
     try:
         await shipper.run(draining)
     finally:
         telling.cancel()
+        if filling is not None:
+            filling.cancel()  # what waits is for the next shipper on this disk
         await archive.close()
         with contextlib.suppress(BlockingIOError, BrokenPipeError):
             os.write(1, _encode(shipper.report) + b"\n")
@@ -389,6 +440,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     parser.add_argument("--replica", required=True, help="whose segments to follow while they are written")
     parser.add_argument("--adopt-seconds", type=float, default=10.0, help="how often to look for orphaned segments")
     parser.add_argument("--drain-seconds", type=float, default=10.0, help="how long to go on after standard input ends")
+    parser.add_argument("--keep-free-bytes", type=int, default=0, help="with less free disk nothing waits for the lake")
     options = parser.parse_args(arguments)
     ambient = Ambient()
     try:
@@ -396,7 +448,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     except ArchiveError as error:
         print(error, file=sys.stderr)
         return 2
-    asyncio.run(_main(options, archive, ambient))
+    asyncio.run(_main(options, archive, _lake(environ), ambient))
     return 0
 
 

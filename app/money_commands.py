@@ -35,7 +35,7 @@ Command = Callable[[str, object, str], argparse.ArgumentParser]
 def add(command: Command) -> None:
     """Adds the commands to the parser: `command(name, run, help)` makes one."""
     rollup = command("rollup", _rollup, "Sum the ledger by day, tenant, feature, model, provider and environment.")
-    rollup.add_argument("--day", type=_day, help="YYYY-MM-DD (UTC); by default every day with rows that are not summed")
+    rollup.add_argument("--day", type=day, help="YYYY-MM-DD (UTC); by default every day with rows that are not summed")
     rollup.add_argument(
         "--reports", type=Path, default=Path("reports/cost"), help="the last day's {tenant}/daily.json (reports/cost)"
     )
@@ -44,8 +44,8 @@ def add(command: Command) -> None:
 
     export = command("export", _export, "Write the ledger, its daily sums, FOCUS or the fine-tuning hand-off.")
     export.add_argument("what", choices=("ledger", "daily", "focus", "fine-tuning"))
-    export.add_argument("--from", dest="first", type=_day, required=True, help="first day, YYYY-MM-DD (UTC)")
-    export.add_argument("--to", dest="last", type=_day, help="last day, included (the first day)")
+    export.add_argument("--from", dest="first", type=day, required=True, help="first day, YYYY-MM-DD (UTC)")
+    export.add_argument("--to", dest="last", type=day, help="last day, included (the first day)")
     export.add_argument("--tenant", help="only this tenant's")
     export.add_argument("--environment", help="only this environment's, such as prod")
     export.add_argument("--format", choices=("csv", "jsonl", "parquet"), default="jsonl")
@@ -67,8 +67,8 @@ def _add_reconcile(command: Command) -> None:
     reconcile.add_argument(
         "--map", type=Path, help='JSON: {"models": {invoice\'s: ledger\'s}, "keys": {invoice\'s: provider}}'
     )
-    reconcile.add_argument("--from", dest="first", type=_day, help="first day (the invoice's first)")
-    reconcile.add_argument("--to", dest="last", type=_day, help="last day, included (the invoice's last)")
+    reconcile.add_argument("--from", dest="first", type=day, help="first day (the invoice's first)")
+    reconcile.add_argument("--to", dest="last", type=day, help="last day, included (the invoice's last)")
     reconcile.add_argument("--threshold", type=float, default=ALARM_RATIO, help="share of the whole (0.05)")
     reconcile.add_argument("--format", choices=("text", "json", "html"), default="text")
     reconcile.add_argument("--out", type=Path, default=Path("-"), help="the report's file; - is standard output (-)")
@@ -92,7 +92,7 @@ def _database(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--database-url", default=os.environ.get("DATABASE_URL"), help="DATABASE_URL by default")
 
 
-def _day(text: str) -> date:
+def day(text: str) -> date:
     try:
         return date.fromisoformat(text)
     except ValueError:

@@ -29,7 +29,7 @@ LAYERS = (
     ("routing", "estimate", "gateway"),
     (
         "api", "admin", "bodies", "keys", "ledger_shipper", "archive", "reports", "price_sync", "rerate", "usage_pages",
-        "ledger_schema", "dead_letters",
+        "ledger_schema", "dead_letters", "lake",
     ),
     ("server", "asgi", "cli", "jobs", "ledger_commands", "money_commands", "price_commands"),
 )  # fmt: skip
@@ -56,6 +56,9 @@ WITHIN_A_LAYER = {
     ("ledger_shipper", "archive"): "the archive is the shipper's far end",
     ("ledger_shipper", "dead_letters"): "what cannot be a row is kept",
     ("dead_letters", "archive"): "what can be a row after all is one",
+    ("ledger_shipper", "lake"): "what PostgreSQL has goes on to the lake",
+    ("lake", "archive"): "a day's files can be made from the ledger",
+    ("lake", "reports"): "its files are tables like those of exports",
     ("reports", "archive"): "reports read what the shipper wrote",
     ("usage_pages", "archive"): "pages say when there is nothing to read from",
     ("usage_pages", "reports"): "pages show what reports found",
@@ -79,7 +82,7 @@ HOMES = {
     "opentelemetry": {"telemetry"},
     "prometheus_client": {"telemetry"},
     "psycopg": {"archive"},
-    "pyarrow": {"reports"},
+    "pyarrow": {"reports", "lake"},
     "genai_prices": {"price_sync"},
     "litestar": {"api", "admin", "bodies", "server", "usage_pages"},
     "uvicorn": {"asgi", "jobs", "server"},

@@ -222,6 +222,7 @@ class WrittenDrain(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 class WrittenSpool(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     segment_bytes: int = 67_108_864
+    segment_seconds: float = 3600.0
     fsync_ms: int = 10
     reserve_bytes: int = 268_435_456
 
