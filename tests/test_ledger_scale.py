@@ -186,6 +186,7 @@ def large(postgres: Postgres) -> str:
     """A year of 1,000 tenants, made as the measurement makes fifty million."""
     url = postgres.database()
     asyncio.run(ledger_scale.fill(url, rows=2_000_000, tenants=1000, months=12, now=NOW))
+    query(url, "VACUUM ledger")  # as autovacuum does in time
     return url
 
 
@@ -214,16 +215,14 @@ def scans(node: dict[str, Any]) -> dict[str, str]:
 SPAN = {"first": "2025-08-01", "last": "2025-08-31"}
 
 
-def test_a_tenant_s_month_reads_one_partition_by_the_tenant_s_index(large: str) -> None:
+def test_a_tenant_s_month_reads_the_tenant_s_index_of_one_partition_and_no_row(large: str) -> None:
     found = plan(large, statements("period.sql")["ledger_sums"], tenant="t0042", environment=None, **SPAN)
-    assert list(scans(found)) == ["ledger_2025_08"]
-    assert "Seq Scan" not in scans(found).values()
+    assert scans(found) == {"ledger_2025_08": "Index Only Scan"}
 
 
-def test_a_tenant_s_day_reads_one_partition_by_the_tenant_s_index(large: str) -> None:
+def test_a_tenant_s_day_reads_the_tenant_s_index_of_one_partition_and_no_row(large: str) -> None:
     found = plan(large, statements("usage.sql")["usage"], tenant="t0042", environment=None, day="2025-08-07")
-    assert list(scans(found)) == ["ledger_2025_08"]
-    assert "Seq Scan" not in scans(found).values()
+    assert scans(found) == {"ledger_2025_08": "Index Only Scan"}
 
 
 def test_a_span_over_two_months_reads_two_partitions(large: str) -> None:
