@@ -378,7 +378,7 @@ class Rates(Struct, frozen=True, gc=False):
 class Reservation(Struct, frozen=True, gc=False):
     """What `limits.reserve` holds for a call until `limits.settle`.
 
-    `held` is False when Redis was away and this replica let the call pass by itself; then there are no `rates`.
+    `held` is False when Redis was away and this replica let the call pass by its own counts.
     """
 
     call_id: str

@@ -27,9 +27,8 @@ log = logging.getLogger(__name__)
 _CONNECT_SECONDS = 2.0
 """For TCP, TLS, AUTH and SELECT together: several round trips, and no call waits for them."""
 _STEADY_SECONDS = 60.0
-"""A second loss within this time of the last makes Redis a flapping one: calls would pay for each of its returns."""
-_PROBATION_SECONDS = 2.0, 30.0
-"""For how long a flapping Redis must answer before it counts as there: at first, doubled each time, and at most."""
+"""A second loss within this time of the last doubles the probation: calls under way pay for each loss."""
+_LONGEST_PROBATION_SECONDS = 30.0
 _GRACE_SECONDS = 0.03
 """An overdue command gets one more look at the socket: it may be the event loop that stood still, not Redis."""
 _INCOMPLETE = object()
@@ -145,7 +144,8 @@ class RedisPipe:
     """The connection as the rooms see it. `run` keeps it; `up` says whether it is there, `changes` counts the turns.
 
     `timeout_ms` and `probe_seconds` may be set at any time and count from the next connection on. What `on_return`
-    holds is called each time Redis is there again. A Redis that comes and goes must answer for a while first.
+    holds is called each time Redis is there again. One that was lost must answer for `probation_seconds` first, and
+    for longer when it comes and goes.
     """
 
     def __init__(
@@ -156,6 +156,7 @@ class RedisPipe:
         timeout_ms: float = 250,
         probe_seconds: float = 1.0,
         waiting_limit: int = 20_000,
+        probation_seconds: float = 2.0,
     ) -> None:
         # RESP2: on it nothing arrives that was not asked for.
         self._pool = ConnectionPool.from_url(url, protocol=2, client_name="gateway")
@@ -169,6 +170,7 @@ class RedisPipe:
         self.changes = 0
         self._said_up: bool | None = None
         self._lost_at = float("-inf")
+        self._first_probation_seconds = probation_seconds
         self._probation_seconds = 0.0
         self._line: _Line | None = None
         self._closed = False
@@ -243,7 +245,9 @@ class RedisPipe:
         return connection, line
 
     async def _prove(self, line: _Line) -> None:
-        """Sees that Redis answers, of a flapping one for as long as its probation lasts. Raises RedisAway."""
+        """Sees that Redis answers, one that was lost for as long as its probation lasts. Raises RedisAway."""
+        for text in self.scripts.values():  # else each one's first use would be executed after what was sent later
+            line.write(("SCRIPT", "LOAD", text), None, None)
         ends = self._ambient.monotonic() + self._probation_seconds
         while True:
             pong: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -260,9 +264,9 @@ class RedisPipe:
         """A connection reports its end."""
         if line is self._line:
             now = self._ambient.monotonic()
-            first, longest = _PROBATION_SECONDS
             flapping = now - self._lost_at < _STEADY_SECONDS + self._probation_seconds
-            self._probation_seconds = min(longest, max(first, 2 * self._probation_seconds)) if flapping else 0.0
+            longer = 2 * self._probation_seconds if flapping else self._first_probation_seconds
+            self._probation_seconds = min(_LONGEST_PROBATION_SECONDS, longer)
             self._lost_at = now
             self._line, self.up = None, False
             self._say(False, reason)

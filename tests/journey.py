@@ -28,6 +28,7 @@ from tests.ledger_parts import conforming
 DEADLINE_SECONDS = 20.0
 OTHER_KEY = "sk-gw-otherkey0001-" + "o" * 43
 VIEWER_KEY = "sk-gw-viewerkey001-" + "v" * 43
+LIMITED_KEY = "sk-gw-limitedkey01-" + "l" * 43
 EXPIRED_KEY = "sk-gw-expired00001-" + "e" * 43
 SIMULATED = {"provider": "openai", "model": "gpt-4o-mini-2024-07-18"}
 
@@ -102,6 +103,12 @@ OVERLAY: dict[str, Any] = {
         "tenant-lower": {"plan": "internal", "daily_token_cap": 4_000, "downgrade": {"azure": "one-target"}},
         "usage-a": {"plan": "internal", "daily_token_cap": 10_000},
         "usage-b": {"plan": "internal"},
+        "limit-tpm": {"plan": "internal", "tpm": 4_000},
+        "limit-concurrency": {"plan": "internal", "concurrency": 1},
+        "limit-day": {"plan": "internal", "daily_usd": "0.000001", "budget_time_zone": "Asia/Tokyo"},
+        "limit-month": {"plan": "internal", "monthly_usd": "0.000001"},
+        "limit-key": {"plan": "internal"},
+        "spender": {"plan": "internal", "tpm": 10_000_000, "concurrency": 50, "daily_usd": 1000, "monthly_usd": 9000},
     },
     "issuers": {
         "sso": {
@@ -117,11 +124,17 @@ OVERLAY: dict[str, Any] = {
         "expired00001": {
             "digest": _digest(EXPIRED_KEY), "service": "old", "tenants": ["*"], "expires": "2020-01-01",
         },
+        "limitedkey01": {
+            "digest": _digest(LIMITED_KEY), "service": "limited", "tenants": ["limit-key"], "limits": {"rpm": 2},
+        },
         "suitekey0001": {
             "digest": _digest("sk-gw-suitekey0001-" + "s" * 43),
             "service": "suite",
             "roles": ["call", "usage"],
-            "tenants": ["tenant-a", "tenant-few", "tenant-poor", "tenant-narrow", "tenant-low", "tenant-lower"],
+            "tenants": [
+                *("tenant-a", "tenant-few", "tenant-poor", "tenant-narrow", "tenant-low", "tenant-lower", "spender"),
+                *("limit-tpm", "limit-concurrency", "limit-day", "limit-month"),
+            ],
         },
     },
 }  # fmt: skip

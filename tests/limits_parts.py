@@ -118,7 +118,7 @@ def not_just_before_midnight(seconds: float) -> None:
 
 
 def pipe_to(server: RedisServer, timeout_ms: float = 5000) -> RedisPipe:
-    return RedisPipe(server.url, AMBIENT, timeout_ms=timeout_ms, probe_seconds=0.05)
+    return RedisPipe(server.url, AMBIENT, timeout_ms=timeout_ms, probe_seconds=0.05, probation_seconds=0)
 
 
 def today() -> str:

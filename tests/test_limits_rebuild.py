@@ -76,7 +76,7 @@ def configured(*tenants: Tenant, plans: Mapping[str, Tenant] | None = None, **ke
 
 async def rebuilt(limits: Limits, server: RedisServer) -> None:
     await until(lambda: server.client.exists(WHOLE))
-    await until(lambda: limits.budgets.whole)
+    await until(lambda: limits.budgets.made_good)
 
 
 def budgets(server: RedisServer, tag: str = "acme-corp") -> tuple[int, int, int]:
@@ -142,7 +142,7 @@ def test_a_ledger_that_is_away_is_asked_again_and_logged_once(
 def test_without_a_ledger_budgets_begin_at_nothing(frail: RedisServer) -> None:
     async def main() -> bool:
         async with limits_on(frail) as limits:
-            await until(lambda: frail.client.exists(WHOLE))
+            await rebuilt(limits, frail)
             return (await Caller(limits, ACME).reserve()).held
 
     assert run(main())
@@ -163,14 +163,34 @@ def test_of_many_replicas_one_rebuilds(frail: RedisServer) -> None:
 
 def test_a_replica_that_died_over_the_rebuilding_is_replaced(frail: RedisServer) -> None:
     ledger = Ledger(spent(900, 0, 0))
+    epoch = int(time.time()) - 5
     frail.client.set(REBUILDING, 1, px=1500)
+    frail.client.set(EPOCH, epoch)
 
     async def main() -> None:
         async with limits_on(frail, current=configured(ACME), read_spent=ledger) as limits:
             await rebuilt(limits, frail)
 
     run(main())
-    assert Counters(frail).day_tokens == 900
+    assert (ledger.asked, Counters(frail).day_tokens) == ([epoch], 900)
+    assert (frail.client.get(WHOLE), frail.client.exists(EPOCH)) == (str(epoch), 0)
+
+
+def test_a_counter_that_an_operator_deletes_with_the_mark_is_counted_from_the_ledger(frail: RedisServer) -> None:
+    ledger = Ledger(spent(900, 70, 700))
+
+    async def main() -> None:
+        async with limits_on(frail, current=configured(ACME), read_spent=ledger) as limits:
+            await rebuilt(limits, frail)
+            limits.settle(await Caller(limits, ACME).reserve(50, 5), 50, 5)
+            await limits.pipe.execute("PING")
+            await asyncio.sleep(1.1)  # an epoch is a second, and the next rebuilding has another
+            ledger.spent = [spent(950, 75, 705)]
+            frail.client.delete(f"rl:{{acme-corp}}:monthly_usd:{datetime.now(UTC):%Y%m}", WHOLE)
+            await rebuilt(limits, frail)
+
+    run(main())
+    assert budgets(frail) == (950, 75, 705)
 
 
 def test_a_redis_that_lost_nothing_is_left_as_it_is(frail: RedisServer) -> None:
@@ -262,7 +282,7 @@ def test_a_call_without_redis_is_charged_by_its_replica_or_by_the_ledger_and_nev
                 limits.settle(await caller.reserve(100, 100), 30, 40)
             began = int(caller.call().received_at)
             frail.thaw()
-            frail.client.set(EPOCH, began - ahead_seconds)
+            frail.client.set(WHOLE, began - ahead_seconds)
             await until(lambda: limits.pipe.up)
             await limits.budgets.run_once()
             await limits.pipe.execute("PING")

@@ -34,7 +34,7 @@ def frail(tmp_path: Path) -> Iterator[RedisServer]:
 
 
 def pipe_to(url: str, **options: float) -> RedisPipe:
-    return RedisPipe(url, AMBIENT, **{"timeout_ms": 2000, "probe_seconds": 0.05, **options})
+    return RedisPipe(url, AMBIENT, **{"timeout_ms": 2000, "probe_seconds": 0.05, "probation_seconds": 0, **options})
 
 
 # --- commands and answers ---
@@ -263,20 +263,45 @@ def test_a_redis_that_became_slow_counts_as_away_until_it_is_fast_again(server: 
 
 def test_a_redis_that_comes_and_goes_is_away_until_it_stays(frail: RedisServer) -> None:
     async def main() -> None:
-        async with running(pipe_to(frail.url, timeout_ms=100)) as pipe:
-            for _ in range(2):
-                frail.freeze()
-                await asyncio.gather(pipe.execute("PING"), return_exceptions=True)
-                frail.thaw()
-                if pipe.changes < 4:
-                    await until(lambda: pipe.up)
-            for _ in range(8):  # each turn shorter than the two seconds for which it must answer now
+        async with running(pipe_to(frail.url, timeout_ms=100, probation_seconds=1.0)) as pipe:
+            frail.freeze()
+            await asyncio.gather(pipe.execute("PING"), return_exceptions=True)
+            frail.thaw()
+            for _ in range(6):  # each turn shorter than the second for which it must answer
                 await asyncio.sleep(0.3)
                 frail.freeze()
                 await asyncio.sleep(0.2)
                 frail.thaw()
-            assert (pipe.up, pipe.changes) == (False, 4)
+            assert (pipe.up, pipe.changes) == (False, 2)
             await until(lambda: pipe.up)
+
+    run(main())
+
+
+def test_each_loss_within_a_minute_doubles_for_how_long_redis_must_answer(frail: RedisServer) -> None:
+    async def main() -> list[float]:
+        probations = []
+        async with running(pipe_to(frail.url, timeout_ms=100, probation_seconds=0.2)) as pipe:
+            for _ in range(3):
+                frail.freeze()
+                await asyncio.gather(pipe.execute("PING"), return_exceptions=True)
+                frail.thaw()
+                began = time.monotonic()
+                await until(lambda: pipe.up)
+                probations.append(time.monotonic() - began)
+        return probations
+
+    assert [took >= least for took, least in zip(run(main()), (0.2, 0.4, 0.8), strict=True)] == [True] * 3
+
+
+def test_a_probation_is_over_when_redis_has_answered_for_as_long(frail: RedisServer) -> None:
+    async def main() -> None:
+        async with running(pipe_to(frail.url, timeout_ms=100, probation_seconds=0.2)) as pipe:
+            frail.freeze()
+            await asyncio.gather(pipe.execute("PING"), return_exceptions=True)
+            frail.thaw()
+            await until(lambda: pipe.up)
+            assert await pipe.execute("ECHO", "back") == b"back"
 
     run(main())
 

@@ -1,9 +1,9 @@
 """Daily and monthly counters over trouble with Redis: what was used without it is paid in, what it lost is rebuilt.
 
 Redis says that its counters are whole by the key WHOLE. Where that is missing, Redis was emptied, or is new: one
-replica sums the ledger up to the second EPOCH, restores the counters, and sets it; until then the policies for Redis
-away hold. What calls used that began before EPOCH comes from the ledger, also from rows that arrive later; what later
-calls used is charged by their settlements, and by each replica for the calls that it judged by itself.
+replica sums the ledger up to a second, the epoch, restores the counters, and sets WHOLE to it; until then the policies
+for Redis away hold. What calls used that began before the epoch comes from the ledger, also from rows that arrive
+later; what later calls used is charged by their settlements, and by each replica for calls that it judged by itself.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from app.redis_pipe import RedisAway, RedisPipe, RedisRefused
 log = logging.getLogger(__name__)
 
 EPOCH = "rl:{_global}:epoch"
+"""The epoch of a rebuilding that has begun: who goes on with it goes on with the same."""
 REBUILDING = "rl:{_global}:rebuilding"
 CHECK_SECONDS = 1.0
 """How often a replica looks whether Redis still has its counters, and pays in what it owes."""
@@ -121,15 +122,15 @@ class Budgets:
         """Returns how many counters were written. Raises RedisAway, RedisRefused."""
         if not self._pipe.up:
             return 0
-        whole, epoch = await self._pipe.execute("MGET", WHOLE, EPOCH)
+        whole = await self._pipe.execute("GET", WHOLE)
         written = 0
         if whole is None:
             self.whole = self.made_good = False
             written = await self._rebuild()
-            whole, epoch = await self._pipe.execute("MGET", WHOLE, EPOCH)
+            whole = await self._pipe.execute("GET", WHOLE)
             if whole is None:
                 return written
-        self._epoch = int(epoch or 0)
+        self._epoch = int(whole)
         if self._late and self._ambient.now() >= self._late[0]:
             self._late.popleft()
             written += await self._restore_all(self._epoch) or 0
@@ -183,7 +184,6 @@ class Budgets:
         """By the one replica that takes the mark; returns how many counters it restored."""
         if self._read_spent is None:
             self._say("no ledger is configured: budgets begin at what redis has")
-            await self._pipe.execute("SET", EPOCH, 0)
             await self._pipe.execute("SET", WHOLE, 0)
             return 0
         if self._said != _CANNOT:
@@ -200,6 +200,7 @@ class Budgets:
                 self._say(_CANNOT)
                 return 0
             await self._pipe.execute("SET", WHOLE, epoch)
+            await self._pipe.execute("DEL", EPOCH)
             longest = self._current().settings.longest_seconds
             self._late = deque(epoch + seconds for seconds in (*LATE_SECONDS, LATE_SECONDS[-1] + longest))
             return restored
@@ -231,7 +232,7 @@ class Budgets:
             some = commands[start : start + _AT_ONCE]
             await asyncio.gather(
                 *(
-                    self._pipe.execute("EVALSHA", self._restore, 2, key, f"{key}:base", amount, keep_seconds(key))
+                    self._pipe.execute("EVALSHA", self._restore, 2, key, f"{key}:{epoch}", amount, keep_seconds(key))
                     for key, amount in some
                 )
             )

@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- Puts into a daily or monthly counter what the ledger has of it, in the place of what it gave before.
 --
--- KEYS  1 the counter, 2 what the ledger gave before.
+-- KEYS  1 the counter, 2 what the ledger gave before in this rebuilding.
 -- ARGV  1 what the ledger has; 2 seconds that both are kept.
 -- Gives 0 where the counter was never lost: then it is right as it stands.
 local sum, before = redis.call('GET', KEYS[1]), redis.call('GET', KEYS[2])
@@ -9,5 +9,5 @@ if sum and not before then
   return 0
 end
 redis.call('SET', KEYS[2], ARGV[1], 'EX', ARGV[2])
-redis.call('SET', KEYS[1], math.max(0, (sum or 0) - (before or 0) + ARGV[1]), 'EX', ARGV[2])
+redis.call('SET', KEYS[1], math.max(0, (sum or before or 0) - (before or 0) + ARGV[1]), 'EX', ARGV[2])
 return 1

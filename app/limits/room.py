@@ -29,6 +29,8 @@ _LOG_SECONDS = 60.0
 RENEW_SECONDS = LEASE_MS / 3000
 """Two renewals may be missed before a lease lapses."""
 _RENEWED_AT_ONCE = 500
+_HEARD = 50_000
+"""Budgets of which it is kept what was left: without it a share is of the whole."""
 _SCOPES = 10_000
 """Scopes that are kept ready: one for each tenant and service key that call."""
 
@@ -298,6 +300,8 @@ class Limits:
 
     def run_once(self) -> int:
         """Renews the leases of all running calls; returns how many."""
+        if len(self._heard) > _HEARD:  # days and months go by
+            self._heard.clear()
         renewed = 0
         for key, running in self._running.items():
             call_ids = list(running)
@@ -340,7 +344,12 @@ class Limits:
         self._begin(scope, call.event_id)
         self._local.add(call.event_id)
         self.local_calls += 1
-        return Held(call.event_id, tenant.id, tokens, False, None, nanos, scope, second, began)
+        after = [
+            remaining - limit.amount(tokens, nanos) if remaining < MOST else MOST
+            for limit, remaining in zip(scope.limits, left, strict=True)
+        ]
+        shown = rates(scope, after, int(now * 1000))
+        return Held(call.event_id, tenant.id, tokens, False, shown, nanos, scope, second, began)
 
     def _returned(self) -> None:
         self._send_settlements()

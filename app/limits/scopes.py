@@ -199,7 +199,7 @@ def rates(scope: Scope, left: list[int], now_ms: int) -> Rates:
     requests: tuple[int, Limit] | None = None
     tokens: tuple[int, Limit] | None = None
     for limit, remaining in zip(scope.limits, left, strict=True):
-        if limit.name.startswith("global_"):
+        if limit.name.startswith("global_") or remaining > limit.value:  # all tenants', or open while Redis is away
             continue
         if limit.kind == "rpm" and (requests is None or remaining < requests[0]):
             requests = remaining, limit

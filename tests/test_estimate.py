@@ -1,0 +1,141 @@
+"""What is reserved for a call before anybody has counted: by size, by what was learned, by its own limits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.ambient import Ambient
+from app.config import Alias
+from app.core import Exchange, Usage
+from app.dialects import openai_chat
+from app.estimate import BLOB_TOKENS, FEWEST_BYTES, MOST_BYTES, Estimates
+from tests import gateway_parts
+from tests.gateway_parts import ALIAS, config, request
+from tests.translation import target
+
+AMBIENT = Ambient()
+
+
+def alias(*targets: Any) -> Alias:
+    return msgspec.structs.replace(config().aliases[ALIAS], targets=targets or (target("openai"),))
+
+
+def exchange(body: bytes, **fields: Any) -> Exchange:
+    call = gateway_parts.call(body, AMBIENT, **fields)
+    made = Exchange(call=call, patience=None, request=openai_chat.read(body))
+    made.tenant = call.config.tenants["acme-corp"]
+    return made
+
+
+def ended(body: bytes, tokens: int) -> Exchange:
+    """A call that the vendor counted `tokens` of input for."""
+    made = exchange(body)
+    made.usage, made.done = Usage(input=tokens, output=5), True
+    return made
+
+
+def taught(estimates: Estimates, body: bytes, tokens: int, times: int = 200) -> int:
+    """Input tokens reserved for `body` after so many calls like it."""
+    for _ in range(times):
+        estimates.learn(ended(body, tokens))
+    return input_tokens(estimates, body)
+
+
+def input_tokens(estimates: Estimates, body: bytes) -> int:
+    made = exchange(body)
+    estimates.need(made, alias())
+    return made.input_tokens_estimate
+
+
+LONG = request(messages=[{"role": "user", "content": "word " * 2000}])
+
+
+def test_before_anything_is_learned_four_bytes_are_a_token() -> None:
+    assert input_tokens(Estimates(), LONG) == len(LONG) // 4 + 1
+
+
+@pytest.mark.parametrize("bytes_per_token", [2.0, 3.0, 5.0])
+def test_the_reservation_follows_what_the_vendor_counts(bytes_per_token: float) -> None:
+    tokens = int(len(LONG) / bytes_per_token)
+    assert abs(taught(Estimates(), LONG, tokens) - tokens) < tokens / 20
+
+
+def test_what_one_alias_teaches_is_not_another_s() -> None:
+    estimates = Estimates()
+    taught(estimates, LONG, len(LONG) // 2)
+    other = msgspec.structs.replace(alias(), name="another")
+    made = exchange(LONG)
+    estimates.need(made, other)
+    assert made.input_tokens_estimate == len(LONG) // 4 + 1
+
+
+def test_where_calls_differ_most_of_them_need_less_than_is_reserved() -> None:
+    estimates = Estimates()
+    for round in range(400):
+        estimates.learn(ended(LONG, int(len(LONG) / (3.0, 3.5, 4.0, 4.5, 5.0)[round % 5])))
+    reserved = input_tokens(estimates, LONG)
+    assert sum(int(len(LONG) / ratio) <= reserved for ratio in (3.0, 3.5, 4.0, 4.5, 5.0)) >= 4
+
+
+@given(tokens=st.lists(st.integers(1, 10**9), max_size=60))
+def test_what_is_learned_stays_within_its_bounds(tokens: list[int]) -> None:
+    estimates = Estimates()
+    for count in tokens:
+        estimates.learn(ended(LONG, count))
+    assert len(LONG) / MOST_BYTES <= input_tokens(estimates, LONG) <= len(LONG) / FEWEST_BYTES + 1
+
+
+def test_one_odd_call_hardly_changes_the_reservation() -> None:
+    estimates = Estimates()
+    usual = taught(estimates, LONG, len(LONG) // 4)
+    estimates.learn(ended(LONG, 1))
+    assert usual / 2 < input_tokens(estimates, LONG) <= usual * 2
+
+
+@pytest.mark.parametrize("fault", ["no usage", "not done", "an image"])
+def test_a_call_that_cannot_teach_does_not(fault: str) -> None:
+    estimates = Estimates()
+    body = LONG if fault != "an image" else request(messages=["data:image/png;base64," + "A" * 4000])
+    made = ended(body, 17)
+    if fault == "no usage":
+        made.usage = None
+    elif fault == "not done":
+        made.done = False
+    estimates.learn(made)
+    assert input_tokens(estimates, LONG) == len(LONG) // 4 + 1
+
+
+def test_an_image_counts_as_one_whatever_its_size() -> None:
+    sizes = [
+        input_tokens(Estimates(), request(messages=["data:image/png;base64," + "A" * size])) for size in (100, 100_000)
+    ]
+    assert sizes[0] == sizes[1] > BLOB_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("fields", "hint", "output"),
+    [({}, 0, 100), ({"max_tokens": 7}, 0, 7), ({"max_completion_tokens": 7, "n": 3}, 0, 21), ({"max_tokens": 7}, 5, 7)],
+)
+def test_the_answer_is_reserved_by_its_own_limit(fields: dict[str, int], hint: int, output: int) -> None:
+    made = exchange(request(**fields), tokens_hint=hint)
+    tokens, _ = Estimates().need(made, alias())
+    assert (made.output_tokens_estimate, tokens) == (output, made.input_tokens_estimate + output)
+
+
+def test_a_hint_can_raise_the_tokens() -> None:
+    assert Estimates().need(exchange(request(), tokens_hint=50_000), alias())[0] == 50_000
+
+
+def test_dollars_are_those_of_the_dearest_target_that_may_answer() -> None:
+    cheap = target("openai")
+    price = msgspec.structs.replace(cheap.price, input=10**12, output=10**12)
+    dear = msgspec.structs.replace(cheap, price=price)
+    made = exchange(request(max_tokens=7))
+    tokens, nanos = Estimates().need(made, alias(cheap, dear))
+    assert nanos == tokens * 10**6
+    assert nanos > Estimates().need(made, alias(cheap))[1]
