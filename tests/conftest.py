@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from loadtest.stack import Stack
-from tests.journey import OTHER_KEY, OVERLAY, POOLS, VENDOR_KEY, Journey, jwks, until
+from tests.journey import OTHER_KEY, OVERLAY, VENDOR_KEY, Journey, jwks, pool_providers, until
 from tests.webhook import Webhook
 
 
@@ -31,8 +31,6 @@ def stack(tmp_path_factory: pytest.TempPathFactory, webhook: Webhook) -> Iterato
     secret = folder / "vendor-key"
     secret.write_text(VENDOR_KEY + "\n")
     keys = {name: {"api_key": f"file:{secret}"} for name in ("openai", "openrouter")}
-    for name in {key for pool in POOLS.values() for key in pool}:
-        (folder / f"{name}-key").write_text(f"{name}-key\n")
     key_set = folder / "jwks.json"
     key_set.write_text(json.dumps(jwks()))
     issuers = {"sso": OVERLAY["issuers"]["sso"] | {"jwks": f"file:{key_set}"}}
@@ -41,15 +39,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory, webhook: Webhook) -> Iterato
     gateway = OVERLAY["gateway"] | {"warnings": {"webhook": f"file:{address}"}}
 
     def overlay(simulator_url: str) -> dict[str, Any]:
-        pools = {
-            name: {
-                "kind": "openai_compatible",
-                "base_url": f"{simulator_url}/{name}/v1",
-                "keys": {key: facts | {"api_key": f"file:{folder / key}-key"} for key, facts in pool.items()},
-            }
-            for name, pool in POOLS.items()
-        }
-        return OVERLAY | {"gateway": gateway, "providers": keys | pools, "issuers": issuers}
+        providers = keys | pool_providers(folder, simulator_url)
+        return OVERLAY | {"gateway": gateway, "providers": providers, "issuers": issuers}
 
     with Stack(folder, overlay=overlay, environ=environ, report=lambda line: None) as stack:
         with Journey(stack) as journey:  # a Redis that was never used gets its budgets from the ledger first

@@ -9,6 +9,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -44,6 +45,20 @@ POOLS: dict[str, dict[str, dict[str, Any]]] = {
     "full": {"small": {"rpm": 1}},
 }
 """Providers with pools of keys, at the simulator; each key is its own name and `-key`."""
+
+
+def pool_providers(folder: Path, simulator_url: str) -> dict[str, Any]:
+    """What OVERLAY's targets of pools need in `providers`; writes the keys' files into `folder`."""
+    for key in {key for pool in POOLS.values() for key in pool}:
+        (folder / f"{key}-key").write_text(f"{key}-key\n")
+    return {
+        name: {
+            "kind": "openai_compatible",
+            "base_url": f"{simulator_url}/{name}/v1",
+            "keys": {key: facts | {"api_key": f"file:{folder / key}-key"} for key, facts in pool.items()},
+        }
+        for name, pool in POOLS.items()
+    }
 
 
 OVERLAY: dict[str, Any] = {

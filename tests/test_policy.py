@@ -51,18 +51,18 @@ def test_a_plan_has_what_it_leaves_out_from_the_one_it_extends(
     tmp_path: Path, plan: str, rpm: int, models: set[str] | None, tier: str, residency: set[str] | None
 ) -> None:
     tenant = written(tmp_path, plans=PLANS, tenants={"t": {"plan": plan}}).tenants["t"]
-    assert (tenant.rpm, tenant.allowed_models, tenant.tier, tenant.residency) == (rpm, models, tier, residency)
+    assert (tenant.quota.rpm, tenant.allowed_models, tenant.tier, tenant.residency) == (rpm, models, tier, residency)
 
 
 def test_a_tenant_s_own_value_counts_before_an_inherited_one(tmp_path: Path) -> None:
     tenant = written(tmp_path, plans=PLANS, tenants={"t": {"plan": "most", "residency": [], "rpm": 1}}).tenants["t"]
-    assert (tenant.residency, tenant.rpm) == (frozenset(), 1)
+    assert (tenant.residency, tenant.quota.rpm) == (frozenset(), 1)
 
 
 def test_a_plan_is_a_tenant_without_a_name(tmp_path: Path) -> None:
     made = written(tmp_path, plans=PLANS, tenants={"t": {"plan": "most"}})
     named = made.plans["most"]
-    assert (named.rpm, named.plan, named.residency) == (20, "most", frozenset({"us"}))
+    assert (named.quota.rpm, named.plan, named.residency) == (20, "most", frozenset({"us"}))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_tenants_are_read_from_all_files_of_the_folder(folder: Path) -> None:
     put(folder, "a.yaml", {"tenants": {"one": {"plan": "free"}}})
     put(folder, "b.yaml", {"tenants": {"two": {"plan": "standard", "rpm": 3}}})
     tenants = loaded(folder).tenants
-    assert (tenants["one"].plan, tenants["two"].rpm, "acme-corp" in tenants) == ("free", 3, True)
+    assert (tenants["one"].plan, tenants["two"].quota.rpm, "acme-corp" in tenants) == ("free", 3, True)
 
 
 def test_a_tenant_written_twice_is_a_fault_that_names_both_files(folder: Path) -> None:
@@ -109,7 +109,7 @@ def test_such_a_file_holds_nothing_but_tenants(folder: Path) -> None:
 def test_an_environment_may_change_a_tenant_of_such_a_file(folder: Path) -> None:
     put(folder, "a.yaml", {"tenants": {"one": {"plan": "free"}}})
     (folder / "environments" / "prod.yaml").write_text("tenants: {one: {rpm: 5}}\n")
-    assert loaded(folder).tenants["one"].rpm == 5
+    assert loaded(folder).tenants["one"].quota.rpm == 5
 
 
 def test_a_new_file_of_tenants_is_noticed(folder: Path) -> None:

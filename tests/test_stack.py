@@ -113,6 +113,8 @@ def test_ready_file_names_what_a_test_or_drill_needs(up: Up) -> None:
     assert set(up.ready) == {
         "url",
         "ca_file",
+        "client_cert_file",
+        "client_key_file",
         "key",
         "tenant",
         "admin_url",

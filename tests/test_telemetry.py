@@ -14,7 +14,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from loadtest.stack import Stack
-from tests.journey import OVERLAY, Journey, chat, events, until
+from tests.journey import OVERLAY, Journey, chat, events, pool_providers, until
 
 
 class Receiver:
@@ -63,8 +63,13 @@ def traced(receiver: Receiver, tmp_path_factory: pytest.TempPathFactory) -> Iter
     """A stack of one replica that exports its spans."""
     environ = {name: value for name, value in os.environ.items() if not name.endswith("_API_KEY")}
     environ |= {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url, "OTEL_BSP_SCHEDULE_DELAY": "100"}
+    folder = tmp_path_factory.mktemp("traced")
+
+    def overlay(simulator_url: str) -> dict[str, Any]:
+        return OVERLAY | {"providers": pool_providers(folder, simulator_url)}
+
     with (
-        Stack(tmp_path_factory.mktemp("traced"), replicas=1, overlay=OVERLAY, environ=environ) as stack,
+        Stack(folder, replicas=1, overlay=overlay, environ=environ) as stack,
         Journey(stack) as journey,
     ):
         yield journey
