@@ -37,6 +37,7 @@ from app.errors import (
     TenantNotAllowed,
 )
 from app.gateway import Gateway, retry_headers
+from app.server import send_whole
 
 log = logging.getLogger("gateway")
 
@@ -117,6 +118,8 @@ class FrontDoor:
                     reply.headers.append((b"connection", b"close"))
                 if reply.status >= 400:
                     await self._not_too_soon(exchange.call.started)
+                if reply.frames is None and send_whole(scope, reply.status, reply.headers, reply.first):
+                    return
                 await send({"type": "http.response.start", "status": reply.status, "headers": reply.headers})
                 streaming = True
                 if reply.frames is None:
