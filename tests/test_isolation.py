@@ -139,8 +139,9 @@ class Round:
         self.see(held.rates, owners)
         self.open.append((tenant, key, call_id, held, tokens, nanos))
 
-    def see(self, rates: Rates, owners: tuple[Owner, ...]) -> None:
-        for place, told in enumerate((rates.remaining_requests, rates.remaining_tokens)):
+    def see(self, rates: Rates | None, owners: tuple[Owner, ...]) -> None:
+        """None is told where there is no limit at all."""
+        for place, told in enumerate((rates.remaining_requests, rates.remaining_tokens) if rates else (None, None)):
             left = [left for owner in owners if (left := owner.remaining()[place]) is not None]
             assert told == (max(0, min(left)) if left else None)
 

@@ -72,6 +72,7 @@ def traced(receiver: Receiver, tmp_path_factory: pytest.TempPathFactory) -> Iter
         Stack(folder, replicas=1, overlay=overlay, environ=environ) as stack,
         Journey(stack) as journey,
     ):
+        until(lambda: journey.query("SELECT to_regclass('ledger') AS made")[0]["made"])
         yield journey
 
 
