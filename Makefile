@@ -11,8 +11,8 @@ up: $(STAMP)  ## start the whole stack on this machine; ARGS are `gateway up`'s
 down: $(STAMP)  ## stop a stack started with ARGS=--detach
 	$(VENV)/bin/gateway down $(ARGS)
 
-test: $(STAMP) lint  ## the test suite, on real Redis, PostgreSQL and Traefik
-	$(VENV)/bin/python -m pytest $(ARGS)
+test: $(STAMP) lint  ## the test suite, on real Redis, PostgreSQL and Traefik; a file stays with one of two workers
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 drills: $(STAMP)  ## the long ones: what the suite does in small, ten times as often
 	ISOLATION_CASES=100000 $(VENV)/bin/python -m pytest tests/test_isolation.py $(ARGS)
