@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: up down test drills lint audit bench lock
+.PHONY: up down test gate drills lint audit bench lock
 
 up: $(STAMP)  ## start the whole stack on this machine; ARGS are `gateway up`'s
 	$(VENV)/bin/gateway up $(ARGS)
@@ -13,6 +13,9 @@ down: $(STAMP)  ## stop a stack started with ARGS=--detach
 
 test: $(STAMP) lint  ## the test suite, on real Redis, PostgreSQL and Traefik; a file stays with one of two workers
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+gate: $(STAMP)  ## the pre-ship gates on a stack of their own: load, fallback drill, evals; build/preship.html
+	$(VENV)/bin/gateway preship --apps loadtest/gate --report build/preship.html $(ARGS)
 
 drills: $(STAMP)  ## the long ones: what the suite does in small, ten times as often
 	ISOLATION_CASES=100000 $(VENV)/bin/python -m pytest tests/test_isolation.py $(ARGS)

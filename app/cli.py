@@ -79,6 +79,23 @@ def _parser() -> argparse.ArgumentParser:
     usage.add_argument("--json", action="store_true")
     usage.add_argument("--database-url", default=os.environ.get("DATABASE_URL"), help="DATABASE_URL by default")
 
+    lint = command("lint-apps", _lint_apps, "Find direct vendor calls in an app's source: hosts, SDK addresses, keys.")
+    lint.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="a folder or file of the app")
+    lint.add_argument("--json", action="store_true")
+
+    preship = command("preship", _preship, "Run the six gates of a release; 1 when a blocking one is missed.")
+    preship.add_argument("--target", metavar="URL", help="the gateway to hold against them (a stack of its own)")
+    preship.add_argument("--key", default=os.environ.get("HELLO_SHIP_GATEWAY_KEY"), help="HELLO_SHIP_GATEWAY_KEY")
+    preship.add_argument("--tenant", default="smoke-test", help="on whose behalf the gates call (smoke-test)")
+    preship.add_argument("--ca-file", type=Path, help="what the target's certificate is verified with")
+    preship.add_argument("--simulator-url", metavar="URL", help="where the target's vendors are simulated")
+    preship.add_argument("--database-url", default=os.environ.get("DATABASE_URL"), help="DATABASE_URL by default")
+    preship.add_argument(
+        "--apps", type=Path, action="append", default=[], help="an app's source, for lint-apps; repeatable"
+    )
+    preship.add_argument("--gates", type=Path, help="thresholds and evals (loadtest/gate/gates.yaml)")
+    preship.add_argument("--report", type=Path, help="write an HTML page here, and JSON beside it")
+
     money_commands.add(command)
     ledger_commands.add(command)
     return parser
@@ -138,6 +155,27 @@ def _down(arguments: argparse.Namespace) -> int:
     except ImportError as error:
         return _fail(f"`gateway down` needs the development dependencies ({error.name} is missing): run `make up`.")
     return stack.down(arguments)
+
+
+def _lint_apps(arguments: argparse.Namespace) -> int:
+    from app.lint_apps import direct_calls
+
+    if missing := [str(path) for path in arguments.paths if not path.exists()]:
+        return _fail(f"There is no {', '.join(missing)}.")
+    found = [call for path in arguments.paths for call in direct_calls(path)]
+    if arguments.json:
+        print(msgspec.json.encode(found).decode())
+    else:
+        print("\n".join(map(str, found)) or "No direct vendor call.")
+    return 1 if found else 0
+
+
+def _preship(arguments: argparse.Namespace) -> int:
+    try:
+        from loadtest.gate import preship
+    except ImportError as error:
+        return _fail(f"`gateway preship` needs the development dependencies ({error.name} is missing): run `make up`.")
+    return preship(arguments)
 
 
 def _serve(arguments: argparse.Namespace) -> int:

@@ -31,7 +31,7 @@ LAYERS = (
         "api", "admin", "bodies", "keys", "ledger_shipper", "archive", "reports", "price_sync", "rerate", "usage_pages",
         "ledger_schema", "dead_letters", "lake",
     ),
-    ("asgi", "cli", "jobs", "ledger_commands", "money_commands", "price_commands"),
+    ("asgi", "cli", "lint_apps", "jobs", "ledger_commands", "money_commands", "price_commands"),
 )  # fmt: skip
 """The rooms from the ground up: a file imports only from layers before its own."""
 
@@ -63,6 +63,7 @@ WITHIN_A_LAYER = {
     ("usage_pages", "reports"): "pages show what reports found",
     ("rerate", "archive"): "adjustments are rows of the ledger",
     ("cli", "asgi"): "`gateway serve`",
+    ("cli", "lint_apps"): "`gateway lint-apps`",
     ("cli", "money_commands"): "`gateway rollup`, `gateway export`",
     ("money_commands", "jobs"): "`gateway jobs`",
     ("cli", "price_commands"): "`gateway prices`",

@@ -258,3 +258,27 @@ def test_a_bad_fault_leaves_the_old_one_in_force(url: str) -> None:
     put_fault(url, kind="status", status=500)
     http("PUT", f"{url}/_sim/faults/openai", content="{}")
     assert post(url, **say("x")).status_code == 500
+
+
+def test_wrong_answer_does_not_say_what_the_prompt_asks_for(url: str) -> None:
+    def said() -> str:
+        return post(url, **say("Reply with exactly: amber")).json()["choices"][0]["message"]["content"]
+
+    assert said() == "amber"
+    put_fault(url, kind="wrong")
+    assert said() != "amber"
+
+
+def test_grant_is_enforced_and_what_it_refuses_is_counted(url: str) -> None:
+    http("PUT", f"{url}/_sim/grants", json={"rpm": 12, "tpm": 100_000}).raise_for_status()
+    statuses = [post(url, **say("x")).status_code for _ in range(3)]
+    http("DELETE", f"{url}/_sim/grants").raise_for_status()
+    assert (statuses, counts(url)["refused"]) == ([200, 200, 429], 1)
+    assert post(url, **say("x")).status_code == 200
+
+
+def test_granted_tokens_are_enforced(url: str) -> None:
+    http("PUT", f"{url}/_sim/grants", json={"rpm": 6_000, "tpm": 600}).raise_for_status()
+    statuses = [post(url, **say("tokens=200")).status_code for _ in range(2)]
+    http("DELETE", f"{url}/_sim/grants").raise_for_status()
+    assert statuses == [200, 429]

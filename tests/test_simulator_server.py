@@ -90,6 +90,7 @@ def test_every_request_is_counted_once_by_how_it_ended(url: str) -> None:
         "completed": 2,
         "aborted": 1,
         "broken": 1,
+        "refused": 0,
         "open": 0,
         "by_path": {"POST /v1/chat/completions": {"200": 2, "404": 1, "none": 1}},
     }

@@ -33,6 +33,7 @@ WORDS = """
 """.split()  # noqa: SIM905 (a hundred quoted words read worse)
 
 _DIRECTIVE = re.compile(r"\b(?:(tokens|tools|cached|reasoning)=(\d{1,5})|(chunk_ms|latency_ms)=(\d{1,7}))\b")
+_EXACTLY = re.compile(r"Reply with exactly: ([^\n]{1,200})")
 _FRAGMENT_CHARS = 4
 _SCHEMA_DEPTH = 8
 _MOST_CALLS = 128
@@ -155,7 +156,9 @@ def content_of(ask: Ask) -> Content:
     if limit is not None:
         reasoning = reasoning[:limit]
         limit -= len(reasoning)
-    choices = [_choice(ask, seed + index, directives, limit) for index in range(ask.n or 1)]
+    exactly = _EXACTLY.search(prompt)
+    said = re.findall(r"\s*\S+", exactly[1]) if exactly else None
+    choices = [_choice(ask, seed + index, directives, limit, said) for index in range(ask.n or 1)]
     prompt_tokens = prompt_tokens_of(ask, texts)
     return Content(
         choices=choices,
@@ -166,6 +169,11 @@ def content_of(ask: Ask) -> Content:
         latency_ms=directives.get("latency_ms", 0),
         chunk_ms=directives.get("chunk_ms", 0),
     )
+
+
+def misheard(body: bytes) -> bytes:
+    """A request whose prompt no longer says what to reply with; as long as before."""
+    return body.replace(b"Reply with exactly: ", b"Reply, if you like: ")
 
 
 def prompt_tokens_of(ask: Ask, texts: list[str]) -> int:
@@ -212,7 +220,7 @@ def _directives(ask: Ask, texts: list[str]) -> dict[str, int]:
     return {}
 
 
-def _choice(ask: Ask, seed: int, directives: dict[str, int], limit: int | None) -> Choice:
+def _choice(ask: Ask, seed: int, directives: dict[str, int], limit: int | None, said: list[str] | None) -> Choice:
     calls = _calls(ask, seed, directives)
     if calls:
         kept = []
@@ -223,7 +231,7 @@ def _choice(ask: Ask, seed: int, directives: dict[str, int], limit: int | None) 
             if limit == 0:
                 return Choice(pieces=[], calls=kept, finish_reason="length")
         return Choice(pieces=[], calls=kept, finish_reason="tool_calls")
-    pieces = _pieces(ask, seed, directives)
+    pieces = said or _pieces(ask, seed, directives)
     if limit is not None and limit < len(pieces):
         return Choice(pieces=pieces[:limit], calls=[], finish_reason="length")
     return Choice(pieces=pieces, calls=[], finish_reason="stop")

@@ -97,8 +97,12 @@ class Empty(Fault, frozen=True, kw_only=True, tag="empty"):
     done: bool = True
 
 
+class Wrong(Fault, frozen=True, kw_only=True, tag="wrong"):
+    """A good answer to another question: the prompt's `Reply with exactly: ...` is not heeded."""
+
+
 AnyFault = (
-    Latency | Slow | Throttle | Status | Reset | Hang | Stall | Cut | Malformed | ErrorEvent | Empty
+    Latency | Slow | Throttle | Status | Reset | Hang | Stall | Cut | Malformed | ErrorEvent | Empty | Wrong
 )  # fmt: skip
 
 

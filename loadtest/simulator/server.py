@@ -15,12 +15,13 @@ from loadtest.simulator import compatible, faults
 from loadtest.simulator.anthropic import ANTHROPIC
 from loadtest.simulator.azure import AZURE
 from loadtest.simulator.bedrock import BEDROCK
+from loadtest.simulator.content import misheard
 from loadtest.simulator.gemini import GEMINI, VERTEX
 from loadtest.simulator.http import Connection, Reply, Request
 from loadtest.simulator.openai import OPENAI
 from loadtest.simulator.openrouter import OPENROUTER
 from loadtest.simulator.shape import Problem, Shape, Stream, Unary
-from loadtest.simulator.state import Vendor
+from loadtest.simulator.state import Grant, Vendor
 
 # A name that is not here speaks its first word's shape (azure-eu), else OpenAI's, with faults and counts of its own.
 SHAPES = {
@@ -50,6 +51,7 @@ class Simulator:
         self._api_key = api_key
         self._latency_seconds = latency_ms / 1000
         self._vendors: dict[str, Vendor] = {}
+        self._grant: Grant | None = None
         self._connections: set[Connection] = set()
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> str:
@@ -76,7 +78,7 @@ class Simulator:
         elif not _VENDOR_NAME.fullmatch(first):
             reply.send(404, [("content-type", "text/plain")], b"Ask for /{vendor}/v1/..., or /_sim/counts.")
         else:
-            vendor = self._vendors.setdefault(first, Vendor())
+            vendor = self._vendors.get(first) or self._vendors.setdefault(first, Vendor(self._grant))
             request = msgspec.structs.replace(request, path="/" + rest)
             with vendor.call(request, reply):
                 shape = SHAPES.get(first) or SHAPES.get(re.split("[-_]", first)[0], OPENAI)
@@ -97,6 +99,10 @@ class Simulator:
             if isinstance(fault, faults.Reset):
                 return reply.reset()
             await asyncio.Event().wait()
+        if isinstance(fault, faults.Wrong):
+            request = msgspec.structs.replace(request, body=misheard(request.body))
+        if not vendor.admits():
+            return _send(reply, _throttled(shape, faults.Throttle()))
         answer = shape.answer(request, vendor.quota())
         vendor.spend(answer.tokens)
         latency_ms = answer.latency_ms + (fault.latency_ms if fault else 0)
@@ -122,12 +128,25 @@ class Simulator:
                     wanted = faults.decode(request.body)
                 except faults.BadFault as error:
                     return 400, {"error": str(error)}
-                vendor = self._vendors.setdefault(name, Vendor())
+                vendor = self._vendors.setdefault(name, Vendor(self._grant))
                 vendor.faults.put(wanted)
                 return 200, {name: vendor.faults.listing()}
             case "DELETE", ["faults", *names]:
                 for vendor in self._chosen(names):
                     vendor.faults.put([])
+                return 200, {}
+            case "PUT", ["grants"]:
+                try:
+                    self._grant = msgspec.json.decode(request.body, type=Grant)
+                except msgspec.DecodeError as error:
+                    return 400, {"error": f"The grant cannot be read: {error}."}
+                for vendor in self._vendors.values():
+                    vendor.grant(self._grant)
+                return 200, msgspec.to_builtins(self._grant)
+            case "DELETE", ["grants"]:
+                self._grant = None
+                for vendor in self._vendors.values():
+                    vendor.grant(None)
                 return 200, {}
             case "GET", ["counts"]:
                 return 200, {name: vendor.counts() for name, vendor in sorted(self._vendors.items())}
@@ -155,27 +174,31 @@ class Simulator:
 def _refusal(shape: Shape, fault: Any) -> Unary | None:
     """The answer of a fault that is a whole error answer."""
     if isinstance(fault, faults.Throttle):
-        headers = []
-        if fault.retry_after_seconds is not None:
-            headers.append(("retry-after", f"{fault.retry_after_seconds:g}"))
-        if fault.retry_after_ms is not None:
-            headers.append(("retry-after-ms", str(fault.retry_after_ms)))
-        spent = fault.code == "insufficient_quota"
-        return shape.error(
-            Problem(
-                429,
-                "Your account has no money left." if spent else "Too many requests a minute for this model: wait.",
-                type=fault.code if spent else "requests",
-                code=fault.code,
-                headers=headers,
-            )
-        )
+        return _throttled(shape, fault)
     if isinstance(fault, faults.Status):
         if fault.body is not None:
             return Unary(fault.status, [("content-type", fault.content_type)], fault.body.encode())
         kind = fault.type or ("server_error" if fault.status >= 500 else "invalid_request_error")
         return shape.error(Problem(fault.status, fault.message, type=kind, code=fault.code))
     return None
+
+
+def _throttled(shape: Shape, fault: faults.Throttle) -> Unary:
+    headers = []
+    if fault.retry_after_seconds is not None:
+        headers.append(("retry-after", f"{fault.retry_after_seconds:g}"))
+    if fault.retry_after_ms is not None:
+        headers.append(("retry-after-ms", str(fault.retry_after_ms)))
+    spent = fault.code == "insufficient_quota"
+    return shape.error(
+        Problem(
+            429,
+            "Your account has no money left." if spent else "Too many requests a minute for this model: wait.",
+            type=fault.code if spent else "requests",
+            code=fault.code,
+            headers=headers,
+        )
+    )
 
 
 def _send(reply: Reply, answer: Unary) -> None:

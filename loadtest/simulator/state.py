@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -18,19 +18,29 @@ KEPT_REQUESTS = 200
 KEPT_BODY_BYTES = 256 * 1024
 REQUESTS_LIMIT = 10_000  # a minute; what the quota headers say
 TOKENS_LIMIT = 2_000_000  # a minute
+BURST = 6
+"""A sixth of a minute's grant may be used at once: vendors hold a limit over shorter times than its minute."""
+
+
+class Grant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the vendor grants in a minute, and enforces: beyond it 429. Unlike the quota headers, which only count."""
+
+    rpm: Annotated[int, msgspec.Meta(gt=0)]
+    tpm: Annotated[int, msgspec.Meta(gt=0)]
 
 
 class _Counts:
     def __init__(self) -> None:
-        self.requests = self.streams = self.completed = self.aborted = self.broken = 0
+        self.requests = self.streams = self.completed = self.aborted = self.broken = self.refused = 0
         self.by_path: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
 
 class Vendor:
     """One vendor's state. `requests` is always `completed + aborted + broken` plus those open."""
 
-    def __init__(self) -> None:
+    def __init__(self, grant: Grant | None = None) -> None:
         self.faults = Faults()
+        self.grant(grant)
         self._open = 0
         self._minute = 0
         self._minute_requests = 0
@@ -75,8 +85,31 @@ class Vendor:
             tokens_used=self._minute_tokens,
         )
 
+    def grant(self, grant: Grant | None) -> None:
+        """From now on this much a minute; None is no end of it."""
+        self._grant = grant
+        self._filled_at = time.monotonic()
+        if grant:
+            self._requests_left, self._tokens_left = self._brim = grant.rpm / BURST, grant.tpm / BURST
+
+    def admits(self) -> bool:
+        """Whether the grant has room for a request, which is then taken; tokens are taken when they are known."""
+        if self._grant is None:
+            return True
+        now = time.monotonic()
+        minutes, self._filled_at = (now - self._filled_at) / 60, now
+        self._requests_left = min(self._brim[0], self._requests_left + minutes * self._grant.rpm)
+        self._tokens_left = min(self._brim[1], self._tokens_left + minutes * self._grant.tpm)
+        if self._requests_left < 1 or self._tokens_left <= 0:
+            self._counts.refused += 1
+            return False
+        self._requests_left -= 1
+        return True
+
     def spend(self, tokens: int) -> None:
         self._minute_tokens += tokens
+        if self._grant:
+            self._tokens_left -= tokens
 
     def counts(self) -> dict[str, Any]:
         """The counters, as `GET /_sim/counts` shows them."""
@@ -87,6 +120,7 @@ class Vendor:
             "completed": counts.completed,
             "aborted": counts.aborted,
             "broken": counts.broken,
+            "refused": counts.refused,
             "open": self._open,
             "by_path": {path: dict(statuses) for path, statuses in counts.by_path.items()},
         }
