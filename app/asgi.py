@@ -374,6 +374,7 @@ class Replica:
     def _gauges(self) -> None:
         gauge, shipper, limits = self.telemetry.gauge, self.shipper, self.gateway.limits
         gauge("gateway_inflight", "Calls being served.", lambda: len(self.door.in_flight))
+        gauge("gateway_tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks()))
         gauge("gateway_body_bytes", "Request bodies in memory.", lambda: self.door.bodies.held)
         gauge("gateway_draining", "1 while this replica drains.", lambda: self.door.draining)
         gauge("gateway_dependency_up", "1 when the dependency answers.", lambda: self.pipe.up, name="redis")

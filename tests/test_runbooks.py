@@ -1,0 +1,225 @@
+"""The runbooks: their form, their commands, and for those that can be broken here, that they mend the real stack."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import httpx
+import pytest
+
+from app.cli import _parser
+from loadtest.stack import Stack
+from tests.journey import until
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "runbooks"
+SECTIONS = ["Symptom", "Check", "Act", "Verify", "Undo", "Escalate"]
+PAGES = {file.stem: file.read_text() for file in sorted(FOLDER.glob("*.md")) if "\n## Symptom\n" in file.read_text()}
+INDEX = (FOLDER / "README.md").read_text()
+SETUP = re.findall(r"^```sh\n(.*?)^```$", INDEX, re.DOTALL | re.MULTILINE)[1]
+
+
+def section(name: str, title: str) -> str:
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", PAGES[name], re.DOTALL | re.MULTILINE)[1]
+
+
+def commands(text: str) -> str:
+    return "\n".join(re.findall(r"^```sh\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
+
+
+# --- their form -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_runbook_has_its_sections_in_order(name: str) -> None:
+    assert re.findall(r"^## (.*)$", PAGES[name], re.MULTILINE) == SECTIONS
+    assert all(section(name, title).strip() for title in SECTIONS)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_check_act_and_verify_are_commands(name: str) -> None:
+    assert all(commands(section(name, title)) for title in ("Check", "Act", "Verify"))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_runbook_fits_on_a_screen(name: str) -> None:
+    assert len(PAGES[name].splitlines()) <= 50
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_index_names_the_runbook(name: str) -> None:
+    assert f"]({name}.md)" in INDEX
+
+
+def test_every_page_that_is_linked_is_there() -> None:
+    linked = {link for text in [INDEX, *PAGES.values()] for link in re.findall(r"\]\(([\w-]+\.md)\)", text)}
+    assert [link for link in linked if not (FOLDER / link).exists()] == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_commands_are_shell(name: str) -> None:
+    ran = subprocess.run(["bash", "-n"], input=commands(PAGES[name]), text=True, capture_output=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_gateway_commands_are_ones(name: str) -> None:
+    written = re.findall(r"^(gateway [^|\n]+)", commands(PAGES[name]), re.MULTILINE)
+    for line in written:
+        dated = re.sub(r"\$\w+_DAY", "2026-01-01", line)
+        assert _parser().parse_args(shlex.split(dated)[1:]).run
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_metrics_are_ones(name: str) -> None:
+    """Those that the README names are checked against the code there, others are looked for here."""
+    source = "\n".join(file.read_text() for file in [ROOT / "README.md", *(ROOT / "app").glob("*.py")])
+    named = set(re.findall(r"\bgateway_(?!models|smoke)\w+", PAGES[name]))
+    assert [metric for metric in named if not re.search(rf"{metric.removesuffix('_total')}", source)] == []
+
+
+# --- broken, and mended ---------------------------------------------------------------------------------------------
+
+
+class Site:
+    """A stack with a configuration of its own, and a shell as runbooks/README.md sets it up."""
+
+    def __init__(self, stack: Stack, folder: Path, start_url: str) -> None:
+        self.stack = stack
+        self.config = folder / "config"
+        self._start_url = start_url
+        self.environ = {name: value for name, value in os.environ.items() if not name.endswith("_API_KEY")} | {
+            "PATH": f"{folder}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "LLM_GATEWAY_URL": stack.url,
+            "CURL_CA_BUNDLE": str(stack.ca_file),
+            "HELLO_SHIP_GATEWAY_KEY": stack.key,
+            "TENANT": "acme-corp",
+            "ADMIN_URLS": " ".join(replica.admin_url for replica in stack.replicas),
+            "GATEWAY_ADMIN_TOKEN": stack.admin_token,
+            "REDIS_URL": stack.redis_url,
+            "DATABASE_URL": stack.postgres_url,
+            "CONFIG": str(self.config),
+        }
+
+    def bash(self, script: str, patient: bool = True, **environ: str) -> subprocess.CompletedProcess[str]:
+        start = f'start() {{ for name in "$@"; do curl -sf -X POST {self._start_url}/$name; done; }}'
+        hasty = "" if patient else 'within() { shift; "$@"; }'
+        return subprocess.run(
+            ["bash", "-c", f"{start}\n{SETUP}\n{hasty}\nset -euo pipefail\n{script}"],
+            cwd=ROOT,
+            env=self.environ | environ,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+
+    def mend(self, name: str, **environ: str) -> None:
+        """Runs the page on what is broken: Verify fails, Check runs, Act succeeds, Verify passes."""
+        verify = commands(section(name, "Verify"))
+        assert self.bash(verify, patient=False, **environ).returncode != 0, "Verify passes on what is broken"
+        for command in commands(section(name, "Check")).splitlines():
+            if "psql" not in command:  # not on every machine of a developer
+                self.bash(command, **environ)
+        acted = self.bash(commands(section(name, "Act")), **environ)
+        assert acted.returncode == 0, acted.stderr
+        verified = self.bash("set -x\n" + verify, **environ)
+        assert verified.returncode == 0, verified.stdout + verified.stderr
+
+    def says(self, text: str) -> bool:
+        """Whether every replica's status has `text`."""
+        return self.bash(f"all {shlex.quote(text)}").returncode == 0
+
+    def fault(self, vendor: str, **fault: Any) -> None:
+        httpx.put(f"{self.stack.simulator_url}/_sim/faults/{vendor}", json=fault).raise_for_status()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("site")
+    shutil.copytree(ROOT / "config", folder / "config")
+    command = folder / "gateway"
+    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m app.cli "$@"\n')
+    command.chmod(0o755)
+    environ = {name: value for name, value in os.environ.items() if not name.endswith(("_API_KEY", "_ACCESS_KEY"))}
+    with (
+        Stack(folder / "state", config=folder / "config", environ=environ) as stack,
+        _starter(lambda name: stack.start(name.replace("gateway-", "replica-"))) as url,
+    ):
+        site = Site(stack, folder, url)
+        until(lambda: site.says('"budgets":"whole"'), 30)  # a Redis that was never used gets them from the ledger
+        yield site
+
+
+class _starter:
+    """What the operator's `start` is here: POST /NAME starts a service of the stack."""
+
+    def __init__(self, start: Callable[[str], None]) -> None:
+        class Door(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                start(self.path[1:])
+                self.send_response(204)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Door)
+
+    def __enter__(self) -> str:
+        Thread(target=self._server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def test_redis_down_is_mended(site: Site) -> None:
+    site.stack.kill("redis")
+    until(lambda: site.bash("code").stdout == "200" and site.says('"redis":"down"'))
+    site.mend("redis-down")
+
+
+def test_postgres_down_is_mended(site: Site) -> None:
+    site.stack.stop("postgres")
+    until(lambda: site.bash("code").stdout == "200" and site.says('"postgres":"down"'))
+    site.mend("postgres-down")
+
+
+def test_gateway_down_is_mended(site: Site) -> None:
+    for name in ("replica-1", "replica-2"):
+        site.stack.kill(name)
+    site.mend("gateway-down")
+
+
+def test_provider_outage_is_mended(site: Site) -> None:
+    site.fault("openai", kind="status", status=503)
+    site.mend("provider-outage")
+    site.fault("openai", kind="latency", latency_ms=1)
+    undone = site.bash(commands(section("provider-outage", "Undo")))
+    assert undone.returncode == 0
+    assert (site.config / "gateway_models.yaml").read_text() == (ROOT / "config" / "gateway_models.yaml").read_text()
+
+
+def test_leaked_key_is_revoked(site: Site) -> None:
+    made = site.bash('gateway keys new --config "$CONFIG" --service leaky --tenant acme-corp').stdout.strip()
+    until(lambda: site.bash("code", HELLO_SHIP_GATEWAY_KEY=made).stdout == "200")
+    site.mend("key-leak", HELLO_SHIP_GATEWAY_KEY=made, KEY_ID=made.split("-")[2])
+
+
+def test_runaway_spend_is_stopped(site: Site) -> None:
+    site.mend("runaway-spend")
+    undone = site.bash(commands(section("runaway-spend", "Undo")))
+    assert undone.returncode == 0
+    until(lambda: site.bash("code").stdout == "200")
