@@ -33,7 +33,7 @@ WITHOUT = {"vouch", "per-certificate"}
 """Middlewares of the file provider that need a secret, which a Middleware cannot read."""
 
 
-# --- by the API's schemas -------------------------------------------------------------------------------------------
+# --- by the API's schemas ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [name for name, one in RESOURCES.items() if not one["apiVersion"].startswith(CUSTOM)])
@@ -59,7 +59,7 @@ def test_there_is_what_high_availability_needs() -> None:
     assert kinds >= needed | {"ServiceMonitor", "NetworkPolicy", "CronJob", "Service"}
 
 
-# --- with the configuration that they carry -------------------------------------------------------------------------
+# --- with the configuration that they carry ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def _text() -> str:
     return "\n".join((FOLDER / name).read_text() for name in KUSTOMIZATION["resources"])
 
 
-# --- with each other ------------------------------------------------------------------------------------------------
+# --- with each other --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_pod_has_no_rights_that_it_does_not_need(pod: dict[str, Any]) -> None:
     assert not pod["automountServiceAccountToken"]
 
 
-# --- with the front door of the other stacks ----------------------------------------------------------------------------
+# --- with the front door of the other stacks --------------------------------------------------------------------------
 
 
 def _as_file(spec: dict[str, Any]) -> dict[str, Any]:
