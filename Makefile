@@ -17,7 +17,8 @@ test: $(STAMP) lint  ## the test suite, on real Redis, PostgreSQL and Traefik; a
 gate: $(STAMP)  ## the pre-ship gates on a stack of their own: load, fallback drill, evals; build/preship.html
 	$(VENV)/bin/gateway preship --apps loadtest/gate --report build/preship.html $(ARGS)
 
-drills: $(STAMP)  ## the long ones: what the suite does in small, ten times as often
+drills: $(STAMP)  ## the long ones: chaos under load, and what the suite does in small, ten times as often
+	$(VENV)/bin/python -m pytest -m drill $(ARGS)
 	ISOLATION_CASES=100000 $(VENV)/bin/python -m pytest tests/test_isolation.py $(ARGS)
 
 soak: $(STAMP)  ## 100,000 calls with hang-ups and vendor errors: nothing grows; build/soak.html. ARGS="--calls 20000"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from loadtest.stack import Stack
@@ -56,6 +57,24 @@ def journey(stack: Stack) -> Iterator[Journey]:
     with journey:
         yield journey
         journey.clear()
+
+
+@pytest.fixture
+def whole(journey: Journey) -> Iterator[Journey]:
+    """A test that breaks the stack: afterwards both replicas are back and ready, and Traefik sees them."""
+    yield journey
+    until(lambda: _ready(journey), 30)
+
+
+def _ready(journey: Journey) -> bool:
+    try:
+        return all(
+            httpx.get(replica.url + "/health/ready").status_code == 200
+            and [journey.admin("/status", number).json()[part] for part in ("redis", "budgets")] == ["up", "whole"]
+            for number, replica in enumerate(journey.stack.replicas)
+        )
+    except httpx.TransportError:
+        return False
 
 
 @pytest.fixture(scope="session")

@@ -18,24 +18,6 @@ import redis
 from tests.journey import Journey, chat, decoded, events, text, until
 
 
-@pytest.fixture
-def whole(journey: Journey) -> Iterator[Journey]:
-    """A test that breaks the stack: afterwards both replicas are back and ready, and Traefik sees them."""
-    yield journey
-    until(lambda: _ready(journey), 30)
-
-
-def _ready(journey: Journey) -> bool:
-    try:
-        return all(
-            httpx.get(replica.url + "/health/ready").status_code == 200
-            and [journey.admin("/status", number).json()[part] for part in ("redis", "budgets")] == ["up", "whole"]
-            for number, replica in enumerate(journey.stack.replicas)
-        )
-    except httpx.TransportError:
-        return False
-
-
 def _alone(journey: Journey) -> httpx.Client:
     """A client whose connections are its own, so that closing it is a hang-up."""
     return httpx.Client(base_url=journey.stack.url, verify=journey.stack.tls(), timeout=60)
