@@ -91,6 +91,14 @@ def _parser() -> argparse.ArgumentParser:
     preship.add_argument("--simulator-url", metavar="URL", help="where the target's vendors are simulated")
     preship.add_argument("--database-url", default=os.environ.get("DATABASE_URL"), help="DATABASE_URL by default")
     preship.add_argument(
+        "--admin-url",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="a replica's admin port, for metrics; repeatable",
+    )
+    preship.add_argument("--admin-token", default=os.environ.get("GATEWAY_ADMIN_TOKEN"), help="GATEWAY_ADMIN_TOKEN")
+    preship.add_argument(
         "--apps", type=Path, action="append", default=[], help="an app's source, for lint-apps; repeatable"
     )
     preship.add_argument("--gates", type=Path, help="thresholds and evals (loadtest/gate/gates.yaml)")

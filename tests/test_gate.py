@@ -13,6 +13,7 @@ from app.cli import main
 from loadtest.gate import checks, report, settings
 from loadtest.gate.checks import Found
 from loadtest.gate.k6 import Call, Load, read
+from loadtest.gate.run import of_stack
 from loadtest.gate.settings import BadSettings
 from loadtest.gate.target import NotRun, Target
 from tests.journey import Journey
@@ -21,8 +22,7 @@ GATES = settings.read()
 
 
 def target(journey: Journey) -> Target:
-    stack = journey.stack
-    return Target(stack.url, stack.key, stack.tenant, stack.ca_file, stack.simulator_url, stack.postgres_url)
+    return of_stack(journey.stack)
 
 
 def result(name: str, passed: bool, blocking: bool = True) -> report.Result:
@@ -153,11 +153,15 @@ def test_gates_that_pass_let_it_ship_and_a_wrong_answer_does_not(
     stack = journey.stack
     given = ["--target", stack.url, "--key", stack.key, "--tenant", stack.tenant, "--ca-file", str(stack.ca_file)]
     given += ["--simulator-url", stack.simulator_url, "--database-url", stack.postgres_url, "--apps", str(tmp_path)]
+    given += [word for replica in stack.replicas for word in ("--admin-url", replica.admin_url)]
+    given += ["--admin-token", stack.admin_token]
     given += ["--gates", str(small(tmp_path)), "--report", str(tmp_path / "preship.html")]
     assert main(["preship", *given]) == 0, capsys.readouterr().out
     written = json.loads((tmp_path / "preship.json").read_text())
     assert [gate["name"] for gate in written["gates"] if gate["passed"]] == list(GATES.gates.__struct_fields__)
     assert (tmp_path / "preship.html").read_text().count("<svg") == 4
+    drill = written["gates"][3]
+    assert f"gateway_fallback_total rose by {drill['loads']['failing']['calls']}" in drill["measured"]
 
     journey.fault("openai", kind="wrong")
     assert main(["preship", *given]) == 1

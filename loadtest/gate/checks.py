@@ -90,7 +90,9 @@ def rows(target: Target, sent: dict[str, int], seconds: float = SHIPPED_SECONDS)
 
 
 def fallback(target: Target, settings: Fallback, run: str) -> Found:
+    """What the alert of runbooks/provider-outage.md is on has to rise too, where the admin ports are known."""
     loads: dict[str, k6.Load] = {}
+    before = _fallbacks(target, settings)
     for name, fault in settings.faults.items():
         target.simulator("PUT", f"faults/{settings.primary}", fault)
         try:
@@ -99,8 +101,21 @@ def fallback(target: Target, settings: Fallback, run: str) -> Found:
             target.simulator("DELETE", f"faults/{settings.primary}")
     good = {name: sum(call.outcome == "ok" and call.fallback for call in load.calls) for name, load in loads.items()}
     passed = all(load.calls and good[name] == len(load.calls) and not load.unsent for name, load in loads.items())
+    after = _fallbacks(target, settings)
     measured = ", ".join(f"{name} {good[name]}/{len(load.calls) + load.unsent}" for name, load in loads.items())
-    return Found(passed, measured, [f"{name}: {_errors(load)}" for name, load in loads.items() if load.errors], loads)
+    details = [f"{name}: {_errors(load)}" for name, load in loads.items() if load.errors]
+    if before is not None and after is not None:
+        measured += f"; gateway_fallback_total rose by {after - before:g}"
+        if after - before < sum(good.values()):
+            passed = False
+            details.append(
+                "gateway_fallback_total rose by less than the calls that fell back: its alert would be silent"
+            )
+    return Found(passed, measured, details, loads)
+
+
+def _fallbacks(target: Target, settings: Fallback) -> float | None:
+    return target.counted("gateway_fallback", **{"from": f"{settings.primary}/"})
 
 
 def load(target: Target, settings: Load, run: str) -> Found:

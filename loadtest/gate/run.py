@@ -30,6 +30,8 @@ class Options(Protocol):
     ca_file: Path | None
     simulator_url: str | None
     database_url: str | None
+    admin_url: list[str]
+    admin_token: str | None
     apps: list[Path]
     gates: Path | None
     report: Path | None
@@ -88,7 +90,7 @@ def _target(options: Options, wanted: Settings) -> Iterator[Target]:
     if options.target:
         yield Target(
             options.target.rstrip("/"), options.key or "", options.tenant, options.ca_file, options.simulator_url,
-            options.database_url,
+            options.database_url, tuple(options.admin_url), options.admin_token,
         )  # fmt: skip
         return
     # The drill's hanging vendor would else be waited for as long as a reasoning model is.
@@ -97,7 +99,15 @@ def _target(options: Options, wanted: Settings) -> Iterator[Target]:
     with tempfile.TemporaryDirectory(prefix="gateway-preship-") as folder:
         print("Starting a stack with simulated vendors ...", flush=True)
         with Stack(Path(folder), overlay=overlay, environ=_without_vendor_keys()) as stack:
-            yield Target(stack.url, stack.key, stack.tenant, stack.ca_file, stack.simulator_url, stack.postgres_url)
+            yield of_stack(stack)
+
+
+def of_stack(stack: Stack) -> Target:
+    """A stack of this machine, with all that can be reached of it."""
+    return Target(
+        stack.url, stack.key, stack.tenant, stack.ca_file, stack.simulator_url, stack.postgres_url,
+        tuple(replica.admin_url for replica in stack.replicas), stack.admin_token,
+    )  # fmt: skip
 
 
 def _without_vendor_keys() -> dict[str, str]:
