@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="URL",
-        help="a replica's admin port, for metrics; repeatable",
+        help="a replica's admin port; repeatable",
     )
     preship.add_argument("--admin-token", default=os.environ.get("GATEWAY_ADMIN_TOKEN"), help="GATEWAY_ADMIN_TOKEN")
     preship.add_argument(

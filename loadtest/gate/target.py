@@ -43,7 +43,7 @@ class Target(Struct, frozen=True):
         for url in self.admin_urls:
             headers = {"authorization": f"Bearer {self.admin_token}"}
             text = httpx.get(f"{url}/metrics", headers=headers, timeout=10).raise_for_status().text
-            for name, written, value in re.findall(rf"^({metric}_total){{(.*)}} (\S+)$", text, re.MULTILINE):
+            for written, value in re.findall(rf"^{metric}_total{{(.*)}} (\S+)$", text, re.MULTILINE):
                 if all(f'{label}="{wanted}' in written for label, wanted in labels.items()):
                     total += float(value)
         return total
