@@ -121,6 +121,12 @@ def test_a_job_is_missed_after_twice_its_interval(state: JobState, watched: floa
     assert state.missed(counting()[0], watched) == missed
 
 
+def test_a_missing_invoice_is_looked_for_each_hour_and_no_sooner(tmp_path: Path) -> None:
+    (reconcile,) = (job for job in standard_jobs(None, tmp_path, 900.0) if job.name == "reconcile")
+    assert not JobState(failed=3_599.0).due(reconcile)
+    assert JobState(failed=3_600.0).due(reconcile)
+
+
 def test_reports_of_the_last_day_are_written(url: str, tmp_path: Path) -> None:
     record(url, [an_event(at=NOON)])
     run_once(url, standard_jobs(tmp_path, None, 900.0))

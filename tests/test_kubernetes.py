@@ -28,7 +28,10 @@ DYNAMIC = yaml.safe_load((ROOT / "traefik" / "dynamic" / "llm-gateway.yml").read
 SET = RESOURCES["StatefulSet/gateway"]["spec"]
 POD = SET["template"]["spec"]
 CONTAINER = POD["containers"][0]
-JOB = RESOURCES["CronJob/gateway-jobs"]["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+JOBS = RESOURCES["Deployment/gateway-jobs"]["spec"]["template"]
+ONCE = RESOURCES["CronJob/gateway-jobs"]["spec"]["jobTemplate"]["spec"]["template"]
+PODS = {"replica": POD, "jobs": JOBS["spec"], "once": ONCE["spec"]}
+RULES = [rule for group in RESOURCES["PrometheusRule/gateway-money"]["spec"]["groups"] for rule in group["rules"]]
 WITHOUT = {"vouch", "per-certificate"}
 """Middlewares of the file provider that need a secret, which a Middleware cannot read."""
 
@@ -103,9 +106,9 @@ def test_shares_while_redis_is_away_are_of_as_many_replicas_as_may_run(mounted: 
     assert autoscaler["minReplicas"] >= 2
 
 
-@pytest.mark.parametrize("container", [CONTAINER, JOB["containers"][0]], ids=["replica", "jobs"])
-def test_arguments_are_ones_of_the_command_line(container: dict[str, Any]) -> None:
-    assert _parser().parse_args(container["args"]).run
+@pytest.mark.parametrize("pod", PODS)
+def test_arguments_are_ones_of_the_command_line(pod: str) -> None:
+    assert _parser().parse_args(PODS[pod]["containers"][0]["args"]).run
 
 
 def test_spool_is_on_a_claim_that_outlives_the_replica() -> None:
@@ -152,8 +155,9 @@ def test_selector_finds_the_replicas(selector: dict[str, str]) -> None:
     assert selector.items() <= SET["template"]["metadata"]["labels"].items()
 
 
-def test_jobs_are_no_replicas() -> None:
-    labels = RESOURCES["CronJob/gateway-jobs"]["spec"]["jobTemplate"]["spec"]["template"]["metadata"]["labels"]
+@pytest.mark.parametrize("template", [JOBS, ONCE], ids=["jobs", "once"])
+def test_jobs_are_no_replicas(template: dict[str, Any]) -> None:
+    labels = template["metadata"]["labels"]
     assert not SET["selector"]["matchLabels"].items() <= labels.items()
     assert RESOURCES["NetworkPolicy/gateway"]["spec"]["podSelector"]["matchLabels"].items() <= labels.items()
 
@@ -168,6 +172,38 @@ def test_monitor_finds_the_admin_service_alone() -> None:
     assert found == ["Service/gateway-admin"]
 
 
+def test_the_process_that_runs_the_jobs_is_scraped_and_the_hourly_one_is_not() -> None:
+    spec = RESOURCES["PodMonitor/gateway-jobs"]["spec"]
+    wanted = spec["selector"]["matchLabels"].items()
+    assert wanted <= JOBS["metadata"]["labels"].items()
+    assert not wanted <= ONCE["metadata"]["labels"].items()
+    (port,) = JOBS["spec"]["containers"][0]["ports"]
+    assert [endpoint["port"] for endpoint in spec["podMetricsEndpoints"]] == [port["name"]]
+    assert f"--port={port['containerPort']}" in JOBS["spec"]["containers"][0]["args"]
+    allowed = [port["port"] for rule in RESOURCES["NetworkPolicy/gateway"]["spec"]["ingress"] for port in rule["ports"]]
+    assert port["containerPort"] in allowed
+
+
+def test_invoices_are_read_from_the_claim() -> None:
+    (mount,) = JOBS["spec"]["containers"][0]["volumeMounts"]
+    (volume,) = JOBS["spec"]["volumes"]
+    assert f"--invoices={mount['mountPath']}" in JOBS["spec"]["containers"][0]["args"]
+    assert f"PersistentVolumeClaim/{volume['persistentVolumeClaim']['claimName']}" in RESOURCES
+
+
+def test_alerts_on_money_are_those_of_the_runbook() -> None:
+    page = (ROOT / "runbooks" / "money.md").read_text()
+    assert re.findall(r"^\| `(Gateway\w+)` \| `(.*?)` \|", page, re.MULTILINE) == [
+        (rule["alert"], rule["expr"]) for rule in RULES
+    ]
+
+
+def test_alerts_are_on_metrics_that_exist() -> None:
+    code = "".join(file.read_text() for file in (ROOT / "app").glob("*.py"))
+    named = {name for rule in RULES for name in re.findall(r"gateway_\w+", rule["expr"])}
+    assert [name for name in named if f'"{name.removesuffix("_total")}"' not in code] == []
+
+
 def test_ports_that_are_named_are_the_container_s() -> None:
     ports = {port["name"]: port["containerPort"] for port in CONTAINER["ports"]}
     probes = [CONTAINER[probe]["httpGet"]["port"] for probe in ("startupProbe", "readinessProbe", "livenessProbe")]
@@ -177,7 +213,7 @@ def test_ports_that_are_named_are_the_container_s() -> None:
     assert [f"--port={ports['calls']}", f"--admin-port={ports['admin']}"] == CONTAINER["args"][2:4]
 
 
-@pytest.mark.parametrize("pod", [POD, JOB], ids=["replica", "jobs"])
+@pytest.mark.parametrize("pod", PODS.values(), ids=PODS)
 def test_pod_has_no_rights_that_it_does_not_need(pod: dict[str, Any]) -> None:
     container = pod["containers"][0]["securityContext"]
     assert pod["securityContext"]["runAsNonRoot"]

@@ -20,7 +20,7 @@ from app.core import Cost, LedgerEvent, Usage
 from loadtest.stack import Stack
 from tests.browser import Browser, chromedriver
 from tests.journey import OTHER_KEY, VIEWER_KEY, Journey
-from tests.ledger_parts import AMBIENT, an_event
+from tests.ledger_parts import AMBIENT, an_event, wait_until
 
 DAY_SECONDS = 86_400.0
 EVIL = "<script>document.title='stolen'</script>"
@@ -252,10 +252,16 @@ def browser(driver: str) -> Iterator[Browser]:
 
 @pytest.fixture
 def signed_in(browser: Browser, stack: Stack, events: list[LedgerEvent]) -> Browser:
-    browser.open(f"{stack.url}/usage")
-    browser.type("#key", VIEWER_KEY)
-    browser.click("form button")
+    sign_into(browser, stack.url, VIEWER_KEY)
     return browser
+
+
+def sign_into(browser: Browser, url: str, key: str) -> None:
+    """Through the form, until the page is there: a click returns before what it asked for has come."""
+    browser.open(f"{url}/usage")
+    browser.type("#key", key)
+    browser.click("form button")
+    wait_until(lambda: browser.title.startswith("Usage of"), "the page is shown")
 
 
 def keep(browser: Browser, name: str) -> None:
@@ -310,7 +316,7 @@ def test_the_keyboard_reaches_everything(driver: str, stack: Stack, events: list
     try:
         browser.open(f"{stack.url}/usage")
         browser.press(*VIEWER_KEY, ENTER)  # the field has the focus
-        assert "Usage of usage-a" in browser.title
+        wait_until(lambda: "Usage of usage-a" in browser.title, "the page is shown")
         reached = []
         for _ in range(9):
             browser.press(TAB)
@@ -351,10 +357,7 @@ def test_text_can_be_read_in_both_schemes(signed_in: Browser, scheme: str) -> No
 def test_the_page_fits_a_telephone(driver: str, stack: Stack, events: list[LedgerEvent]) -> None:
     browser = Browser(driver, width=500, height=900)
     try:
-        browser.open(f"{stack.url}/usage")
-        keep(browser, "sign-in")
-        browser.type("#key", VIEWER_KEY)
-        browser.click("form button")
+        sign_into(browser, stack.url, VIEWER_KEY)
         keep(browser, "telephone")
         assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
     finally:
@@ -362,9 +365,7 @@ def test_the_page_fits_a_telephone(driver: str, stack: Stack, events: list[Ledge
 
 
 def test_the_administrator_sees_all_tenants(browser: Browser, stack: Stack, events: list[LedgerEvent]) -> None:
-    browser.open(f"{stack.replicas[0].admin_url}/usage")
-    browser.type("#key", stack.admin_token)
-    browser.click("form button")
+    sign_into(browser, stack.replicas[0].admin_url, stack.admin_token)
     keep(browser, "admin")
     assert browser.title == "Usage of all tenants - LLM gateway"
     text = browser.text()

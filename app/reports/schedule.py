@@ -20,6 +20,8 @@ log = logging.getLogger("gateway")
 
 RETRY_SECONDS = 300.0
 """A job that failed is tried again after this, or after its interval if that is shorter."""
+INVOICE_SECONDS = 3_600.0
+"""How often a reconciliation that is due looks for an invoice: people bring them, so not sooner."""
 MISSED_INTERVALS = 2
 """A job is missed when it has not succeeded for so many of its intervals."""
 HOUR, WEEK = 3_600.0, 604_800.0
@@ -31,6 +33,7 @@ class Job(Struct, frozen=True):
     name: str
     every_seconds: float
     run: Callable[[Archive], Awaitable[str]]
+    retry_seconds: float = RETRY_SECONDS
 
 
 class JobState(Struct, frozen=True):
@@ -44,7 +47,7 @@ class JobState(Struct, frozen=True):
     def due(self, job: Job) -> bool:
         if self.succeeded is not None and self.succeeded < job.every_seconds:
             return False
-        return self.failed is None or self.failed >= min(RETRY_SECONDS, job.every_seconds)
+        return self.failed is None or self.failed >= min(job.retry_seconds, job.every_seconds)
 
     def missed(self, job: Job, watched_seconds: float) -> bool:
         """Whether it has not succeeded for too long; one that never did counts from when it was first looked for."""
@@ -143,7 +146,7 @@ def standard_jobs(
 
     # In this order: the ledger's table is made before it is summed.
     jobs = [Job("partitions", HOUR, partitions), Job("rollup", rollup_seconds, rollup)]
-    return jobs if invoices is None else [*jobs, Job("reconcile", WEEK, reconcile)]
+    return jobs if invoices is None else [*jobs, Job("reconcile", WEEK, reconcile, INVOICE_SECONDS)]
 
 
 def _new_invoices(folder: Path, before: Mapping[str, tuple[float, float]]) -> list[tuple[str, list[InvoiceLine]]]:
