@@ -41,15 +41,19 @@ def postgres() -> Iterator[Postgres]:
         yield server
 
 
-def period(url: str, tenant: Tenant | None = ACME, environment: str | None = None) -> Period:
-    async def read() -> Period:
+def read(url: str, tenant: Tenant | None = ACME, environment: str | None = None) -> Usage:
+    async def run() -> Usage:
         reader = UsageReader(url, Noon())
         try:
-            return (await reader.usage(tenant, DAY - timedelta(3), DAY + timedelta(2), environment)).period
+            return await reader.usage(tenant, DAY - timedelta(3), DAY + timedelta(2), environment)
         finally:
             await reader.close()
 
-    return asyncio.run(read())
+    return asyncio.run(run())
+
+
+def period(url: str, tenant: Tenant | None = ACME, environment: str | None = None) -> Period:
+    return read(url, tenant, environment).period
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -97,12 +101,22 @@ def test_an_adjustment_is_money_and_no_call(postgres: Postgres) -> None:
     assert period(url).total == without
 
 
+def test_the_trend_is_the_same_from_rows_and_from_rollups(postgres: Postgres) -> None:
+    url = postgres.database()
+    record(url, [an_event(at=NOON - back * DAY_SECONDS, cost=Cost(100, back)) for back in range(5)])
+    record(url, [an_event(at=NOON, tenant="acme-corp2", cost=Cost(7, 0))])
+    without = read(url).trend
+    assert (without.today, without.average, without.month) == (100, 102, 510)
+    roll(url)
+    assert read(url).trend == without
+
+
 # --- trends -----------------------------------------------------------------------------------------------------------
 
 
-def spent(*costs: int) -> dict[date, Figures]:
+def spent(*costs: int) -> dict[date, int]:
     """Days that end with DAY, the 24th of a month of 30."""
-    return {DAY - timedelta(back): Figures(cost_nanos=cost) for back, cost in enumerate(reversed(costs))}
+    return {DAY - timedelta(back): cost for back, cost in enumerate(reversed(costs))}
 
 
 def test_a_steady_spender_is_forecast_the_same_for_the_rest_of_the_month() -> None:

@@ -155,7 +155,7 @@ class UsageReader:
         try:
             async with asyncio.timeout(self._deadline_seconds), self._turn:
                 period = await self._period(name, first, last, environment)
-                recent = await self._recent(name)
+                recent = await self._recent_costs(name)
                 budgets = await self._budgets(tenant) if tenant else ()
                 spikes = () if tenant else await self._spikes()
         except TimeoutError:
@@ -163,27 +163,35 @@ class UsageReader:
                 f"PostgreSQL at {self._archive.where} did not answer within {self._deadline_seconds:g} s: ask for "
                 "fewer days, or later."
             ) from None
-        return Usage(period=period, trend=trend(recent.days, self.today()), budgets=budgets, spikes=spikes)
+        return Usage(period=period, trend=trend(recent, self.today()), budgets=budgets, spikes=spikes)
 
     async def close(self) -> None:
         await self._archive.close()
 
-    async def _recent(self, tenant: str | None) -> Period:
-        """The days that a trend is made of: of this month, and seven before today."""
+    async def _recent_costs(self, tenant: str | None) -> dict[date, int]:
+        """Nano-dollars of the days that a trend is made of: those of this month, and seven before today."""
         today = self.today()
-        return await self._period(tenant, min(today.replace(day=1), today - timedelta(AVERAGED_DAYS)), today, None)
+        first = min(today.replace(day=1), today - timedelta(AVERAGED_DAYS))
+        rows = await self._rows("costs", first, today, {"tenant": tenant})
+        return {day: nanos(cost) for day, cost in rows}
 
     async def _period(self, tenant: str | None, first: date, last: date, environment: str | None) -> Period:
-        chosen = {"tenant": tenant, "environment": environment}
+        rows = await self._rows("sums", first, last, {"tenant": tenant, "environment": environment})
+        return await asyncio.to_thread(_gathered, rows, tenant, first, last, environment)  # may be thousands
+
+    async def _rows(
+        self, what: str, first: date, last: date, chosen: Mapping[str, str | None]
+    ) -> list[tuple[Any, ...]]:
+        """What `rollup_{what}` has of the days that the rollups hold whole, then what `ledger_{what}` has since."""
         live_from = await self._live_from(first)
         rows: list[tuple[Any, ...]] = []
         if first < live_from:
-            until = min(last, live_from - timedelta(1))
-            rows += await self._archive.rows(self._sql["rollup_sums"], chosen | {"first": first, "last": until})
+            span = {"first": first, "last": min(last, live_from - timedelta(1))}
+            rows += await self._archive.rows(self._sql[f"rollup_{what}"], {**chosen, **span})
         if last >= live_from:
-            since = max(first, live_from)
-            rows += await self._archive.rows(self._sql["ledger_sums"], chosen | {"first": since, "last": last})
-        return await asyncio.to_thread(_gathered, rows, tenant, first, last, environment)  # may be thousands
+            span = {"first": max(first, live_from), "last": last}
+            rows += await self._archive.rows(self._sql[f"ledger_{what}"], {**chosen, **span})
+        return rows
 
     async def _live_from(self, first: date) -> date:
         """The first day that has to be read from the ledger's rows."""
@@ -242,9 +250,11 @@ def window_start(window: Literal["day", "month"], zone: str, now: float) -> date
     return datetime.combine(local if window == "day" else local.replace(day=1), time(), ZoneInfo(zone))
 
 
-def trend(days: Mapping[date, Figures], today: date) -> Trend:
-    """Where spend is going. The rest of today and of the month is taken to be like the average of the days before."""
-    spent = {day: figures.cost_nanos for day, figures in days.items()}
+def trend(spent: Mapping[date, int], today: date) -> Trend:
+    """Where spend is going, by each day's nano-dollars.
+
+    The rest of today and of the month is taken to be like the average of the days before.
+    """
     before = [spent.get(today - timedelta(back), 0) for back in range(AVERAGED_DAYS, 0, -1)]
     while before and before[0] == 0:
         del before[0]

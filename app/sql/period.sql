@@ -51,6 +51,23 @@ FROM (
 ) AS calls
 GROUP BY GROUPING SETS ((), (day), (feature_id), (model_alias, model_resolved, provider), (tenant_id));
 
+-- name: rollup_costs
+-- Dollars by day, of the rollups: for a trend, which needs no other sum.
+SELECT day, sum(cost_usd)
+FROM rollup
+WHERE day >= %(first)s AND day <= %(last)s
+  AND (%(tenant)s::text IS NULL OR tenant_id = %(tenant)s::text)
+GROUP BY day;
+
+-- name: ledger_costs
+-- The same of the ledger's rows, for days that the rollups do not hold.
+SELECT (occurred_at AT TIME ZONE 'UTC')::date AS day, sum(cost_usd)
+FROM ledger
+WHERE occurred_at >= %(first)s::date::timestamp AT TIME ZONE 'UTC'
+  AND occurred_at < (%(last)s::date::timestamp + interval '1 day') AT TIME ZONE 'UTC'
+  AND (%(tenant)s::text IS NULL OR tenant_id = %(tenant)s::text)
+GROUP BY day;
+
 -- name: spent_since
 -- A tenant's tokens and dollars since a moment, from its rows.
 SELECT coalesce(sum(total_tokens), 0)::bigint, coalesce(sum(cost_usd), 0)
