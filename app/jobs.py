@@ -10,9 +10,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-import uvicorn
 from msgspec import Struct
-from uvicorn.lifespan.off import LifespanOff
 
 from app import admin
 from app.ambient import Ambient
@@ -21,6 +19,7 @@ from app.config import Secret
 from app.reports.drift_report import latest
 from app.reports.period import MAX_SPENDERS, Spend, spending
 from app.reports.schedule import Schedule, standard_jobs
+from app.server import server
 from app.telemetry import JsonLog, Lines, Telemetry
 
 log = logging.getLogger("gateway")
@@ -88,9 +87,10 @@ class JobsProcess:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        server = self._server()
-        await server.startup()
-        log.info("jobs run; metrics on %s:%s", self._options.host, self._options.port)
+        options = self._options
+        port = server(admin.app(options.admin_token, self._telemetry, self._status), options.host, options.port)
+        await port.startup()
+        log.info("jobs run; metrics on %s:%s", options.host, options.port)
         try:
             while not stop.is_set():
                 round_ = asyncio.ensure_future(self._round())
@@ -103,7 +103,7 @@ class JobsProcess:
                     await asyncio.wait_for(stopped, LOOK_SECONDS)
         finally:
             await self.close()
-            await server.shutdown()
+            await port.shutdown()
 
     async def close(self) -> None:
         await self._archive.close()
@@ -139,16 +139,6 @@ class JobsProcess:
 
     def _spend(self, tenant: str) -> Spend:
         return self._spends.get(tenant) or Spend(tenant=tenant, today=0, average=None)
-
-    def _server(self) -> uvicorn.Server:
-        config = uvicorn.Config(
-            admin.app(self._options.admin_token, self._telemetry, self._status), host=self._options.host,
-            port=self._options.port, ws="none", lifespan="off", server_header=False, access_log=False, log_config=None,
-        )  # fmt: skip
-        config.load()
-        server = uvicorn.Server(config)
-        server.lifespan = LifespanOff(config)
-        return server
 
     def _status(self) -> dict[str, object]:
         return {

@@ -85,7 +85,7 @@ HOMES = {
     "pyarrow": {"reports", "lake"},
     "genai_prices": {"price_sync"},
     "litestar": {"api", "admin", "bodies", "server", "usage_pages"},
-    "uvicorn": {"asgi", "jobs", "server"},
+    "uvicorn": {"asgi", "server"},
     "uvloop": {"asgi"},
     "time": {"ambient"},
     "random": {"ambient"},
