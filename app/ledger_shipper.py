@@ -22,7 +22,6 @@ import argparse
 import asyncio
 import contextlib
 import os
-import re
 import signal
 import stat
 import sys
@@ -35,27 +34,15 @@ from msgspec import Struct
 
 from app.ambient import Ambient
 from app.archive import Archive, ArchiveError
-from app.core import Intent, interrupted
-from app.dead_letters import bury
+from app.core import interrupted
 from app.lake import FORMATS, Lake, LakeError, LakeReport, LakeShipper, hand_over
-from app.ledger import CHECKPOINT_SUFFIX, encode_line, parse_segment_name, read_lines, shipped_bytes, take_lock
+from app.ledger import parse_segment_name, take_lock
+from app.ledger_segment import BATCH_BYTES, BATCH_ROWS, Batch, Segment, row
 
-BATCH_ROWS = 2000
-BATCH_BYTES = 4_194_304
-"""About 3,000 rows: large enough that the round trip vanishes, small enough for PostgreSQL to take in a moment."""
 POLL_SECONDS = 0.1
 BACKOFF_SECONDS = 5.0
 
-_NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
 _encode = msgspec.json.Encoder().encode
-_decode_intent = msgspec.json.Decoder(Intent).decode
-
-
-class _EventId(Struct, gc=False):
-    event_id: str
-
-
-_decode_event_id = msgspec.json.Decoder(_EventId).decode
 
 
 class Report(Struct):
@@ -69,99 +56,6 @@ class Report(Struct):
     adopted_segments: int = 0
     error: str | None = None
     lake: LakeReport | None = None
-
-
-class _Batch(Struct):
-    """What was read up to byte `end`: events as the archive takes them, and lines that cannot be a row."""
-
-    events: list[str] = []
-    damaged: list[bytes] = []
-    end: int = 0
-
-
-def _row(event: bytes) -> str:
-    """An event as the archive takes it. PostgreSQL's text holds no NUL character: U+FFFD stands for it."""
-    text = event.decode()
-    return _NUL.sub(r"\1\\ufffd", text) if "\\u0000" in text else text
-
-
-class _Segment:
-    """A segment being read. Everything before byte `shipped` is in the ledger or in the dead-letter file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # writable: some file systems lock only such
-        self.checkpoint = path.with_name(path.name + CHECKPOINT_SUFFIX)
-        shipped = shipped_bytes(path)  # not yet, or torn by a power loss: from the start, which changes nothing
-        self.shipped = shipped if 0 <= shipped <= self.size else 0
-        self.intents: dict[str, Intent] = {}
-        self.sealed = False
-
-    @property
-    def size(self) -> int:
-        return os.fstat(self.fd).st_size
-
-    def read(self, start: int, *, final: bool, max_rows: int = BATCH_ROWS) -> _Batch:
-        """From byte `start`, as far as the lines are complete or a batch is full; `final` when nothing will follow.
-
-        With `final`, `intents` follows along; without, it is not kept: the adopter reads from the beginning.
-        """
-        wanted = BATCH_BYTES
-        while True:
-            data = os.pread(self.fd, wanted, start)
-            if len(data) < wanted or b"\n" in data:
-                break
-            wanted *= 2
-        batch = _Batch(end=start)
-        for line in read_lines(data, start, final=final and len(data) < wanted):
-            batch.end = line.end
-            news = line.start >= self.shipped
-            try:
-                if line.kind == "E":
-                    self.intents.pop(_decode_event_id(line.payload).event_id, None)
-                    if news:
-                        batch.events.append(_row(line.payload))
-                elif line.kind == "I" and final:
-                    intent = _decode_intent(line.payload)
-                    self.intents[intent.event_id] = intent
-                elif line.kind == "S":
-                    self.sealed = True
-                elif line.kind == "?" and news:
-                    batch.damaged.append(line.payload)
-            except (msgspec.DecodeError, UnicodeDecodeError):
-                if news:
-                    batch.damaged.append(line.payload)
-            if len(batch.events) == max_rows:
-                break
-        return batch
-
-    def bury(self, damaged: Sequence[bytes]) -> None:
-        """Keeps what cannot be a row. After a crash before the checkpoint it is kept twice."""
-        bury(self.path.with_name(self.path.name + ".dead-letter"), damaged)
-
-    def advance(self, end: int) -> None:
-        """Notes that everything before `end` is done. Only ever called after the commit."""
-        if end > self.shipped:
-            self.shipped = end
-            written = self.checkpoint.with_name(self.checkpoint.name + ".new")
-            written.write_bytes(b"%d" % end)
-            written.replace(self.checkpoint)
-
-    def complete(self, events: Sequence[bytes]) -> None:
-        """Adds events at the end, as lines of the spool; on a line of their own, for the last one may be torn."""
-        if events:
-            torn = os.pread(self.fd, 1, self.size - 1) not in (b"\n", b"")
-            lines = [encode_line(b"E", event) for event in events]
-            os.pwrite(self.fd, b"".join([b"\n"] * torn + lines), self.size)
-
-    def remove(self) -> None:
-        """The checkpoint first: left behind alone, it would be wrong about a segment of that name."""
-        self.checkpoint.unlink(missing_ok=True)
-        self.path.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """Also gives the lock back, if it was taken."""
-        os.close(self.fd)
 
 
 class Shipper:
@@ -187,7 +81,7 @@ class Shipper:
         self._ambient = ambient
         self._adopt_seconds = adopt_seconds
         self._adopt_at = 0.0
-        self._tails: dict[str, _Segment] = {}
+        self._tails: dict[str, Segment] = {}
         self._orphan_bytes = 0
         self._max_rows = BATCH_ROWS
         self._faults: list[str] = []
@@ -298,9 +192,9 @@ class Shipper:
             path = self._spool_dir / name
             if name not in self._tails:
                 with self._noting(path):
-                    self._tails[name] = _Segment(path)
+                    self._tails[name] = Segment(path)
 
-    async def _ship(self, segment: _Segment, batch: _Batch) -> None:
+    async def _ship(self, segment: Segment, batch: Batch) -> None:
         new, unfit = await self._archive.insert(batch.events)
         damaged = batch.damaged + [batch.events[place].encode() for place in unfit]
         segment.bury(damaged)
@@ -325,7 +219,7 @@ class Shipper:
             self._orphan_bytes = sum(max(0, segment.size - segment.shipped) for segment in foreign)
             await self._archive.prepare()
             self.report.postgres = "up"
-            unsealed: list[_Segment] = []
+            unsealed: list[Segment] = []
             for segment in orphans:
                 with self._noting(segment.path):
                     await self._ship_whole(segment)
@@ -338,13 +232,13 @@ class Shipper:
                 with self._noting(segment.path):
                     events = [_encode(interrupted(intent)) for intent in segment.intents.values()]
                     for start in range(0, len(events), BATCH_ROWS):
-                        rows = [_row(event) for event in events[start : start + BATCH_ROWS]]
-                        await self._ship(segment, _Batch(rows, end=segment.shipped))
+                        rows = [row(event) for event in events[start : start + BATCH_ROWS]]
+                        await self._ship(segment, Batch(rows, end=segment.shipped))
                     self._finish(segment, events)
                     self.report.adopted_segments += 1
             self._orphan_bytes = 0
 
-    def _finish(self, segment: _Segment, interrupted: Sequence[bytes] = ()) -> None:
+    def _finish(self, segment: Segment, interrupted: Sequence[bytes] = ()) -> None:
         """PostgreSQL has all of it: the segment goes to the lake with the rows of its open intents, or is deleted."""
         lake = self._lake
         if lake is not None:
@@ -355,14 +249,14 @@ class Shipper:
             lake.dropped_segments += 1
         segment.remove()
 
-    async def _ship_whole(self, segment: _Segment) -> None:
+    async def _ship_whole(self, segment: Segment) -> None:
         """Reads from the beginning, for the intents; ships from the checkpoint on."""
         place = 0
         while (batch := segment.read(place, final=True, max_rows=self._max_rows)).end > place:
             await self._ship(segment, batch)
             place = batch.end
 
-    def _take(self, taken: contextlib.ExitStack) -> Iterator[_Segment]:
+    def _take(self, taken: contextlib.ExitStack) -> Iterator[Segment]:
         names = self._names()
         for path in self._spool_dir.glob("*.spool.offset*"):
             if path.name.partition(".spool")[0] + ".spool" not in names:
@@ -370,7 +264,7 @@ class Shipper:
         for name in names:
             path = self._spool_dir / name
             with self._noting(path):
-                segment = _Segment(path)
+                segment = Segment(path)
                 if take_lock(segment.fd):
                     taken.callback(segment.close)
                     yield segment

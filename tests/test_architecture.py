@@ -29,7 +29,7 @@ LAYERS = (
     ("routing", "estimate", "gateway", "server"),
     (
         "api", "admin", "bodies", "keys", "ledger_shipper", "archive", "reports", "price_sync", "rerate", "usage_pages",
-        "ledger_schema", "dead_letters", "lake",
+        "ledger_schema", "ledger_segment", "dead_letters", "lake",
     ),
     ("asgi", "cli", "lint_apps", "jobs", "ledger_commands", "money_commands", "price_commands"),
 )  # fmt: skip
@@ -53,7 +53,8 @@ WITHIN_A_LAYER = {
     ("api", "bodies"): "the front door takes bodies in",
     ("admin", "api"): "both doors answer errors alike",
     ("ledger_shipper", "archive"): "the archive is the shipper's far end",
-    ("ledger_shipper", "dead_letters"): "what cannot be a row is kept",
+    ("ledger_shipper", "ledger_segment"): "what it ships from",
+    ("ledger_segment", "dead_letters"): "what cannot be a row is kept",
     ("dead_letters", "archive"): "what can be a row after all is one",
     ("ledger_shipper", "lake"): "what PostgreSQL has goes on to the lake",
     ("lake", "archive"): "a day's files can be made from the ledger",
