@@ -171,7 +171,9 @@ def test_each_owner_is_admitted_by_its_own_history_alone(server: RedisServer) ->
     seed = random.randrange(2**32)
 
     async def rounds() -> None:
-        async with running(pipe_to(server)) as pipe:
+        pipe = pipe_to(server)
+        Limits(pipe, AMBIENT)  # scripts that are known are loaded on connecting; else what is sent later overtakes them
+        async with running(pipe):
             for number in range(0, CASES, ROUND):
                 not_just_before_midnight(SECONDS_OF_A_ROUND)
                 server.client.flushall()
