@@ -13,7 +13,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from app.core import Dialect
-from app.dialects import anthropic_messages, openai_chat, openai_embeddings
+from app.dialects import anthropic_messages, openai_chat, openai_embeddings, openai_responses
 from app.errors import GatewayError
 from app.providers import NATIVE, PROVIDERS
 from app.providers.translator import Translator
@@ -33,10 +33,16 @@ ROUTES: dict[str, Dialect] = {
     "/v1/embeddings": replace(_CHAT, name="embeddings", read=openai_embeddings.read),
     "/v1/messages": _MESSAGES,
     "/v1/messages/count_tokens": replace(_MESSAGES, read=anthropic_messages.read_count),
+    "/v1/responses": replace(
+        _CHAT, name="responses", read=openai_responses.read, error_frames=openai_responses.error_frames
+    ),
 }
 """By path; each takes POST."""
 
-WRAPPERS: dict[str, Callable[[Translator], Translator]] = {"messages": anthropic_messages.over}
+WRAPPERS: dict[str, Callable[[Translator], Translator]] = {
+    "messages": anthropic_messages.over,
+    "responses": openai_responses.over,
+}
 """By dialect, for those that are not the internal form: a translator that speaks the dialect over one that does not."""
 
 _SPOKEN: dict[tuple[str, str], Translator] = {

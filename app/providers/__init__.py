@@ -8,6 +8,7 @@ from app.providers.bedrock import BEDROCK
 from app.providers.gemini import GEMINI, VERTEX
 from app.providers.openai import OPENAI
 from app.providers.openai_compatible import compatible
+from app.providers.openai_responses import RESPONSES
 from app.providers.translator import Translator
 from app.vendors import COMPATIBLE, KINDS
 
@@ -23,7 +24,7 @@ PROVIDERS: dict[str, Translator] = {
 }
 """By `Provider.kind`."""
 
-NATIVE: dict[tuple[str, str], Translator] = {("messages", "anthropic"): RELAYED}
+NATIVE: dict[tuple[str, str], Translator] = {("messages", "anthropic"): RELAYED, **RESPONSES}
 """By dialect and kind, for vendors that speak a dialect other than the internal form themselves: requests and answers
 are relayed as they are.
 """

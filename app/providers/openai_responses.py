@@ -1,0 +1,206 @@
+"""Responses relayed to OpenAI and Azure: the client's bytes in, the vendor's bytes out.
+
+Only `model` is spliced into a request. Of an answer's frames those that are mere deltas are told by their bytes; the
+others are decoded, for the ledger. A stream ends with the event that has the whole answer.
+Source: OpenAI API reference, Responses and its streaming events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+from msgspec import Raw, Struct
+from msgspec.structs import replace
+
+from app.config import Target
+from app.core import Usage
+from app.errors import VendorBroke
+from app.providers import azure, openai
+from app.providers.translator import Answer, Frame, Kind, Outgoing, Stamp, StreamReader, Translator, split
+from app.sse import FrameSplitter, data_of
+from app.wire import ABSENT, ChatRequest, CompletionDetails, OpenAIUsage, PromptDetails
+
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_ENDS = ("response.completed", "response.incomplete", "response.failed")
+_STARTS = frozenset(
+    f"response.{name}" for name in ("created", "queued", "in_progress", "output_item.added", "content_part.added")
+)
+_UNDONE = (None, "queued", "in_progress", "cancelled")
+_NOTHING = (b"", b"null")
+
+
+class _Usage(Struct):
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    total_tokens: int | None = None
+    input_tokens_details: PromptDetails | None = None
+    output_tokens_details: CompletionDetails | None = None
+
+
+class _Incomplete(Struct):
+    reason: str | None = None
+
+
+class _Item(Struct):
+    type: str | None = None
+
+
+class _Response(Struct):
+    """A response, as far as the ledger needs it."""
+
+    status: str | None = None
+    model: str | None = None
+    output: list[_Item] | None = None
+    usage: _Usage | None = None
+    incomplete_details: _Incomplete | None = None
+    service_tier: str | None = None
+    error: Raw = ABSENT
+
+
+class _Event(Struct):
+    type: str
+    response: _Response | None = None
+    delta: Raw = ABSENT
+    error: Raw = ABSENT
+
+
+_response = msgspec.json.Decoder(_Response)
+_event = msgspec.json.Decoder(_Event)
+
+
+def chat(request: ChatRequest, target: Target) -> Outgoing:
+    """The client's members as they came; `model` becomes the target's."""
+    sent = openai.outgoing(request, request.fields, target, stream_options=False)
+    return replace(sent, url=target.provider.base_url + "/responses")
+
+
+def _azure_chat(request: ChatRequest, target: Target) -> Outgoing:
+    """Azure has Responses beside its deployments, not under them: the body names the deployment."""
+    sent = openai.outgoing(request, request.fields, target, stream_options=False)
+    version = target.provider.api_version
+    path = "/openai/v1/responses" if version is None else f"/openai/responses?api-version={version}"
+    return replace(sent, url=target.provider.base_url + path)
+
+
+def response(body: bytes, stamp: Stamp) -> Answer:
+    try:
+        answer = _response.decode(body)
+    except _UNREADABLE as error:
+        raise VendorBroke("the vendor's answer is not a response") from error
+    reason = _finish_reason(answer)
+    usage = _usage_of(answer.usage)
+    return Answer(
+        body=body,
+        model=answer.model,
+        usage=usage,
+        finish_reason=reason,
+        text_bytes=0 if usage else len(body),
+        service_tier=answer.service_tier,
+    )
+
+
+def _finish_reason(answer: _Response) -> str:
+    """In the words of chat completions. Raises VendorError for an answer that failed, or that has no end."""
+    if answer.status == "failed" or bytes(answer.error) not in _NOTHING:
+        raise openai.error_in_answer(answer.error)
+    if answer.status == "incomplete":
+        reason = answer.incomplete_details.reason if answer.incomplete_details else None
+        return "content_filter" if reason == "content_filter" else "length"
+    if answer.status in _UNDONE:
+        raise VendorBroke("the vendor's response is not complete")
+    called = any(item.type in ("function_call", "custom_tool_call") for item in answer.output or ())
+    return "tool_calls" if called else "stop"
+
+
+def _usage_of(usage: _Usage | None) -> Usage | None:
+    if usage is None:
+        return None
+    return openai.usage_of(
+        OpenAIUsage(
+            prompt_tokens=usage.input_tokens,
+            completion_tokens=usage.output_tokens,
+            total_tokens=usage.total_tokens,
+            prompt_tokens_details=usage.input_tokens_details,
+            completion_tokens_details=usage.output_tokens_details,
+        )
+    )
+
+
+class ResponsesStream(StreamReader):
+    """Frames as they came."""
+
+    __slots__ = ("_splitter", "finish_reason", "model", "service_tier", "started", "usage")
+
+    def __init__(self, stamp: Stamp) -> None:
+        self.usage = None
+        self.model = None
+        self.finish_reason = None
+        self.service_tier = None
+        self.started = False
+        self._splitter = FrameSplitter()
+
+    def feed(self, chunk: bytes) -> Iterator[Frame]:
+        if self.started and not self._splitter.rest and _is_plain(chunk):
+            yield Kind.CONTENT, chunk
+            return
+        for one in split(self._splitter, chunk):
+            yield self._scan(one), one
+
+    def _scan(self, one: bytes) -> Kind:
+        if not (self.started and _is_plain(one)) and (data := data_of(one)):
+            try:
+                event = _event.decode(data)
+            except _UNREADABLE as fault:
+                raise VendorBroke("the vendor sent an event that cannot be decoded") from fault
+            if event.type == "error":
+                raise openai.error_in_answer(Raw(data) if bytes(event.error) in _NOTHING else event.error)
+            if event.response is not None:
+                self._note(event.response)
+            if event.type in _ENDS:
+                self.finish_reason = _finish_reason(event.response or _Response())
+                return Kind.DONE
+            self.started = self.started or event.type not in _STARTS
+        return Kind.CONTENT if self.started else Kind.START
+
+    def _note(self, answer: _Response) -> None:
+        self.model = answer.model or self.model
+        self.service_tier = answer.service_tier or self.service_tier
+        self.usage = _usage_of(answer.usage) or self.usage
+
+    def end(self) -> Iterator[Frame]:
+        yield Kind.DONE, b""
+
+    def text_bytes(self, frame: bytes) -> int:
+        return text_bytes(frame)
+
+
+def _is_plain(frames: bytes) -> bool:
+    """Whether these are whole frames of deltas; the bytes alone tell, as JSON has no bare line breaks in texts."""
+    count = frames.count(b"\n\n")
+    return (
+        frames.startswith(b"event: response.")
+        and frames.endswith(b"}\n\n")
+        and frames.count(b"}\n\nevent: response.") == count - 1
+        and frames.count(b".delta\ndata: {") == count
+        and b"\r" not in frames
+    )
+
+
+def text_bytes(frames: bytes) -> int:
+    """Size of the text, reasoning and arguments that frames of a stream of Responses carry."""
+    size = 0
+    for one in FrameSplitter().feed(frames):
+        try:
+            delta = bytes(_event.decode(data_of(one)).delta)
+        except _UNREADABLE:
+            continue
+        size += max(len(delta) - 2, 0)
+    return size
+
+
+RESPONSES: dict[tuple[str, str], Translator] = {
+    ("responses", "openai"): replace(openai.OPENAI, chat=chat, response=response, stream=ResponsesStream),
+    ("responses", "azure"): replace(azure.AZURE, chat=_azure_chat, response=response, stream=ResponsesStream),
+}
+"""By dialect and kind."""

@@ -1,0 +1,277 @@
+"""Responses relayed to OpenAI and Azure: what goes out, what comes back, what is refused, what the ledger learns."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import httpx
+import msgspec
+import openai
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.core import Usage
+from app.dialects import ROUTES, openai_responses, translator
+from app.errors import InvalidRequest, VendorCannot, VendorError
+from app.providers import NATIVE, PROVIDERS
+from app.providers.translator import Kind
+from app.sse import frame
+from tests import recordings
+from tests.recordings import Exchange
+from tests.test_anthropic_provider import pieces
+from tests.translation import STAMP, StreamOutcome, read_stream, target
+
+RELAYED = NATIVE["responses", "openai"]
+PLACES = st.lists(st.integers(0, 3_000), max_size=12)
+USAGE = {
+    "input_tokens": 90,
+    "input_tokens_details": {"cached_tokens": 64},
+    "output_tokens": 30,
+    "output_tokens_details": {"reasoning_tokens": 20},
+    "total_tokens": 120,
+}
+PLACE = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
+MESSAGE = {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed"}
+SAID = MESSAGE | {"content": [{"type": "output_text", "text": "One.\ntwo", "annotations": []}]}
+CALL = {"id": "fc_1", "type": "function_call", "call_id": "call_1", "name": "f", "arguments": "{}"}
+
+
+def whole(**members: Any) -> dict[str, Any]:
+    base = {"id": "resp_1", "object": "response", "created_at": 1, "status": "completed", "error": None}
+    return base | {"model": "gpt-5-2025-08-07", "output": [SAID], "usage": USAGE, "service_tier": "default"} | members
+
+
+def streamed(last: str = "response.completed", **members: Any) -> bytes:
+    events: list[tuple[str, dict[str, Any]]] = [
+        ("response.created", {"response": whole(status="in_progress", output=[], usage=None)}),
+        ("response.output_item.added", {"output_index": 0, "item": MESSAGE | {"content": []}}),
+        ("response.content_part.added", PLACE | {"part": {"type": "output_text", "text": "", "annotations": []}}),
+        ("response.output_text.delta", PLACE | {"delta": "One.\n"}),
+        ("response.output_text.delta", PLACE | {"delta": "two"}),
+        ("response.output_item.done", {"output_index": 0, "item": SAID}),
+        (last, {"response": whole(**members)}),
+    ]
+    return b"".join(
+        frame(json.dumps({"type": name, "sequence_number": place} | told).encode(), name)
+        for place, (name, told) in enumerate(events)
+    )
+
+
+def read(data: bytes, places: list[int] | None = None) -> StreamOutcome:
+    return read_stream(RELAYED, pieces(data, places or []))
+
+
+def body(**members: Any) -> bytes:
+    return json.dumps({"model": "smart", "input": "Hi"} | members).encode()
+
+
+# --- requests ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_model_is_spliced_and_nothing_is_stored() -> None:
+    sent = RELAYED.chat(
+        openai_responses.read(b'{"model":"a", "input":[ {"role":"user","content":"\\u00e9"} ]}'), target("openai")
+    )
+    model = json.loads(sent.body)["model"].encode()
+    assert sent.body == b'{"model":"%b","input":[ {"role":"user","content":"\\u00e9"} ],"store":false}' % model
+    assert sent.url.endswith("/v1/responses")
+
+
+def test_azure_has_responses_beside_its_deployments() -> None:
+    sent = NATIVE["responses", "azure"].chat(openai_responses.read(body()), target("azure"))
+    assert "/deployments/" not in sent.url
+    assert "/responses" in sent.url
+
+
+def test_the_length_and_the_stream_are_read_for_limits() -> None:
+    request = openai_responses.read(body(max_output_tokens=7, stream=True))
+    assert (request.max_output_tokens, request.stream) == (7, True)
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"previous_response_id": "resp_1"},
+        {"conversation": {"id": "conv_1"}},
+        {"prompt": {"id": "pmpt_1"}},
+        {"store": True},
+        {"background": True},
+        {"input": [{"type": "item_reference", "id": "msg_1"}]},
+        {"input": [{"id": "msg_1"}]},
+        {"input": 1},
+        {"max_output_tokens": 0},
+    ],
+)
+def test_what_a_vendor_keeps_for_all_tenants_is_refused_by_name(members: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        openai_responses.read(body(**members))
+    assert refused.value.param in members
+
+
+def test_turns_sent_whole_are_taken() -> None:
+    turns = [{"role": "user", "content": "Hi"}, SAID, CALL, {"type": "function_call_output", "call_id": "call_1"}]
+    assert msgspec.json.decode(openai_responses.read(body(input=turns)).fields["input"]) == turns
+
+
+@pytest.mark.parametrize("kind", sorted(PROVIDERS.keys() - {"openai", "azure"}))
+def test_a_vendor_that_does_not_speak_responses_is_refused(kind: str) -> None:
+    with pytest.raises(VendorCannot, match="/v1/chat/completions"):
+        translator(ROUTES["/v1/responses"], kind).chat(openai_responses.read(body()), target("anthropic"))
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_is_relayed_and_its_usage_read_in_classes() -> None:
+    written = json.dumps(whole()).encode()
+    answer = RELAYED.response(written, STAMP)
+    assert answer.body == written
+    assert answer.usage == Usage(input=26, cache_read=64, output=10, reasoning=20)
+    assert (answer.model, answer.finish_reason) == ("gpt-5-2025-08-07", "stop")
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ({"output": [SAID, CALL]}, "tool_calls"),
+        ({"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}, "length"),
+        ({"status": "incomplete", "incomplete_details": {"reason": "content_filter"}}, "content_filter"),
+    ],
+)
+def test_the_ledger_learns_why_an_answer_ended(members: dict[str, Any], reason: str) -> None:
+    assert RELAYED.response(json.dumps(whole(**members)).encode(), STAMP).finish_reason == reason
+    assert read(streamed("response." + members.get("status", "completed"), **members)).finish_reason == reason
+
+
+@pytest.mark.parametrize(
+    "written", [b"", b"[]", b'{"status":"in_progress"}', b'{"status":"failed","error":{"code":"x"}}']
+)
+def test_an_answer_that_is_none_is_an_error(written: bytes) -> None:
+    with pytest.raises(VendorError):
+        RELAYED.response(written, STAMP)
+
+
+@given(PLACES)
+def test_a_stream_is_relayed_byte_for_byte_wherever_it_is_cut(places: list[int]) -> None:
+    data = streamed()
+    told = read(data, places)
+    assert told.frames == data
+    assert told.usage == Usage(input=26, cache_read=64, output=10, reasoning=20)
+    assert (told.model, told.finish_reason) == ("gpt-5-2025-08-07", "stop")
+
+
+def test_deltas_in_one_chunk_are_passed_without_being_read() -> None:
+    reader = RELAYED.stream(STAMP)
+    head, *rest = streamed().split(b"event: response.output_text.delta\n")
+    list(reader.feed(head + b"event: response.output_text.delta\n" + rest[0]))
+    unread = b"event: response.output_text.delta\ndata: {not JSON}\n\n" * 2
+    assert list(reader.feed(unread)) == [(Kind.CONTENT, unread)]
+
+
+def test_a_last_event_behind_deltas_in_one_chunk_is_read() -> None:
+    reader = RELAYED.stream(STAMP)
+    data = streamed()
+    at = data.index(b"event: response.output_text.delta")
+    list(reader.feed(data[:at] + data[at : data.index(b"\n\n", at) + 2]))
+    assert not reader.finished
+    kinds = [kind for kind, _ in reader.feed(data[data.index(b"\n\n", at) + 2 :])]
+    assert kinds[-1] is Kind.DONE
+    assert reader.finished
+
+
+def test_the_text_of_deltas_is_measured() -> None:
+    assert RELAYED.stream(STAMP).text_bytes(streamed()) == len(r"One.\n") + len("two")
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"type": "error", "code": "server_error", "message": "No.", "param": None},
+        {"type": "error", "error": {"code": "server_error", "message": "No."}},
+        {
+            "type": "response.failed",
+            "response": whole(status="failed", error={"code": "server_error", "message": "No."}),
+        },
+    ],
+)
+def test_a_failure_in_the_stream_is_an_error(event: dict[str, Any]) -> None:
+    reader = RELAYED.stream(STAMP)
+    with pytest.raises(VendorError) as failed:
+        list(reader.feed(frame(json.dumps(event).encode(), event["type"])))
+    assert failed.value.vendor_code == "server_error"
+
+
+def test_a_stream_that_is_cut_is_not_finished() -> None:
+    reader = RELAYED.stream(STAMP)
+    list(reader.feed(streamed().rpartition(b"event: ")[0]))
+    assert not reader.finished
+
+
+# --- the SDK ----------------------------------------------------------------------------------------------------------
+
+
+def client(answer: bytes, kind: str) -> openai.OpenAI:
+    told = httpx.Response(200, headers={"content-type": kind}, content=answer)
+    return openai.OpenAI(
+        api_key="k",
+        base_url="http://gateway/v1",
+        http_client=httpx.Client(transport=httpx.MockTransport(lambda _: told)),
+    )
+
+
+def test_the_sdk_accumulates_the_stream_to_the_answer() -> None:
+    with client(read(streamed()).frames, "text/event-stream").responses.stream(model="a", input="Hi") as stream:
+        final = stream.get_final_response()
+    unary = client(RELAYED.response(json.dumps(whole()).encode(), STAMP).body, "application/json")
+    assert final.output_text == unary.responses.create(model="a", input="Hi").output_text == "One.\ntwo"
+
+
+def test_the_sdk_raises_on_our_error_in_the_stream() -> None:
+    head = streamed().partition(b"event: response.output_item.done")[0]
+    told = head + openai_responses.error_frames(InvalidRequest("Too much.", param="input"))
+    with pytest.raises(openai.APIError, match="Too much"):
+        list(client(told, "text/event-stream").responses.create(model="a", input="Hi", stream=True))
+
+
+def test_our_error_event_has_the_members_of_the_reference() -> None:
+    written = openai_responses.error_frames(InvalidRequest("Too much.", param="input"))
+    event = msgspec.json.decode(written.partition(b"data: ")[2])
+    assert (event["type"], event["message"], event["param"]) == ("error", "Too much.", "input")
+
+
+# --- recorded traffic -------------------------------------------------------------------------------------------------
+
+FOLDER = os.environ.get("RECORDINGS")
+needs_recordings = pytest.mark.skipif(not FOLDER, reason="RECORDINGS names no folder of recorded vendor traffic")
+RESPONSES = [
+    exchange
+    for exchange in (recordings.load(FOLDER) if FOLDER else [])
+    if exchange.request.uri.partition("?")[0].endswith("/responses")
+]
+GOOD = [exchange for exchange in RESPONSES if exchange.response.status == 200]
+
+
+def each(exchanges: list[Exchange]) -> Any:
+    return pytest.mark.parametrize("exchange", exchanges, ids=lambda exchange: exchange.name)
+
+
+@needs_recordings
+@each([exchange for exchange in GOOD if exchange.response.streamed])
+def test_a_recorded_stream_is_relayed_byte_for_byte(exchange: Exchange) -> None:
+    data = exchange.response.body
+    entire, cut = read(data), read(data, list(range(0, len(data), 7)))
+    assert entire.frames == cut.frames == data
+    assert entire.usage is not None
+    assert (entire.usage, entire.finish_reason) == (cut.usage, cut.finish_reason)
+
+
+@needs_recordings
+@each([exchange for exchange in GOOD if not exchange.response.streamed])
+def test_a_recorded_answer_is_relayed_byte_for_byte(exchange: Exchange) -> None:
+    answer = RELAYED.response(exchange.response.body, STAMP)
+    told = exchange.response.json()["usage"]
+    assert answer.body == exchange.response.body
+    assert (answer.usage.total_input, answer.usage.total_output) == (told["input_tokens"], told["output_tokens"])
