@@ -89,6 +89,16 @@ def test_one_environment_can_be_chosen(postgres: Postgres) -> None:
     assert period(url, environment="prod").total.requests == 1
 
 
+def test_a_tenant_sees_nothing_of_tenants_whose_names_are_alike(postgres: Postgres) -> None:
+    url = postgres.database()
+    alike = ["acme_corp", "ACME-corp", "acme-corp2", "acme.corp", "acme", None]
+    record(url, [an_event(at=NOON, tenant=tenant, cost=Cost(1_000, 0)) for tenant in [ACME.id, *alike]])
+    rows = read(url)
+    assert (rows.period.total.requests, rows.trend.today, list(rows.period.tenants)) == (1, 1_000, [ACME.id])
+    roll(url)
+    assert read(url) == rows
+
+
 def test_an_adjustment_is_money_and_no_call(postgres: Postgres) -> None:
     url = postgres.database()
     call = an_event(at=NOON, cost=Cost(1_000, 0))
