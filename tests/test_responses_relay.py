@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.ambient import Ambient
 from app.core import Usage
 from app.dialects import ROUTES, openai_responses, translator
 from app.errors import InvalidRequest, VendorCannot, VendorError
@@ -20,8 +22,10 @@ from app.providers import NATIVE, PROVIDERS
 from app.providers.translator import Kind
 from app.sse import frame
 from tests import recordings
+from tests.gateway_parts import ALIAS, Rooms, ScriptedAnswer
 from tests.recordings import Exchange
 from tests.test_anthropic_provider import pieces
+from tests.test_gateway import serve
 from tests.translation import STAMP, StreamOutcome, read_stream, target
 
 RELAYED = NATIVE["responses", "openai"]
@@ -240,6 +244,21 @@ def test_our_error_event_has_the_members_of_the_reference() -> None:
     written = openai_responses.error_frames(InvalidRequest("Too much.", param="input"))
     event = msgspec.json.decode(written.partition(b"data: ")[2])
     assert (event["type"], event["message"], event["param"]) == ("error", "Too much.", "input")
+
+
+# --- through the gateway ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_passes_the_gateway_as_it_came_and_leaves_its_row(tmp_path: Path, stream: bool) -> None:
+    said = streamed() if stream else json.dumps(whole()).encode()
+    rooms = Rooms(tmp_path, ScriptedAnswer(said), ambient=Ambient())
+    asked = body(model=ALIAS, stream=stream)
+    reply, got = serve(rooms, asked, dialect=ROUTES["/v1/responses"])
+    row = rooms.row()
+    rooms.spool.close()
+    assert (reply.status, got) == (200, said)
+    assert (row["status"], row["usage"]["input_tokens"], row["usage"]["output_tokens"]) == ("success", 90, 30)
 
 
 # --- recorded traffic -------------------------------------------------------------------------------------------------
