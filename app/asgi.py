@@ -25,6 +25,7 @@ from app.config import Config, ConfigError, ConfigSource, Secret, utc_day
 from app.control import REVOKED, Control, Entry
 from app.cooldowns import COOLDOWN, Cooldowns
 from app.credentials import Credentials, client
+from app.dialogue import Dialogue
 from app.gateway import Gateway
 from app.ledger import Spool
 from app.limits import Limits
@@ -165,14 +166,18 @@ class Replica:
             Shipper(options, ambient, LAKE_RESERVES * settings.spool.reserve_bytes) if options.database_url else None
         )
         self.cooldowns = Cooldowns(ambient, self.control, options.name)
-        self.gateway = Gateway(
-            limits=Limits(self.pipe, ambient, lambda: source.current, self._spent_reader()),
+        limits = Limits(self.pipe, ambient, lambda: source.current, self._spent_reader())
+        dialogue = Dialogue(
+            limits=limits,
             spool=self.spool,
             credentials=self.credentials,
             cooldowns=self.cooldowns,
             upstream=self.upstream,
             telemetry=self.telemetry,
             ambient=ambient,
+        )
+        self.gateway = Gateway(
+            dialogue=dialogue, limits=limits, spool=self.spool, telemetry=self.telemetry, ambient=ambient
         )
         self.warnings = Warnings(lambda: source.current, self.pipe, warnings_client, ambient)
         self.gateway.limits.on_nearly_used.append(self.warnings.take)

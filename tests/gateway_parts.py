@@ -16,6 +16,7 @@ from app.cooldowns import Cooldowns
 from app.core import Call, Exchange, LedgerEvent, Reservation
 from app.credentials import Credentials, client
 from app.dialects import ROUTES
+from app.dialogue import Dialogue
 from app.errors import GatewayError, LedgerUnavailable, VendorBroke, VendorError
 from app.gateway import Gateway
 from app.ledger import Spool, read_lines
@@ -230,7 +231,7 @@ class Rooms:
         self.limits = KeptLimits()
         self.telemetry = KeptTelemetry()
         self.spool = spool(folder, "r1", WrittenSpool(reserve_bytes=0), ambient)
-        self.gateway = Gateway(
+        self.dialogue = Dialogue(
             limits=self.limits,
             spool=self.spool,
             credentials=Credentials(client, ambient),
@@ -238,6 +239,9 @@ class Rooms:
             upstream=ScriptedUpstream(*script),
             telemetry=self.telemetry,
             ambient=ambient,
+        )
+        self.gateway = Gateway(
+            dialogue=self.dialogue, limits=self.limits, spool=self.spool, telemetry=self.telemetry, ambient=ambient
         )
         self.spool.open()
 

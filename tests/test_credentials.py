@@ -296,8 +296,8 @@ def called(tmp_path: Path, answer: Callable[[], httpx.Response]) -> tuple[Reply,
         return answer()
 
     open_client = lambda: httpx.AsyncClient(transport=httpx.MockTransport(answered))  # noqa: E731
-    rooms.gateway.credentials = Credentials(open_client, rooms.ambient)
-    rooms.gateway.upstream = heard = HeardUpstream(ScriptedAnswer(completion()))
+    rooms.dialogue.credentials = Credentials(open_client, rooms.ambient)
+    rooms.dialogue.upstream = heard = HeardUpstream(ScriptedAnswer(completion()))
     tables = config()
     (only,) = tables.aliases[ALIAS].targets
     provider = msgspec.structs.replace(only.provider, account=ACCOUNT, credential=Credential(Secret("")))

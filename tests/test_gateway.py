@@ -15,8 +15,8 @@ import pytest
 from app.ambient import Patience
 from app.config import Price, Rate, Tariff
 from app.core import Call, Cut, Exchange, Reply
+from app.dialogue import MAX_ERROR_BYTES
 from app.errors import RequestTooLarge, VendorBroke, VendorFailed
-from app.gateway import MAX_ERROR_BYTES
 from tests.gateway_parts import (
     ALIAS,
     DONE,

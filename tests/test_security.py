@@ -378,7 +378,7 @@ class Endless:
 @pytest.fixture(scope="module")
 def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FrontDoor]:
     rooms = Rooms(tmp_path_factory.mktemp("fuzz"), ambient=Ambient())
-    rooms.gateway.upstream = Endless()
+    rooms.dialogue.upstream = Endless()
     with_issuer = msgspec.structs.replace(config(), issuers={})
     yield FrontDoor(Source(with_issuer), rooms.gateway, Callers(NoTokens()), rooms.ambient)
     rooms.spool.close()

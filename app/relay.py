@@ -1,0 +1,88 @@
+"""A vendor's stream on its way to the client: what may be sent, what is held back, what it told so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from app.errors import VendorBroke, VendorError
+from app.providers.translator import Frame, Kind, StreamReader
+from app.upstream import VendorAnswer
+
+KEPT_BYTES = 8_192
+"""How much of a stream's frames is kept to estimate its tokens if the client hangs up; beyond it, extrapolated."""
+
+
+class Stream:
+    """A vendor's stream between its chunks: what is ready to relay, and what it told so far."""
+
+    def __init__(self, reader: StreamReader, start_buffer_bytes: int, *, withhold_usage: bool) -> None:
+        self.reader = reader
+        self._withhold_usage = withhold_usage
+        self._start_buffer_bytes = start_buffer_bytes
+        self._kept: list[bytes] = []
+        self._kept_bytes = self._relayed_bytes = 0
+        self._ready: list[bytes] = []
+        self._started = self._done = False
+        self._fault: VendorError | None = None
+
+    async def begin(self, answer: VendorAnswer) -> None:
+        """Reads up to the first content, or until the start buffer is full. Raises VendorError."""
+        size = 0
+        while not self._started and size <= self._start_buffer_bytes:
+            chunk = await answer.chunk()
+            if chunk is None:
+                raise VendorBroke("the vendor's stream ended before any content")
+            size += len(chunk)
+            self._take(self.reader.feed(chunk))
+            if self._fault and not self._started:
+                raise self._fault
+            if self._done and not self._started:
+                raise VendorBroke("the vendor's stream is empty")
+
+    async def more(self, answer: VendorAnswer) -> None:
+        """Waits for the next bytes and reads them."""
+        chunk = await answer.chunk()
+        if chunk is not None:
+            self._take(self.reader.feed(chunk))
+        elif self.reader.finished:
+            self._take(self.reader.end())
+        else:
+            self._fault = VendorBroke("the vendor cut its stream")
+
+    def _take(self, frames: Iterator[Frame]) -> None:
+        ready = self._ready
+        try:
+            for kind, frame in frames:
+                if kind is Kind.CONTENT:
+                    self._started = True
+                    self._relayed_bytes += len(frame)
+                    if self._kept_bytes < KEPT_BYTES:
+                        self._kept.append(frame)
+                        self._kept_bytes += len(frame)
+                elif kind is Kind.DONE:
+                    self._done = True
+                elif kind is Kind.USAGE and self._withhold_usage:
+                    continue
+                ready.append(frame)
+                if self._done:
+                    return
+        except VendorError as fault:
+            self._fault = fault
+
+    def take(self) -> tuple[bytes, bool]:
+        """What may be sent now, and whether it ends the stream. Raises VendorError; `ready()` has what came before."""
+        if self._fault is not None:
+            raise self._fault
+        return self.ready(), self._done
+
+    def ready(self) -> bytes:
+        """What has been taken and not sent."""
+        out = self._ready
+        data = out[0] if len(out) == 1 else b"".join(out)
+        self._ready = []
+        return data
+
+    def text_bytes(self) -> int:
+        """Size of the text relayed so far: read from the frames that were kept, extrapolated beyond them."""
+        kept = sum(self.reader.text_bytes(frame) for frame in self._kept)
+        return kept * self._relayed_bytes // self._kept_bytes if self._kept_bytes else 0
