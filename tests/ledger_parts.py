@@ -164,7 +164,7 @@ class Postgres:
                 cwd="/",
                 start_new_session=True,
             )
-        wait_until(self._answers, "PostgreSQL answers")
+        wait_until(self._answers, "PostgreSQL answers", 60)
 
     def stop(self) -> None:
         """Fast shutdown: connections are cut."""
@@ -204,8 +204,8 @@ def running_postgres() -> Iterator[Postgres]:
     with tempfile.TemporaryDirectory(prefix="ledger-") as folder:
         os.chmod(folder, 0o755)  # for `nobody`
         server = Postgres(Path(folder) / "data")
-        server.start()
         try:
+            server.start()
             yield server
         finally:
             server.stop()

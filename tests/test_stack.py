@@ -68,8 +68,12 @@ class Up:
             self.process = subprocess.Popen(
                 [*command, "--ready-file", str(self.ready_file)], cwd=ROOT, env=ENVIRONMENT, stdout=out, stderr=out
             )
-        until(lambda: self.ready_file.exists() or self.process.poll() is not None)
-        assert self.process.poll() is None, self.text
+        try:
+            until(lambda: self.ready_file.exists() or self.process.poll() is not None)
+            assert self.process.poll() is None, self.text
+        except BaseException:
+            self.stop()
+            raise
 
     @property
     def text(self) -> str:

@@ -284,9 +284,23 @@ class Edge:
         )
         self.certificates = certificates
         self._child = Child(service, folder, self._spawner)
-        self._child.start()
         self.log = self._child.log
-        until(lambda: self._child.answers() and self.call("/health")[0] == 200)
+        try:
+            self._child.start()
+            until(lambda: self._child.answers() and self._is_configured(), seconds=60)
+        except BaseException:
+            self.close()
+            raise
+
+    def _is_configured(self) -> bool:
+        """Until its dynamic files are read, Traefik answers with a certificate of its own, or with none of its routes.
+
+        Only while it starts: later a handshake that fails is a failure.
+        """
+        try:
+            return self.call("/health")[0] == 200
+        except OSError:
+            return False
 
     def call(
         self,
