@@ -118,7 +118,7 @@ READS_ENVIRONMENT = {
     "ledger_commands": "command line",
     "ledger_shipper": "composition root of its own process",
     "config/source": "the default of `load`",
-    "telemetry": "OpenTelemetry's own variables",
+    "telemetry/traces": "OpenTelemetry's own variables",
     "upstream": "the proxy variables that every HTTP client honours",
 }
 

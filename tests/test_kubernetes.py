@@ -199,7 +199,7 @@ def test_alerts_on_money_are_those_of_the_runbook() -> None:
 
 
 def test_alerts_are_on_metrics_that_exist() -> None:
-    code = "".join(file.read_text() for file in (ROOT / "app").glob("*.py"))
+    code = "".join(file.read_text() for file in (ROOT / "app").rglob("*.py"))
     named = {name for rule in RULES for name in re.findall(r"gateway_\w+", rule["expr"])}
     assert [name for name in named if f'"{name.removesuffix("_total")}"' not in code] == []
 

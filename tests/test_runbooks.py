@@ -86,7 +86,7 @@ def test_gateway_commands_are_ones(name: str) -> None:
 @pytest.mark.parametrize("name", PAGES)
 def test_metrics_are_ones(name: str) -> None:
     """Those that the README names are checked against the code there, others are looked for here."""
-    source = "\n".join(file.read_text() for file in [ROOT / "README.md", *(ROOT / "app").glob("*.py")])
+    source = "\n".join(file.read_text() for file in [ROOT / "README.md", *(ROOT / "app").rglob("*.py")])
     named = set(re.findall(r"\bgateway_(?!models|smoke)\w+", PAGES[name]))
     assert [metric for metric in named if not re.search(rf"{metric.removesuffix('_total')}", source)] == []
 

@@ -1,0 +1,68 @@
+"""The figures of calls, kept as plain numbers: prometheus_client's own cost ten times as much for each observation."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from itertools import accumulate
+
+from app.core import LedgerEvent
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 10, 20, 30, 60, 120, 300)
+_OVERHEAD_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1)
+
+
+class Histogram:
+    """Counts by upper bound."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Cumulative, as the text format wants them."""
+        names = [*(f"{bound:g}" for bound in self.bounds), "+Inf"]
+        return list(zip(names, accumulate(self.counts), strict=True))
+
+
+class Timings:
+    """Histograms of calls by alias, provider and status; tenants share them, or the scrape would not be bounded."""
+
+    __slots__ = ("overhead", "provider", "request", "ttft")
+
+    def __init__(self) -> None:
+        self.request = Histogram(_SECONDS)
+        self.provider = Histogram(_SECONDS)
+        self.overhead = Histogram(_OVERHEAD_SECONDS)
+        self.ttft = Histogram(_SECONDS)
+
+
+class Cells:
+    """The figures of calls by tenant, alias, provider and status."""
+
+    __slots__ = ("cost_usd", "input_tokens", "output_tokens", "requests", "timings")
+
+    def __init__(self, timings: Timings) -> None:
+        self.requests = self.input_tokens = self.output_tokens = 0
+        self.cost_usd = 0.0
+        self.timings = timings
+
+    def count(self, event: LedgerEvent) -> None:
+        latency, usage, timings = event.latency_ms, event.usage, self.timings
+        self.requests += 1
+        timings.request.observe(latency.total / 1000)
+        timings.overhead.observe(latency.gateway / 1000)
+        if event.attempts:
+            timings.provider.observe(latency.provider / 1000)
+        if usage.total_tokens:
+            self.input_tokens += usage.input_tokens
+            self.output_tokens += usage.output_tokens
+            self.cost_usd += float(bytes(event.cost_usd.total))
+        if event.ttft_ms is not None:
+            timings.ttft.observe(event.ttft_ms / 1000)
