@@ -323,6 +323,40 @@ class Dialect(Struct, frozen=True):
     relayed: Mapping[bytes, re.Pattern[str]] = {}
 
 
+class Wishes(Struct, frozen=True, gc=False):
+    """What a call's headers say of keeping its answer.
+
+    `fresh` (Cache-Control: no-cache): none from before; `max_age` none older, in seconds; `store` False (no-store):
+    this one is not kept. `kb_revision`: the knowledge that it comes from; `tags`: its documents. `idempotency_key`: the
+    call is the same as every other of that key.
+    """
+
+    fresh: bool = False
+    store: bool = True
+    max_age: float | None = None
+    kb_revision: str | None = None
+    tags: tuple[str, ...] = ()
+    idempotency_key: str | None = None
+
+
+CacheKind = Literal["exact", "semantic", "coalesced", "idempotent"]
+
+
+class Recalled(Struct, frozen=True):
+    """An answer that no vendor was asked for: `body` as a whole, in the client's dialect, and whose it was.
+
+    `usage` is what it had cost, for what was saved; `age_seconds` since it was kept.
+    """
+
+    kind: CacheKind
+    body: bytes
+    provider: str | None
+    model: str | None
+    usage: Usage
+    age_seconds: float = 0.0
+    similarity: float | None = None
+
+
 class Call(Struct, frozen=True, kw_only=True):
     """One call with a valid credential, made once at reception; the configuration snapshot is pinned in it.
 
@@ -350,6 +384,7 @@ class Call(Struct, frozen=True, kw_only=True):
     parent_span_id: int | None = None
     sampled: bool = False
     relayed: tuple[tuple[str, str], ...] = ()
+    wishes: Wishes | None = None
 
 
 class Reply(Struct, frozen=True):

@@ -23,7 +23,7 @@ LAYERS = (
     ("wire", "vendors", "config", "core"),
     ("providers", "dialects"),
     (
-        "auth", "control", "cooldowns", "limits", "redis_pipe", "ledger", "credentials", "upstream", "http1",
+        "auth", "cache", "control", "cooldowns", "limits", "redis_pipe", "ledger", "credentials", "upstream", "http1",
         "telemetry", "warnings",
     ),
     ("routing", "estimate", "settlement", "relay", "dialogue", "gateway", "server"),

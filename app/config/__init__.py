@@ -7,11 +7,13 @@ types. Loading reports every fault at once with its file and path; `ConfigSource
 from app.config.price_table import CLASSES, PriceTable, read_price_table, usd, write_price_table
 from app.config.reading import FILES, ConfigError, price_table, price_tables
 from app.config.running import (
+    CACHED,
     NAME,
     SERVICE_KEY,
     UNLIMITED,
     Account,
     Alias,
+    AliasCache,
     AwsChain,
     Config,
     Credential,
@@ -24,6 +26,7 @@ from app.config.running import (
     Settings,
     Target,
     Tenant,
+    TenantCache,
     Timeouts,
     VendorKey,
 )
@@ -31,6 +34,7 @@ from app.config.source import ConfigSource, load, utc_day
 from app.config.tariff import Price, Rate, Tariff, Window
 from app.config.written import (
     Away,
+    CacheMode,
     Written,
     WrittenAway,
     WrittenDiscount,

@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from app.config.accounts import account, credential, pool
+from app.config.caching import alias_cache, tenant_cache
 from app.config.callers import certificates, check_tenants, issuers, serves
 from app.config.plans import inherited
 from app.config.pricing import ceiling, price_targets
@@ -279,6 +280,7 @@ def _aliases(written: Written, targets: Mapping[str, Target], timeouts: Timeouts
             default_output_tokens=alias.default_output_tokens or written.gateway.default_output_tokens,
             timeouts=_timeouts(alias.timeouts, timeouts, f"{path}.timeouts", faults),
             serves=chain[0].serves if chain else "chat",
+            cache=alias_cache(alias.cache, chain, f"{path}.cache", faults),
         )
     return aliases
 
@@ -331,6 +333,7 @@ def _tenants(written: Written, faults: Faults) -> dict[str, Tenant]:
     for name, plan in _entries(written.plans, NAME, "plans", faults):
         _check_policy(plan, written, f"plans.{name}", faults)
         _check_downgrade(plan.downgrade or {}, plan.allowed_models or (), written, f"plans.{name}", faults)
+        tenant_cache(plan.cache, None, f"plans.{name}.cache", faults)
         quotas[name] = _quota(plan, f"plans.{name}", faults)
     tenants: dict[str, Tenant] = {}
     for name, tenant in _entries(written.tenants, NAME, "tenants", faults):
@@ -349,6 +352,7 @@ def _tenants(written: Written, faults: Faults) -> dict[str, Tenant]:
             quota=_quota(tenant, f"tenants.{name}", faults, quotas.get(tenant.plan)),
             residency=_residency(plan.residency if tenant.residency is None else tenant.residency),
             downgrade=downgrade,
+            cache=tenant_cache(tenant.cache, plan.cache, f"tenants.{name}.cache", faults),
         )
     return tenants
 

@@ -143,6 +143,8 @@ def convert(value: Any, shape: Any, path: str, faults: Faults) -> Any:
         part_shape = typing.get_args(shape)[1]
         entries = {key: convert(part, part_shape, f"{path}.{key}", faults) for key, part in value.items()}
         return {key: None if part is FAULTY else part for key, part in entries.items()}
+    if value is False and "off" in _words(shape):
+        value = "off"
     if typing.get_origin(shape) is Literal and value not in typing.get_args(shape):
         faults.add(path, f"expected one of {', '.join(typing.get_args(shape))}")
         return FAULTY
@@ -151,6 +153,13 @@ def convert(value: Any, shape: Any, path: str, faults: Faults) -> Any:
     except msgspec.ValidationError as error:
         faults.add(path, str(error))
         return FAULTY
+
+
+def _words(shape: Any) -> tuple[Any, ...]:
+    """Of a choice of words, or none of them, the words. YAML reads `off` as false."""
+    if typing.get_origin(shape) is Literal:
+        return typing.get_args(shape)
+    return tuple(word for part in typing.get_args(shape) for word in _words(part))
 
 
 def kind(value: Any) -> str:

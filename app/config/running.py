@@ -10,6 +10,7 @@ from msgspec import Struct
 
 from app.config.tariff import Price, Tariff
 from app.config.written import (
+    CacheMode,
     WrittenDrain,
     WrittenRedis,
     WrittenRetry,
@@ -157,8 +158,35 @@ class Timeouts(Struct, frozen=True, gc=False):
     total: float
 
 
+class AliasCache(Struct, frozen=True):
+    """How an alias's answers are kept. `max_temperature`: the highest whose answers are; None asked counts as 1.
+
+    `answers_by` is a digest of what answers, models and their addresses: other models never answer with these answers.
+    """
+
+    mode: CacheMode
+    ttl_seconds: float
+    max_temperature: float
+    kb_revision: str | None
+    answers_by: bytes
+
+
+class TenantCache(Struct, frozen=True):
+    """What a tenant's policy says of the cache. `mode` None: each alias's own; it counts where the alias has a cache.
+
+    `store` False: nothing of its answers is kept anywhere. `max_bytes` bounds what is kept, by last use.
+    """
+
+    mode: CacheMode | None = None
+    store: bool = True
+    max_bytes: int = 67_108_864
+
+
+CACHED = TenantCache()
+
+
 class Alias(Struct, frozen=True):
-    """What apps ask for: a chain of targets, tried in order. All of them serve the same."""
+    """What apps ask for: a chain of targets, tried in order. All of them serve the same. `cache` None: it is off."""
 
     name: str
     targets: tuple[Target, ...]
@@ -166,6 +194,7 @@ class Alias(Struct, frozen=True):
     default_output_tokens: int
     timeouts: Timeouts
     serves: Service = "chat"
+    cache: AliasCache | None = None
 
 
 class Quota(Struct, frozen=True, gc=False):
@@ -201,6 +230,7 @@ class Tenant(Struct, frozen=True):
     quota: Quota = UNLIMITED
     residency: frozenset[str] | None = None
     downgrade: Mapping[str, str] = {}
+    cache: TenantCache = CACHED
 
     def allows(self, alias: str) -> bool:
         return self.allowed_models is None or alias in self.allowed_models

@@ -52,10 +52,21 @@ class WrittenTimeouts(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     total_seconds: float | None = None
 
 
+CacheMode = Literal["off", "exact", "shadow", "static", "verified"]
+
+
+class WrittenCache(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    mode: CacheMode = "off"
+    ttl_seconds: float = 3600.0
+    max_temperature: float = 0.0
+    kb_revision: str | None = None
+
+
 class WrittenAlias(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     targets: list[str]
     default_output_tokens: int | None = None
     timeouts: WrittenTimeouts = field(default_factory=WrittenTimeouts)
+    cache: WrittenCache = field(default_factory=WrittenCache)
 
 
 class WrittenQuota(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -68,11 +79,18 @@ class WrittenQuota(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     budget_time_zone: str | None = None
 
 
+class WrittenTenantCache(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    mode: CacheMode | None = None
+    store: bool | None = None
+    max_bytes: int | None = None
+
+
 class WrittenPlan(WrittenQuota, frozen=True, forbid_unknown_fields=True, kw_only=True):
     allowed_models: list[str] | None = None
     downgrade: dict[str, str] | None = None
     tier: str | None = None
     residency: list[str] | None = None
+    cache: WrittenTenantCache | None = None
 
 
 class WrittenExtendedPlan(WrittenPlan, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -1,0 +1,55 @@
+"""How answers are kept: an alias's cache, and what a tenant's policy says of it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+import msgspec
+
+from app.config.reading import Faults
+from app.config.running import CACHED, AliasCache, Target, TenantCache
+from app.config.written import WrittenCache, WrittenTenantCache
+
+MAX_TTL_SECONDS = 2_592_000.0
+"""Thirty days: for so long it is remembered that something was invalidated."""
+MAX_TENANT_BYTES = 68_719_476_736
+REVISION = re.compile(r"[\x20-\x7e]{1,128}")
+"""A state of the knowledge that answers come from, as X-KB-Revision or an alias says."""
+
+
+def alias_cache(written: WrittenCache, targets: tuple[Target, ...], path: str, faults: Faults) -> AliasCache | None:
+    if not 1 <= written.ttl_seconds <= MAX_TTL_SECONDS:
+        faults.add(f"{path}.ttl_seconds", f"must be from 1 to {MAX_TTL_SECONDS:.0f}, thirty days")
+    if not 0 <= written.max_temperature <= 2:
+        faults.add(f"{path}.max_temperature", "must be from 0 to 2")
+    if written.kb_revision is not None and not REVISION.fullmatch(written.kb_revision):
+        faults.add(f"{path}.kb_revision", f"must match {REVISION.pattern}")
+    if written.mode not in ("off", "exact") and any(target.serves != "chat" for target in targets):
+        faults.add(f"{path}.mode", "embeddings are kept by `exact` only: they have no questions that mean the same")
+    if written.mode == "off":
+        return None
+    answers_by = [
+        (target.name, target.model, target.provider.base_url, sorted(target.drop_params), target.max_output_tokens)
+        for target in targets
+    ]
+    return AliasCache(
+        mode=written.mode,
+        ttl_seconds=float(written.ttl_seconds),
+        max_temperature=float(written.max_temperature),
+        kb_revision=written.kb_revision,
+        answers_by=hashlib.sha256(msgspec.json.encode(answers_by)).digest(),
+    )
+
+
+def tenant_cache(
+    written: WrittenTenantCache | None, plan: WrittenTenantCache | None, path: str, faults: Faults
+) -> TenantCache:
+    """The tenant's own words, then its plan's, then the defaults."""
+    values = {}
+    for name in ("mode", "store", "max_bytes"):
+        said = [value for one in (written, plan) if one is not None and (value := getattr(one, name)) is not None]
+        values[name] = said[0] if said else getattr(CACHED, name)
+    if not 0 < values["max_bytes"] <= MAX_TENANT_BYTES:
+        faults.add(f"{path}.max_bytes", f"must be above 0 and at most {MAX_TENANT_BYTES}; `mode: off` keeps nothing")
+    return TenantCache(**values)
