@@ -45,10 +45,6 @@ class Ambient:
         """128 random bits, never zero, as 32 hexadecimal digits (W3C trace context)."""
         return f"{random.getrandbits(128) or 1:032x}"
 
-    def span_id(self) -> int:
-        """64 random bits, never zero (W3C trace context)."""
-        return random.getrandbits(64) or 1
-
     def key_id(self) -> str:
         """The public part of a service key: 12 characters of [a-z0-9]."""
         return "".join(secrets.choice(_KEY_ALPHABET) for _ in range(12))

@@ -50,6 +50,7 @@ still look for the body's end (traefik issue 11767, golang/go issue 40747). No v
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _USER_HASH = re.compile(r"[A-Za-z0-9:._-]{1,128}")
 _VERSION = re.compile(r"[\x20-\x7e]{1,128}")
+_TRACESTATE = re.compile(r"[\x20-\x7e]{1,512}")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 
 
@@ -229,6 +230,7 @@ class FrontDoor:
             tokens_hint=int(hint),
             trace_id=parent[1] if parent and parent[1].strip("0") else self.ambient.trace_id(),
             parent_span_id=int(parent[2], 16) or None if parent else None,
+            trace_state=_trace_state(headers) if parent else None,
             sampled=(
                 bool(int(parent[3], 16) & 1) if parent else self.ambient.random() < config.settings.trace_sample_ratio
             ),
@@ -247,6 +249,12 @@ class FrontDoor:
         ]
         await send({"type": "http.response.start", "status": error.status, "headers": headers})
         await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def _trace_state(headers: Mapping[bytes, str]) -> str | None:
+    """Other systems' part of the trace context: carried on as it came, where it can stand in a header."""
+    state = headers.get(b"tracestate")
+    return state if state is not None and _TRACESTATE.fullmatch(state) else None
 
 
 def _cut(exchange: Exchange, task: asyncio.Task[None], why: Cut) -> bool:

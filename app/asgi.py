@@ -150,7 +150,7 @@ class Replica:
         self.source = source
         self.ambient = ambient
         self.lines = lines
-        self.spans = open_spans(ambient)
+        self.spans = open_spans(options.name, options.environment)
         self.telemetry = Telemetry(lines, self.spans, ambient)
         self.pipe = RedisPipe(
             options.redis_url or "redis://127.0.0.1:6379/0",

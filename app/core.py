@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Literal
 
@@ -382,6 +383,7 @@ class Call(Struct, frozen=True, kw_only=True):
     tokens_hint: int = 0
     trace_id: str
     parent_span_id: int | None = None
+    trace_state: str | None = None
     sampled: bool = False
     relayed: tuple[tuple[str, str], ...] = ()
     wishes: Wishes | None = None
@@ -425,6 +427,45 @@ class Reservation(Struct, frozen=True, gc=False):
 
 Cut = Literal["client_closed", "drain", "deadline"]
 
+GAP_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+"""Upper bounds of the classes that waits between a stream's chunks are counted in."""
+
+
+class Pace(Struct, eq=False):
+    """How a stream's chunks followed each other: from one's leaving for the client to the next one's. Seconds.
+
+    `last` is when the last one left. `gaps` counts by GAP_SECONDS, with one more class for what is above.
+    """
+
+    last: float
+    chunks: int = 0
+    longest_gap: float = 0.0
+    gaps_seconds: float = 0.0
+    gaps: list[int] = field(default_factory=lambda: [0] * (len(GAP_SECONDS) + 1))
+
+    def chunk(self, now: float) -> None:
+        """One has left."""
+        if self.chunks:
+            gap = now - self.last
+            if gap > self.longest_gap:
+                self.longest_gap = gap
+            self.gaps_seconds += gap
+            self.gaps[bisect_left(GAP_SECONDS, gap)] += 1
+        self.chunks += 1
+        self.last = now
+
+
+FIRST_ATTEMPT = 16
+"""The place of a call's first request to a vendor among its spans: `span_id`."""
+
+
+def span_id(event_id: str, place: int) -> int:
+    """The id of one of a call's spans: the random half of the event's id, counted up. Unique in its trace.
+
+    So an id that a vendor is told before the call is over is known when its span is built.
+    """
+    return (int(event_id[19:23] + event_id[24:], 16) + place) & 0xFFFF_FFFF_FFFF_FFFF or 1
+
 
 class Exchange(Struct, kw_only=True, eq=False):
     """The notes on one call: the only mutable record. Written along the journey, read once at settlement.
@@ -436,6 +477,7 @@ class Exchange(Struct, kw_only=True, eq=False):
     `text_bytes` is the size of the answer's text, for an estimate where the vendor reported no usage; `prompt` what it
     told of the prompt before the answer was cut.
     `rates` is what the answer says of limits. `charged` is what the row says that the call cost.
+    `authorized` and `reserved` are when the call had passed those rooms, on the monotonic clock; 0 where it has not.
     `grant` is what the call holds of its vendor's key, where the key's vendor grants so much and no more.
     """
 
@@ -453,6 +495,8 @@ class Exchange(Struct, kw_only=True, eq=False):
     attempts: list[Attempt] = []
     chain: tuple[str, ...] = ()
     authorized: float = 0.0
+    reserved: float = 0.0
+    pace: Pace | None = None
     first_token: float = 0.0
     provider_seconds: float = 0.0
     model_resolved: str | None = None

@@ -10,12 +10,12 @@ from app import dialects
 from app.ambient import TIMER_SECONDS, Ambient
 from app.config import UNLIMITED, Alias, Credential, Target, VendorKey
 from app.cooldowns import Cooldowns, another, pick, rests
-from app.core import Attempt, Exchange, estimate, usd
+from app.core import FIRST_ATTEMPT, Attempt, Call, Exchange, estimate, span_id, usd
 from app.credentials import Credentials
 from app.errors import VendorBroke, VendorError, VendorMisconfigured, VendorRefused, VendorTimeout
 from app.ledger import Spool
 from app.limits import Limits
-from app.providers.translator import Answer, Stamp
+from app.providers.translator import Answer, Outgoing, Stamp
 from app.relay import Stream
 from app.routing import after, plan, sum_up
 from app.settlement import charged, intent_of, ms, word
@@ -136,6 +136,8 @@ class Dialogue:
         try:
             credential = await self._credential(target, key)
             signed = translator.sign(outgoing, credential, self.ambient.now())
+            if target.provider.trace_context:
+                signed = traced(signed, call, len(exchange.attempts))
             answer = await self.upstream.open(signed, limits.connect)
             request_id = word(answer.headers.get(translator.request_id_header))
             if not 200 <= answer.status < 300:
@@ -222,3 +224,12 @@ async def _error_body(answer: VendorAnswer) -> bytes:
         return await answer.read(MAX_ERROR_BYTES)
     except VendorBroke:
         return b""
+
+
+def traced(outgoing: Outgoing, call: Call, attempt: int) -> Outgoing:
+    """With W3C trace context: its parent is the span of this attempt, which is built when the call is over."""
+    parent = span_id(call.event_id, FIRST_ATTEMPT + attempt)
+    headers = [("traceparent", f"00-{call.trace_id}-{parent:016x}-{call.sampled:02x}")]
+    if call.trace_state is not None:
+        headers.append(("tracestate", call.trace_state))
+    return msgspec.structs.replace(outgoing, headers=(*outgoing.headers, *headers))

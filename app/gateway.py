@@ -12,7 +12,7 @@ import msgspec
 from app.ambient import TIMER_SECONDS, Ambient
 from app.auth import allow, authorize, require, substitute
 from app.config import Alias, Tenant
-from app.core import Exchange, LedgerEvent, Reply
+from app.core import Exchange, LedgerEvent, Pace, Reply
 from app.dialogue import Dialogue
 from app.errors import (
     GatewayError,
@@ -77,6 +77,7 @@ class Gateway:
                     alias = self._downgraded(exchange, tenant, alias)
                 tokens, nanos = self.estimates.need(exchange, alias)
                 exchange.reservation = held = await self.limits.reserve(call, tenant, tokens, nanos)  # 3 budget
+                exchange.reserved = self.ambient.monotonic()
                 exchange.rates = held.rates
                 answer, relay = await self.dialogue.first_good(exchange, alias)  # 5 plan, 6 dialogue
                 if request.stream:
@@ -145,6 +146,7 @@ class Gateway:
         """
         deadline = exchange.call.started + alias.timeouts.total
         relay_started = self.ambient.monotonic()
+        exchange.pace = pace = Pace(relay_started)
         patience = exchange.patience
         try:
             while True:
@@ -156,7 +158,10 @@ class Gateway:
                     return
                 if ready:
                     yield ready
-                patience.limit(min(alias.timeouts.idle, deadline - self.ambient.monotonic()))
+                now = self.ambient.monotonic()
+                if ready:
+                    pace.chunk(now)
+                patience.limit(min(alias.timeouts.idle, deadline - now))
                 await stream.more(answer)
                 patience.lift()
         except asyncio.CancelledError:  # hang-up, drain or our own patience

@@ -12,7 +12,11 @@ from typing import Any
 import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Status
 
+from app.core import Pace
+from app.telemetry.conventions import PROVIDER_NAMES, conventions
+from app.vendors import COMPATIBLE_KIND, KINDS
 from loadtest.stack import Stack
 from tests.journey import OVERLAY, Journey, chat, events, pool_providers, until
 
@@ -66,7 +70,8 @@ def traced(receiver: Receiver, tmp_path_factory: pytest.TempPathFactory) -> Iter
     folder = tmp_path_factory.mktemp("traced")
 
     def overlay(simulator_url: str) -> dict[str, Any]:
-        return OVERLAY | {"providers": pool_providers(folder, simulator_url)}
+        providers = pool_providers(folder, simulator_url)
+        return OVERLAY | {"providers": providers | {"pooled": providers["pooled"] | {"trace_context": True}}}
 
     with (
         Stack(folder, replicas=1, overlay=overlay, environ=environ) as stack,
@@ -87,16 +92,38 @@ def attributes(span: Any) -> dict[str, Any]:
     return values
 
 
-def test_unary_call_has_three_spans_under_the_callers_trace(traced: Journey, receiver: Receiver) -> None:
+STATIONS = ["gateway.auth", "gateway.limits", "gateway.route", "gateway.provider"]
+
+
+def spans_of(receiver: Receiver, trace: str) -> dict[str, Any]:
+    """The spans of a call that was tried once, the request's and its stations', once all are there."""
+    return until(lambda: found if {"gateway.request", *STATIONS} <= set(found := receiver.of(trace)) else None)
+
+
+def test_every_station_of_a_call_is_a_span_under_the_callers_trace(traced: Journey, receiver: Receiver) -> None:
     traced.clear()
     trace = "1" + TRACE[1:]
-    answer = traced.post(chat("tokens=5"), traceparent=f"00-{trace}-b7ad6b7169203331-01", x_feature_id="support")
-    spans = until(lambda: receiver.of(trace) if len(receiver.of(trace)) == 3 else None)
-    root, auth, provider = spans["gateway.request"], spans["gateway.auth"], spans["gateway.provider"]
+    answer = traced.post(
+        chat("tokens=5"),
+        traceparent=f"00-{trace}-b7ad6b7169203331-01",
+        tracestate="rojo=00f067aa0ba902b7",
+        x_feature_id="support",
+        x_user_id_hash="u-1",
+    )
+    spans = spans_of(receiver, trace)
+    root, provider = spans["gateway.request"], spans["gateway.provider"]
     assert root.parent_span_id.hex() == "b7ad6b7169203331"
-    assert auth.parent_span_id == provider.parent_span_id == root.span_id
-    assert root.start_time_unix_nano <= provider.start_time_unix_nano <= provider.end_time_unix_nano
-    assert provider.end_time_unix_nano <= root.end_time_unix_nano
+    assert {span.trace_state for span in spans.values()} == {"rojo=00f067aa0ba902b7"}
+    stations = [span for name, span in spans.items() if name != "gateway.request"]
+    assert {span.parent_span_id for span in stations} == {root.span_id}
+    assert len({span.span_id for span in spans.values()}) == len(spans)
+    times = [at for name in STATIONS for at in (spans[name].start_time_unix_nano, spans[name].end_time_unix_nano)]
+    assert times == sorted(times)
+    assert root.start_time_unix_nano <= times[0]
+    assert times[-1] <= root.end_time_unix_nano
+    assert attributes(root)["user.id"] == "u-1"
+    assert attributes(root)["cost_usd"] == attributes(provider)["gen_ai.usage.cost"] > 0
+    assert attributes(spans["gateway.limits"])["tokens_reserved"] > 5
     said = attributes(provider)
     assert said["gen_ai.provider.name"] == "openai"
     assert said["gen_ai.operation.name"] == "chat"
@@ -111,10 +138,14 @@ def test_span_of_a_stream_ends_with_its_last_byte(traced: Journey, receiver: Rec
     trace = "2" + TRACE[1:]
     with traced.stream(chat("tokens=20 chunk_ms=20"), traceparent=f"00-{trace}-b7ad6b7169203331-01") as answer:
         events(answer)
-    spans = until(lambda: receiver.of(trace) if len(receiver.of(trace)) == 3 else None)
+    spans = spans_of(receiver, trace)
     provider = spans["gateway.provider"]
     assert provider.end_time_unix_nano - provider.start_time_unix_nano >= 19 * 20 * 1_000_000
-    assert 0 < attributes(provider)["gen_ai.response.time_to_first_chunk"] < 0.4
+    said = attributes(provider)
+    assert 0 < said["gen_ai.response.time_to_first_chunk"] < said["stream.chunks"] * 0.02
+    assert said["stream.longest_gap_ms"] >= 20
+    assert said["gen_ai.request.stream"]
+    assert "abort_reason" not in said
 
 
 def test_hung_up_stream_says_why_its_span_ended(traced: Journey, receiver: Receiver) -> None:
@@ -125,7 +156,7 @@ def test_hung_up_stream_says_why_its_span_ended(traced: Journey, receiver: Recei
         traced.stream(chat("tokens=99 chunk_ms=50"), client, traceparent=f"00-{trace}-b7ad6b7169203331-01") as answer,
     ):
         next(answer.iter_lines())
-    spans = until(lambda: receiver.of(trace) if len(receiver.of(trace)) == 3 else None)
+    spans = spans_of(receiver, trace)
     assert attributes(spans["gateway.provider"])["abort_reason"] == "client_closed"
 
 
@@ -134,7 +165,7 @@ def test_each_attempt_is_a_span_and_the_failed_one_says_so(traced: Journey, rece
     trace = "4" + TRACE[1:]
     traced.fault("openai", kind="status", status=500, times=1)
     traced.post(chat("tokens=5"), traceparent=f"00-{trace}-b7ad6b7169203331-01")
-    until(lambda: len([s for s in receiver.spans if s.trace_id.hex() == trace]) == 4)
+    spans_of(receiver, trace)
     tries = [s for s in receiver.spans if s.trace_id.hex() == trace and s.name == "gateway.provider"]
     assert [attributes(span).get("error.type") for span in tries] == ["failed", None]
 
@@ -148,11 +179,77 @@ def test_caller_that_is_not_sampled_is_not_exported(traced: Journey, receiver: R
     assert receiver.of(silent) == {}
 
 
+def test_error_is_exported_though_its_caller_is_not_sampled(traced: Journey, receiver: Receiver) -> None:
+    traced.clear()
+    trace = "9" + TRACE[1:]
+    traced.fault("openai", kind="status", status=500)
+    traced.post(chat("tokens=2", "one-target"), traceparent=f"00-{trace}-b7ad6b7169203331-00")
+    root = spans_of(receiver, trace)["gateway.request"]
+    assert (root.status.code, attributes(root)["error.type"]) == (Status.STATUS_CODE_ERROR, "upstream_unavailable")
+
+
+def test_fallback_is_exported_though_its_caller_is_not_sampled(traced: Journey, receiver: Receiver) -> None:
+    traced.clear()
+    trace = "a" + TRACE[1:]
+    traced.fault("openai", kind="status", status=500)
+    traced.post(chat("tokens=2"), traceparent=f"00-{trace}-b7ad6b7169203331-00")
+    spans = spans_of(receiver, trace)
+    assert attributes(spans["gateway.request"])["fallback_used"]
+    assert spans["gateway.request"].status.code == Status.STATUS_CODE_UNSET
+    assert attributes(spans["gateway.provider"])["gen_ai.provider.name"] == "openrouter"
+
+
+def test_refusal_is_no_error_and_ends_at_the_station_that_refused(traced: Journey, receiver: Receiver) -> None:
+    trace = "b" + TRACE[1:]
+    traced.post(chat(), traceparent=f"00-{trace}-b7ad6b7169203331-01", x_tenant_id="nobody")
+    spans = until(lambda: found if len(found := receiver.of(trace)) == 2 else None)
+    assert not attributes(spans["gateway.auth"])["granted"]
+    assert attributes(spans["gateway.auth"])["error_code"] == "tenant_not_allowed"
+    assert spans["gateway.request"].status.code == Status.STATUS_CODE_UNSET
+
+
+def test_vendor_is_told_the_context_of_its_own_attempt_where_configured(traced: Journey, receiver: Receiver) -> None:
+    traced.clear()
+    trace = "c" + TRACE[1:]
+    context = {"traceparent": f"00-{trace}-b7ad6b7169203331-01", "tracestate": "rojo=1"}
+    traced.post(chat("tokens=2", "pooled"), **context)
+    provider = spans_of(receiver, trace)["gateway.provider"]
+    (told,) = [asked["headers"] for asked in traced.asked("pooled")]
+    assert told["traceparent"] == f"00-{trace}-{provider.span_id.hex()}-01"
+    assert told["tracestate"] == "rojo=1"
+
+
+def test_vendor_is_told_no_context_unless_configured(traced: Journey) -> None:
+    traced.clear()
+    traced.post(chat("tokens=2"), traceparent=f"00-d{TRACE[1:]}-b7ad6b7169203331-01", tracestate="rojo=1")
+    (told,) = [asked["headers"] for asked in traced.asked()]
+    assert {"traceparent", "tracestate"} & set(told) == set()
+
+
+def test_names_follow_the_version_that_is_opted_in_to() -> None:
+    now, latest = conventions(None), conventions("http,gen_ai_latest_experimental")
+    assert now["cache_write_tokens"] == "gen_ai.usage.cache_creation.input_tokens"
+    assert latest["cache_write_tokens"] == "gen_ai.usage.cache_write.input_tokens"
+    assert set(now) == set(latest)
+
+
+def test_every_kind_of_provider_has_its_name_in_the_conventions() -> None:
+    assert set(KINDS) - {COMPATIBLE_KIND} <= set(PROVIDER_NAMES)
+
+
+def test_pace_counts_the_gaps_between_chunks() -> None:
+    pace = Pace(10.0)
+    for now in (10.5, 10.52, 13.02, 13.03):
+        pace.chunk(now)
+    assert (pace.chunks, sum(pace.gaps)) == (4, 3)
+    assert (pace.longest_gap, pace.gaps_seconds) == (pytest.approx(2.5), pytest.approx(2.53))
+
+
 def test_spans_hold_no_prompt_and_no_answer(traced: Journey, receiver: Receiver) -> None:
     traced.clear()
     trace = "7" + TRACE[1:]
     answer = traced.post(chat("canary-prompt tokens=8"), traceparent=f"00-{trace}-b7ad6b7169203331-01")
-    spans = until(lambda: receiver.of(trace) if len(receiver.of(trace)) == 3 else None)
+    spans = spans_of(receiver, trace)
     written = str([attributes(span) for span in spans.values()])
     assert "canary-prompt" not in written
     assert answer.json()["choices"][0]["message"]["content"] not in written
@@ -163,7 +260,7 @@ def test_spans_hold_no_credential(traced: Journey, receiver: Receiver) -> None:
     trace = "8" + TRACE[1:]
     planted = {"x_user_id": "canary-user", "cookie": "canary-cookie", "x_api_key": "canary-key"}
     traced.post(chat("tokens=8"), traceparent=f"00-{trace}-b7ad6b7169203331-01", **planted)
-    spans = until(lambda: receiver.of(trace) if len(receiver.of(trace)) == 3 else None)
+    spans = spans_of(receiver, trace)
     written = str(list(spans.values()))
     for secret in (traced.key, traced.stack.admin_token, *planted.values()):
         assert secret not in written

@@ -199,6 +199,7 @@ def _providers(written: Written, secrets: Secrets, faults: Faults) -> dict[str, 
             api_version=provider.api_version,
             account=account(provider, vendor, path, secrets, faults, needed=name in used),
             keys=pool(name, provider, vendor, path, secrets, faults, needed=name in used),
+            trace_context=provider.trace_context,
         )
     return providers
 

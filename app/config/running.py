@@ -106,7 +106,7 @@ class Provider(Struct, frozen=True):
     """A vendor's endpoint. `kind` is its translator's name, `base_url` has no trailing slash.
 
     With an `account`, the credential is fetched; with `keys`, one of them is chosen per attempt. `credential` is empty
-    then.
+    then. `trace_context`: its requests carry the call's W3C trace context.
     """
 
     name: str
@@ -117,6 +117,7 @@ class Provider(Struct, frozen=True):
     api_version: str | None = None
     account: Account | None = None
     keys: tuple[VendorKey, ...] = ()
+    trace_context: bool = False
 
 
 class Target(Struct, frozen=True):

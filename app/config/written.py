@@ -31,6 +31,7 @@ class WrittenProvider(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     secret_access_key: str | None = None
     session_token: str | None = None
     region: str | None = None
+    trace_context: bool = False
 
 
 class WrittenTarget(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
