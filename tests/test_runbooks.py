@@ -216,7 +216,9 @@ def test_provider_outage_is_mended(site: Site) -> None:
 
 def test_leaked_key_is_revoked(site: Site) -> None:
     made = site.bash('gateway keys new --config "$CONFIG" --service leaky --tenant acme-corp').stdout.strip()
-    until(lambda: site.bash("code", HELLO_SHIP_GATEWAY_KEY=made).stdout == "200")
+    headers = {"authorization": f"Bearer {made}", "x-tenant-id": "acme-corp"}
+    for replica in site.stack.replicas:  # each takes the changed file by itself
+        until(lambda url=replica.url: httpx.get(f"{url}/v1/models", headers=headers).status_code == 200)
     site.mend("key-leak", HELLO_SHIP_GATEWAY_KEY=made, KEY_ID=made.split("-")[2])
 
 
