@@ -197,10 +197,10 @@ class Replica:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
         self.spool.open()
-        pages = usage_pages.tenant_routes(self.source, self.usage, self.ambient, self.door.callers)
+        pages = usage_pages.tenant_routes(self.source, self.usage, self.ambient, self.door.callers, self.telemetry)
         main = server(api.app(self.door, pages), self.options.host, self.options.port)
         token = self.options.admin_token
-        pages = usage_pages.admin_routes(self.source, self.usage, self.ambient, token)
+        pages = usage_pages.admin_routes(self.source, self.usage, self.ambient, token, self.telemetry)
         control = server(
             admin.app(token, self.telemetry, self.status, pages), self.options.host, self.options.admin_port
         )

@@ -29,11 +29,13 @@ from app.errors import (
     GatewayError,
     InvalidApiKey,
     InvalidRequest,
+    IssuerUnavailable,
     TenantNotAllowed,
     UsageUnavailable,
 )
 from app.reports import page
 from app.reports.period import Figures, Usage, UsageReader
+from app.telemetry import Telemetry
 
 log = logging.getLogger("gateway")
 
@@ -91,7 +93,7 @@ class Sessions:
 
 
 def tenant_routes(
-    source: ConfigSource, reader: UsageReader | None, ambient: Ambient, callers: Callers
+    source: ConfigSource, reader: UsageReader | None, ambient: Ambient, callers: Callers, telemetry: Telemetry
 ) -> list[HTTPRouteHandler]:
     """`GET /v1/usage` and the page, for keys with the role `usage`. Without a reader both answer 503."""
     sessions = Sessions(lambda: source.current.settings.user_id_salt, "tenant", "__Secure-gateway-usage")
@@ -111,8 +113,16 @@ def tenant_routes(
         """The tenant's own numbers, as JSON."""
         config = source.current
         headers = header_map(request.scope["headers"])
-        key = await callers.identify(config, headers, ambient.now())
-        tenant = authorize(config, key, headers.get(b"x-tenant-id"))
+        try:
+            key = await callers.identify(config, headers, ambient.now())
+        except (InvalidApiKey, IssuerUnavailable) as error:
+            telemetry.unidentified(error)
+            raise
+        try:
+            tenant = authorize(config, key, headers.get(b"x-tenant-id"))
+        except TenantNotAllowed:
+            telemetry.audit(key.id, "tenant.forge", tenant=headers.get(b"x-tenant-id", "")[:128])
+            raise
         require(key, "usage")
         first, last = _asked_days(request, _today(ambient))
         environment = request.query_params.get("environment") or None
@@ -127,7 +137,11 @@ def tenant_routes(
         try:
             config = source.current
             allowed = [name for name in sorted(config.tenants) if key.may_act_for(name)]
-            tenant = _chosen(request, config, allowed)
+            try:
+                tenant = _chosen(request, config, allowed)
+            except TenantNotAllowed:
+                telemetry.audit(key.id, "tenant.forge", tenant=request.query_params.get("tenant", "")[:128])
+                raise
             view = _view(request, ambient, allowed, tenant, everyone=False, service=key.service)
             return _html(page.usage(await _read(reader, tenant, *page.span(view.today, view.days)), view))
         except GatewayError as error:
@@ -141,7 +155,10 @@ def tenant_routes(
                 raise InvalidApiKey("A token cannot sign in here: send it to GET /v1/usage.")
             require(key, "usage")
         except GatewayError as error:
+            if isinstance(error, InvalidApiKey):
+                telemetry.unidentified(error)
             return _html(page.sign_in(error.message), error.status)
+        telemetry.audit(key.id, "usage.sign_in")
         return _see_usage(sessions.begin(key.id, ambient.now()))
 
     @post("/usage/sign-out", status_code=303, sync_to_thread=False)
@@ -155,7 +172,7 @@ def tenant_routes(
 
 
 def admin_routes(
-    source: ConfigSource, reader: UsageReader | None, ambient: Ambient, token: Secret | None
+    source: ConfigSource, reader: UsageReader | None, ambient: Ambient, token: Secret | None, telemetry: Telemetry
 ) -> list[HTTPRouteHandler]:
     """The page for all tenants, for who has the admin token. Without a token nobody can sign in."""
     sessions = Sessions(lambda: token or Secret(ambient.key_secret()), "admin", "gateway-admin-usage")
@@ -178,7 +195,9 @@ def admin_routes(
         written = await _form_key(request)
         if token is None or not same(written.encode(), token.reveal().encode()):
             error = AdminForbidden("This is not the admin token of this replica: GATEWAY_ADMIN_TOKEN.")
+            telemetry.audit("unknown", "usage.sign_in_refused")
             return _html(page.sign_in(error.message, admin=True), error.status)
+        telemetry.audit("administrator", "usage.sign_in")
         return _see_usage(sessions.begin("admin", ambient.now()))
 
     @post("/usage/sign-out", status_code=303, sync_to_thread=False)

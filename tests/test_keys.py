@@ -261,9 +261,10 @@ def test_a_revoked_key_is_refused_by_every_replica_within_two_seconds(journey: J
         until(lambda log=log: any(line["action"] == "control.revoked" for line in audit_lines(log.read_text())))
 
 
-def test_a_forged_tenant_leaves_an_audit_line_also_where_no_call_is_made(journey: Journey) -> None:
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/support-fast", "/v1/usage"])
+def test_a_forged_tenant_leaves_an_audit_line_also_where_no_call_is_made(journey: Journey, path: str) -> None:
     forged = f"forged-{AMBIENT.key_id()}"
-    assert journey.http.get("/v1/models", headers=journey.headers(x_tenant_id=forged)).status_code == 403
+    assert journey.http.get(path, headers=journey.headers(x_tenant_id=forged)).status_code == 403
 
     def lines() -> list[dict[str, object]]:
         logs = [journey.stack.log_dir / f"{replica.name}.log" for replica in journey.stack.replicas]

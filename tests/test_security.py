@@ -57,8 +57,8 @@ def table(port: str, app: Any) -> Iterator[tuple[str, str, str]]:
 def all_routes() -> list[tuple[str, str, str]]:
     ambient, nothing = Ambient(), object()
     callers = Callers(NoTokens())
-    main = api._others(nothing, usage_pages.tenant_routes(nothing, None, ambient, callers))
-    second = admin.app(None, nothing, dict, usage_pages.admin_routes(nothing, None, ambient, None))
+    main = api._others(nothing, usage_pages.tenant_routes(nothing, None, ambient, callers, nothing))
+    second = admin.app(None, nothing, dict, usage_pages.admin_routes(nothing, None, ambient, None, nothing))
     return [*(("main", "POST", path) for path in ROUTES), *table("main", main), *table("admin", second)]
 
 

@@ -19,8 +19,9 @@ from app.archive import Archive
 from app.core import Cost, LedgerEvent, Usage
 from loadtest.stack import Stack
 from tests.browser import Browser, chromedriver
-from tests.journey import OTHER_KEY, VIEWER_KEY, Journey
+from tests.journey import OTHER_KEY, VIEWER_KEY, Journey, until
 from tests.ledger_parts import AMBIENT, an_event, wait_until
+from tests.test_keys import audit_lines
 
 DAY_SECONDS = 86_400.0
 EVIL = "<script>document.title='stolen'</script>"
@@ -192,6 +193,19 @@ def test_the_page_of_another_tenant_cannot_be_asked_for(journey: Journey, events
     assert shown.status_code == 403
     assert "may not act for the tenant" in shown.text
     assert f"${cost([event for event in events if event.tenant_id == 'usage-b']):,.2f}" not in shown.text
+
+
+def test_who_signs_in_and_who_asks_for_another_tenant_are_audit_lines(journey: Journey) -> None:
+    asked = f"other-{AMBIENT.key_id()}"
+    page(journey, tenant=asked)
+
+    def lines() -> list[tuple[object, ...]]:
+        logs = [journey.stack.log_dir / f"{replica.name}.log" for replica in journey.stack.replicas]
+        found = [line for log in logs for line in audit_lines(log.read_text())]
+        return [(line["who"], line["action"], line.get("tenant")) for line in found if line["who"] == "viewerkey001"]
+
+    until(lambda: ("viewerkey001", "tenant.forge", asked) in lines())
+    assert ("viewerkey001", "usage.sign_in", None) in lines()
 
 
 @pytest.mark.parametrize("kind", ["signature", "subject", "expired", "longer", "garbage"])
