@@ -288,8 +288,8 @@ def app(door: FrontDoor, more: Sequence[HTTPRouteHandler] = ()) -> ASGIApp:
 def _others(door: FrontDoor, more: Sequence[HTTPRouteHandler]) -> Litestar:
     """Everything but the hot path."""
 
-    async def visitor(request: Request) -> tuple[Config, Tenant]:
-        """The configuration, and on whose behalf it is asked."""
+    async def visitor(request: Request) -> tuple[Config, Tenant, dict[str, str]]:
+        """The configuration, on whose behalf it is asked, and what the answer says of that tenant's limits."""
         config, headers, now = door.source.current, header_map(request.scope["headers"]), door.ambient.now()
         try:
             key = await door.callers.identify(config, headers, now)
@@ -297,22 +297,27 @@ def _others(door: FrontDoor, more: Sequence[HTTPRouteHandler]) -> Litestar:
             door.gateway.telemetry.unidentified(error)
             raise
         try:
-            return config, authorize(config, key, headers.get(b"x-tenant-id"))
+            tenant = authorize(config, key, headers.get(b"x-tenant-id"))
         except TenantNotAllowed:
             door.gateway.telemetry.audit(key.id, "tenant.forge", tenant=headers.get(b"x-tenant-id", "")[:128])
             raise
+        rates = await door.gateway.limits.look(config, tenant, key)
+        told = words_for(request.headers).rate_headers(rates, now) if rates else []
+        return config, tenant, {name.decode(): value.decode() for name, value in told}
 
     @get("/v1/models", media_type=MediaType.JSON)
     async def models(request: Request) -> Response:
         """The aliases that the tenant may use, in the client's shape."""
-        listed = allowed(*await visitor(request))
-        return Response(words_for(request.headers).models(listed), media_type=MediaType.JSON)
+        config, tenant, told = await visitor(request)
+        listed = words_for(request.headers).models(allowed(config, tenant))
+        return Response(listed, media_type=MediaType.JSON, headers=told)
 
     @get("/v1/models/{name:str}", media_type=MediaType.JSON)
     async def model(request: Request) -> Response:
         """One of them."""
-        alias = allow(*await visitor(request), request.path_params["name"])
-        return Response(words_for(request.headers).model(alias.name), media_type=MediaType.JSON)
+        config, tenant, told = await visitor(request)
+        alias = allow(config, tenant, request.path_params["name"])
+        return Response(words_for(request.headers).model(alias.name), media_type=MediaType.JSON, headers=told)
 
     @get(["/health", "/health/live"], media_type=MediaType.TEXT, sync_to_thread=False)
     def health() -> str:

@@ -89,6 +89,9 @@ class Gateway:
                     self.telemetry.audit(call.key.id, "tenant.forge", tenant=call.tenant_claimed, call=call.request_id)
                 if isinstance(error, LimitError):
                     exchange.rates = error.rates
+                elif exchange.rates is None and exchange.tenant is not None and error.status < 500:
+                    exchange.error = error  # a hang-up meanwhile changes nothing of it
+                    exchange.rates = await self.limits.look(call.config, exchange.tenant, call.key)
                 reply = self._refused(exchange, error)
             yield reply  # 7 departure
         except Exception as defect:

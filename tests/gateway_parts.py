@@ -13,7 +13,7 @@ import msgspec
 from app.ambient import Ambient, timestamp
 from app.config import Alias, Config, ServiceKey, Tenant, Timeouts, WrittenRetry, WrittenSpool
 from app.cooldowns import Cooldowns
-from app.core import Call, Exchange, LedgerEvent, Reservation
+from app.core import Call, Exchange, LedgerEvent, Rates, Reservation
 from app.credentials import Credentials, client
 from app.dialects import ROUTES
 from app.dialogue import Dialogue
@@ -178,6 +178,9 @@ class KeptLimits:
     async def reserve(self, call: Call, tenant: Tenant, tokens: int, nanos: int) -> Reservation:
         self.reserved.append((tokens, nanos))
         return Reservation(call.event_id, tenant.id, tokens)
+
+    async def look(self, config: Config, tenant: Tenant, key: ServiceKey) -> Rates | None:
+        return None
 
     def nearly_used(self, call: Call, tenant: Tenant) -> bool:
         return self.nearly

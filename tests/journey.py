@@ -66,6 +66,7 @@ OVERLAY: dict[str, Any] = {
         "trace_sample_ratio": 1,
         "max_body_bytes": 8_000_000,
         "retry": {"backoff_base_seconds": 0.02, "backoff_cap_seconds": 1, "cooldown_seconds": 1},
+        "redis": {"timeout_ms": 1000},  # on a busy machine it is slow, not away
         "drain": {"delay_seconds": 2.5, "limit_seconds": 60},
     },
     "targets": {

@@ -324,6 +324,33 @@ def test_a_reservation_tells_limits_what_remains_and_when_they_are_whole_again(s
     assert abs(got.reset_tokens_seconds - (DAY_SECONDS - time.time() % DAY_SECONDS)) < 10
 
 
+def test_a_look_tells_what_remains_and_takes_nothing(server: RedisServer) -> None:
+    async def scenario(caller: Caller) -> tuple[Rates | None, tuple[int, ...], list[str], int]:
+        await caller.reserve(150, call_id="one")
+        before, kept = Counters(server).all, records(server)
+        call = caller.call()
+        for _ in range(9):
+            seen = await caller.limits.look(call.config, caller.tenant, call.key)
+        assert (Counters(server).all, records(server)) == (before, kept)
+        return seen
+
+    got = on(server, a_tenant(rpm=5, concurrency=2, daily_tokens=1000, monthly_nanos=9), scenario)
+    assert (got.limit_requests, got.remaining_requests) == (5, 4)
+    assert (got.limit_tokens, got.remaining_tokens) == (1000, 850)
+
+
+def test_a_look_where_nothing_is_limited_or_nothing_is_left(server: RedisServer) -> None:
+    async def scenario(caller: Caller) -> tuple[Rates | None, Rates | None]:
+        call = caller.call()
+        await caller.reserve(10)
+        return await caller.limits.look(call.config, caller.tenant, call.key), await caller.limits.look(
+            call.config, a_tenant(), call.key
+        )
+
+    used_up, unlimited = on(server, a_tenant(rpm=1), scenario)
+    assert (used_up.remaining_requests, unlimited) == (0, None)
+
+
 @pytest.mark.parametrize(
     ("tenant", "key", "shown"),
     [

@@ -133,6 +133,16 @@ def test_one_of_three_replicas_admits_its_share(
     assert without_redis(tmp_path, a_tenant(**quota), scenario, away=SHARE, replicas=3) == admitted
 
 
+def test_a_look_tells_of_the_share(tmp_path: Path) -> None:
+    async def scenario(caller: Caller) -> list[int | None]:
+        await caller.reserve(10)
+        call = caller.call()
+        seen = [await caller.limits.look(call.config, caller.tenant, call.key) for _ in range(3)]
+        return [rates.remaining_requests for rates in seen]
+
+    assert without_redis(tmp_path, a_tenant(rpm=8), scenario, away=SHARE) == [3, 3, 3]
+
+
 def test_a_share_is_every_call_s_of_the_tenant_whatever_its_key(tmp_path: Path) -> None:
     async def scenario(caller: Caller) -> int:
         other = Caller(caller.limits, caller.tenant, key=a_key(rpm=100), away=SHARE)

@@ -93,6 +93,36 @@ def test_a_refusal_tells_how_its_limits_stand(journey: Journey) -> None:
     assert answer.headers["x-ratelimit-limit-tokens"] == "3000"
 
 
+@pytest.mark.parametrize(
+    ("body", "sent", "status"),
+    [
+        (chat(model="no-such", max_tokens=5), {}, 404),
+        (b"no json", {}, 400),
+        (chat(), {"x_feature_id": "not/a/name"}, 400),
+        (chat(model="support-quality", max_tokens=5), {"x_tenant_id": "tenant-narrow"}, 403),
+    ],
+)
+def test_a_refusal_that_reserved_nothing_tells_how_limits_stand(
+    journey: Journey, body: Any, sent: dict[str, str], status: int
+) -> None:
+    answer = journey.post(body, **sent)
+    assert answer.status_code == status
+    assert [name for name in RATES if name not in answer.headers] == []
+    messages = journey.post(body, path="/v1/messages", **sent)
+    assert messages.status_code == status
+    assert "anthropic-ratelimit-requests-remaining" in messages.headers
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/support-fast"])
+def test_the_list_of_models_tells_how_limits_stand_and_takes_nothing(journey: Journey, path: str) -> None:
+    seen = [journey.http.get(path, headers=journey.headers(x_tenant_id="limit-day")) for _ in range(2)]
+    assert [answer.status_code for answer in seen] == [200, 200]
+    names = [name for name in RATES if not name.startswith("x-ratelimit-reset")]
+    told = [{name: answer.headers.get(name) for name in names} for answer in seen]
+    assert told[0] == told[1]
+    assert [name for name in RATES if name in seen[0].headers] != []
+
+
 def test_an_app_that_the_sdk_retries_for_is_left_alone_after_a_budget_block(journey: Journey) -> None:
     client = journey.openai().with_options(max_retries=3)
     journey.clear()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from msgspec import Struct
 from msgspec.structs import replace
 
-from app.core import Dialect
+from app.core import Dialect, Rates
 from app.dialects import anthropic_messages, openai_chat, openai_embeddings, openai_responses
 from app.errors import GatewayError
 from app.providers import NATIVE, PROVIDERS
@@ -58,15 +58,21 @@ def translator(dialect: Dialect, kind: str) -> Translator:
 
 
 class Words(Struct, frozen=True):
-    """What is said beside calls: the models, one model, and errors with the request's id where it is known."""
+    """What is said beside calls: the models, one model, how limits stand, and errors with the request's id if known."""
 
     models: Callable[[list[str]], bytes]
     model: Callable[[str], bytes]
     error_body: Callable[[GatewayError, str | None], bytes]
+    rate_headers: Callable[[Rates, float], list[tuple[bytes, bytes]]]
 
 
-_OPENAI = Words(openai_chat.models, openai_chat.model, openai_chat.error_body)
-_ANTHROPIC = Words(anthropic_messages.models, anthropic_messages.model, anthropic_messages.error_body)
+_OPENAI = Words(openai_chat.models, openai_chat.model, openai_chat.error_body, openai_chat.rate_headers)
+_ANTHROPIC = Words(
+    anthropic_messages.models,
+    anthropic_messages.model,
+    anthropic_messages.error_body,
+    anthropic_messages.rate_headers,
+)
 
 
 def words_for(headers: Mapping[str, str]) -> Words:

@@ -5,7 +5,7 @@
 -- KEYS  1 the call's record, then one key per limit, last the mark that daily and monthly counters are whole.
 -- ARGV  1 call id, 2 seconds that the record lives, 3 milliseconds of a lease, 4 tokens, 5 nano-dollars,
 --       6 and 7 the unix seconds from and before which the keys of daily and monthly limits have the right name,
---       then kind and limit per limit.
+--       then kind and limit per limit. An empty call id only looks: nothing is taken, nothing refused.
 -- Gives {1, now_ms, left, left, …}, when taken: what each limit had left before;
 --       {0, now_ms, left, …, wait_ms, …} when refused: nothing was taken; of a `rpm` or `tpm` that is in the way, the
 --       milliseconds until enough of its window has left, else 0;
@@ -73,6 +73,10 @@ for n = 2, #KEYS - 1 do
   end
   sums[n], amounts[n], answer[n + 1] = sum, amount, limit - sum
   refused = refused or sum + amount > limit
+end
+
+if ARGV[1] == '' then
+  return answer
 end
 
 if refused then

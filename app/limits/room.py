@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from app.ambient import Ambient
 from app.config import Config, Quota, ServiceKey, Tenant, VendorKey
-from app.core import Call, Reservation
+from app.core import Call, Rates, Reservation
 from app.errors import LimitsUnavailable, VendorKeyFull
 from app.limits.budgets import Budgets, ReadSpent
 from app.limits.scopes import LEASE_MS, MOST, Limit, Scope, grant_scope, make_scope, rates, refusal
@@ -169,6 +169,28 @@ class Limits:
         self._hear(scope, left)
         self._begin(scope, call.event_id)
         return Held(call.event_id, tenant.id, tokens, True, rates(scope, left, now_ms), nanos, scope)
+
+    async def look(self, config: Config, tenant: Tenant, key: ServiceKey) -> Rates | None:
+        """How the limits stand that a call would take from, with nothing taken: for answers to what reserves nothing.
+
+        One round trip; with Redis away this process's share. None where nothing is limited, or nothing is known.
+        """
+        scope = self._scope(config, tenant, key)
+        if scope is None:
+            return None
+        try:
+            if scope.budgets and not self.budgets.whole:
+                raise RedisAway
+            status, now_ms, *left = await self._pipe.execute(*scope.reserve(self._reserve, "", 0, 0))
+        except RedisAway:
+            now = self._ambient.now()
+            replicas = config.settings.redis.replicas
+            left = self._share.left(scope, replicas, self._running, self._heard, int(now))
+            return rates(scope, left, int(now * 1000))
+        except RedisRefused as error:
+            self._complain("reserve", error)
+            return None
+        return rates(scope, left, now_ms) if status == _TAKEN else None
 
     def settle(self, reservation: Reservation, tokens: int, nanos: int) -> None:
         """Charges what the call used in the place of what it had reserved. Never waits, never raises; idempotent.
