@@ -120,7 +120,7 @@ class Dialogue:
             exchange.target = target
             note_answer(exchange, outgoing)
             return None, outgoing.body
-        stamp = Stamp("chatcmpl-" + call.event_id, int(call.received_at), target.model)
+        stamp = Stamp("chatcmpl-" + call.event_id, int(call.received_at), target.model, request, target.name)
         if key is not None and key.quota != UNLIMITED:
             attempt_id = f"{call.event_id}:{len(exchange.attempts)}:{key.name}"
             tokens = exchange.input_tokens_estimate + exchange.output_tokens_estimate

@@ -29,6 +29,7 @@ from app.errors import (
 from app.estimate import Estimates
 from app.ledger import Spool
 from app.limits import Limits
+from app.providers import stored
 from app.relay import Stream
 from app.routing import sum_up
 from app.settlement import event_of, fell_back, ms, word
@@ -68,6 +69,9 @@ class Gateway:
                 request = call.dialect.read(call.body)
                 if call.relayed:
                     request = msgspec.structs.replace(request, headers=call.relayed)
+                if request.stored:
+                    salt = call.config.settings.user_id_salt.reveal()
+                    request = msgspec.structs.replace(request, owner=stored.owner(salt, tenant.id))
                 exchange.request = request
                 alias = allow(call.config, tenant, request.alias)
                 if alias.serves != request.serves:

@@ -21,7 +21,8 @@ Operation = Literal["chat", "embeddings", "count_tokens"]
 class ChatRequest(Struct, frozen=True):
     """A request for chat: `body` as the client wrote it, `fields` every top-level member of it in its order.
 
-    `headers` are the client's own that a vendor who speaks its dialect gets too: those of `Dialect.relayed`.
+    `headers` are the client's own that a vendor who speaks its dialect gets too: those of `Dialect.relayed`. `stored`:
+    it wants its answer kept at the vendor, or goes on from one that is; `owner` then seals what the tenant may name.
     """
 
     operation: ClassVar[Operation] = "chat"
@@ -36,6 +37,8 @@ class ChatRequest(Struct, frozen=True):
     max_output_tokens: int | None = None
     choices: int = 1
     headers: tuple[tuple[str, str], ...] = ()
+    stored: bool = False
+    owner: bytes = b""
 
 
 class EmbedRequest(Struct, frozen=True):
@@ -47,6 +50,7 @@ class EmbedRequest(Struct, frozen=True):
     include_usage: ClassVar[bool] = False
     max_output_tokens: ClassVar[int] = 0
     choices: ClassVar[int] = 1
+    stored: ClassVar[bool] = False
 
     body: bytes
     alias: str
@@ -67,6 +71,7 @@ class CountRequest(Struct, frozen=True):
     input_tokens: ClassVar[int] = 0
     max_output_tokens: ClassVar[int] = 0
     choices: ClassVar[int] = 1
+    stored: ClassVar[bool] = False
 
     body: bytes
     alias: str

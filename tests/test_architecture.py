@@ -202,6 +202,7 @@ def test_pure_modules_import_msgspec_and_no_input_or_output(module: str) -> None
         "email",
         "enum",
         "functools",
+        "hmac",
         "re",
         "struct",
         "types",

@@ -102,7 +102,69 @@ MESSAGES = Rows(
         "cache_automatic": "cache",
     },
 )
-DIALECTS = {"messages": MESSAGES}
+RESPONSES = Rows(
+    "/v1/responses",
+    {
+        "Input as a text": "text",
+        "Instructions": "instructions",
+        "Developer message": "developer_message",
+        "Answer begun by the client": "begun_answer",
+        "Refusal sent back": "refusal_returned",
+        "Tools": "tools",
+        "Tools, strict": "tools_strict",
+        "Tools that OpenAI runs": "vendor_tools",
+        "Tools of MCP servers": "mcp_servers",
+        "Custom tools": "custom_tools",
+        "Tools, a most of calls": "max_tool_calls",
+        "Tool choice: auto": "tool_choice_auto",
+        "Tool choice: required": "tool_choice_required",
+        "Tool choice: none": "tool_choice_none",
+        "Tool choice: one function": "tool_choice_named",
+        "Tool choice: some of the tools": "tool_choice_among",
+        "Tools, one call at a time": "tools_one_at_a_time",
+        "Results of parallel calls": "parallel_results",
+        "Result with an image": "result_with_image",
+        "Image in base64": "image_base64",
+        "Image by URL": "image_url",
+        "Image by OpenAI's id": "image_id",
+        "PDF in base64": "pdf_base64",
+        "PDF by URL": "pdf_url",
+        "File by OpenAI's id": "file_id",
+        "Audio in": "audio_in",
+        "JSON by schema": "schema",
+        "JSON without schema": "json_object",
+        "Verbosity": "verbosity",
+        "Reasoning effort": "effort",
+        "Reasoning, summary": "reasoning_summary",
+        "Reasoning of Anthropic's sent back": "reasoning_returned",
+        "Reasoning of Gemini's sent back": "reasoning_of_gemini",
+        "Reasoning of OpenAI's sent back": "reasoning_of_openai",
+        "Length": "length",
+        "Temperature": "temperature",
+        "Top p": "top_p",
+        "Log probabilities": "logprobs",
+        "User": "user",
+        "Safety identifier": "safety_identifier",
+        "Metadata": "metadata",
+        "Prompt-cache key": "prompt_cache_key",
+        "Service tier: flex": "service_tier_flex",
+        "Truncation: auto": "truncation",
+        "Answer kept at the vendor": "stored",
+        "Neutral values of all of these": "neutral_values",
+    },
+    frozenset({"plain", "stream", "parts"}),
+    {
+        "tools_strict": "strict",
+        "reasoning_summary": "detailed",
+        "reasoning_returned": "c2lnbmVk",
+        "reasoning_of_gemini": "b3RoZXI=",
+        "reasoning_of_openai": "gAAAAABsealed",
+        "user": "u-1",
+        "metadata": "support",
+        "prompt_cache_key": "handbook",
+    },
+)
+DIALECTS = {"messages": MESSAGES, "responses": RESPONSES}
 """By the name of the dialect."""
 
 
@@ -137,7 +199,9 @@ def _word(case: str, outcome: Outcome, marks: dict[str, str]) -> str:
     if "refused" not in outcome:
         return "yes" if marks.get(case, "") in outcome["body"] else "dropped"
     param = outcome["refused"]
-    return f"refused or dropped (`{param}`)" if param.isidentifier() and param != "messages" else "refused"
+    return (
+        f"refused or dropped (`{param}`)" if param.isidentifier() and param not in ("messages", "input") else "refused"
+    )
 
 
 def matrix(name: str) -> str:

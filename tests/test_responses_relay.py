@@ -15,14 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.ambient import Ambient
+from app.config import UNLIMITED, Target, VendorKey
 from app.core import Usage
-from app.dialects import ROUTES, openai_responses, translator
+from app.dialects import ROUTES, openai_responses
 from app.errors import InvalidRequest, VendorCannot, VendorError
-from app.providers import NATIVE, PROVIDERS
+from app.providers import NATIVE, stored
 from app.providers.translator import Kind
-from app.sse import frame
+from app.sse import FrameSplitter, data_of, event_of, frame
+from app.wire import ChatRequest
 from tests import recordings
-from tests.gateway_parts import ALIAS, Rooms, ScriptedAnswer
+from tests.gateway_parts import ALIAS, Rooms, ScriptedAnswer, config
 from tests.recordings import Exchange
 from tests.test_anthropic_provider import pieces
 from tests.test_gateway import serve
@@ -98,10 +100,10 @@ def test_the_length_and_the_stream_are_read_for_limits() -> None:
 @pytest.mark.parametrize(
     "members",
     [
-        {"previous_response_id": "resp_1"},
+        {"previous_response_id": 1},
         {"conversation": {"id": "conv_1"}},
         {"prompt": {"id": "pmpt_1"}},
-        {"store": True},
+        {"store": "yes"},
         {"background": True},
         {"input": [{"type": "item_reference", "id": "msg_1"}]},
         {"input": [{"id": "msg_1"}]},
@@ -120,10 +122,97 @@ def test_turns_sent_whole_are_taken() -> None:
     assert msgspec.json.decode(openai_responses.read(body(input=turns)).fields["input"]) == turns
 
 
-@pytest.mark.parametrize("kind", sorted(PROVIDERS.keys() - {"openai", "azure"}))
-def test_a_vendor_that_does_not_speak_responses_is_refused(kind: str) -> None:
-    with pytest.raises(VendorCannot, match="/v1/chat/completions"):
-        translator(ROUTES["/v1/responses"], kind).chat(openai_responses.read(body()), target("anthropic"))
+# --- answers that the vendor keeps ------------------------------------------------------------------------------------
+
+OWNER, OTHER = stored.owner("salt", "acme"), stored.owner("salt", "other")
+
+
+def keeping(owner: bytes = OWNER, **members: Any) -> ChatRequest:
+    return msgspec.structs.replace(openai_responses.read(body(**members)), owner=owner)
+
+
+def told(request: ChatRequest, written: bytes, target: str = "openai/model-2026-01-01") -> dict[str, Any]:
+    stamp = msgspec.structs.replace(STAMP, request=request, target=target)
+    return json.loads(RELAYED.response(written, stamp).body)
+
+
+def sent_id(name: str, owner: bytes = OWNER, at: Target | None = None, **members: Any) -> str:
+    """The id that the vendor is told where a client names an answer."""
+    request = keeping(owner, previous_response_id=name, **members)
+    return json.loads(RELAYED.chat(request, at or target("openai")).body)["previous_response_id"]
+
+
+def test_an_answer_that_is_kept_has_a_name_that_its_tenant_can_go_on_from() -> None:
+    answer = told(keeping(store=True), json.dumps(whole()).encode())
+    assert answer | {"id": "resp_1"} == whole()
+    assert answer["id"].startswith("resp_1-")
+    assert sent_id(answer["id"]) == "resp_1"
+    assert json.loads(RELAYED.chat(keeping(store=True), target("openai")).body)["store"] is True
+
+
+def test_an_answer_of_another_tenant_or_target_cannot_be_named() -> None:
+    name = told(keeping(store=True), json.dumps(whole()).encode())["id"]
+    for owner, at, named in (
+        (OTHER, target("openai"), name),
+        (OWNER, target("openai", "model-2"), name),
+        (OWNER, target("openai"), "resp_1"),
+        (OWNER, target("openai"), "resp_2-" + name.rpartition("-")[2]),
+        (OWNER, target("openai"), name[:-1]),
+        (OWNER, target("openai"), name + "é"),
+        (OWNER, target("openai"), ""),
+    ):
+        with pytest.raises(VendorCannot) as refused:
+            sent_id(named, owner, at)
+        assert refused.value.param == "previous_response_id"
+
+
+def test_a_pool_of_keys_keeps_no_answers() -> None:
+    only = target("openai")
+    key = VendorKey("openai:one", only.provider.credential, 1, UNLIMITED)
+    pool = msgspec.structs.replace(only, provider=msgspec.structs.replace(only.provider, keys=(key,)))
+    with pytest.raises(VendorCannot, match="several keys"):
+        RELAYED.chat(keeping(store=True), pool)
+
+
+def test_an_answer_after_a_kept_one_has_no_name_of_its_own_unless_it_is_kept_too() -> None:
+    name = stored.named("resp_0", OWNER, "openai/model-2026-01-01")
+    said = json.dumps(whole(previous_response_id="resp_0")).encode()
+    assert told(keeping(previous_response_id=name), said) == whole(previous_response_id=name)
+
+
+def test_a_target_that_drops_store_keeps_nothing_all_the_same() -> None:
+    at = msgspec.structs.replace(target("openai"), drop_params=frozenset({"store"}))
+    assert json.loads(RELAYED.chat(openai_responses.read(body()), at).body)["store"] is False
+
+
+@given(PLACES)
+def test_a_stream_that_is_kept_says_the_name_wherever_it_is_cut(places: list[int]) -> None:
+    stamp = msgspec.structs.replace(STAMP, request=keeping(store=True), target="t")
+    reader = RELAYED.stream(stamp)
+    frames = b"".join(one for chunk in pieces(streamed(), places) for _, one in reader.feed(chunk))
+    assert frames.replace(stored.named("resp_1", OWNER, "t").encode(), b"resp_1") == compact(streamed())
+    assert reader.usage is not None
+
+
+def compact(frames: bytes) -> bytes:
+    """The same as the gateway writes what it has to rewrite: the members of an event with a response, and its own."""
+    written = []
+    for one in FrameSplitter().feed(frames):
+        event = msgspec.json.decode(data_of(one), type=dict[str, msgspec.Raw])
+        if "response" in event:
+            inside = msgspec.json.decode(event["response"], type=dict[str, msgspec.Raw])
+            event["response"] = msgspec.Raw(msgspec.json.encode(inside))
+            one = frame(msgspec.json.encode(event), event_of(one))
+        written.append(one)
+    return b"".join(written)
+
+
+def test_the_tenant_is_sealed_in_by_the_gateway(tmp_path: Path) -> None:
+    rooms = Rooms(tmp_path, ScriptedAnswer(json.dumps(whole()).encode()), ambient=Ambient())
+    _, got = serve(rooms, body(model=ALIAS, store=True), dialect=ROUTES["/v1/responses"])
+    rooms.spool.close()
+    owner = stored.owner(config().settings.user_id_salt.reveal(), "acme-corp")
+    assert json.loads(got)["id"] == stored.named("resp_1", owner, target("openai").name)
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------

@@ -1,13 +1,15 @@
 """Responses relayed to OpenAI and Azure: the client's bytes in, the vendor's bytes out.
 
-Only `model` is spliced into a request. Of an answer's frames those that are mere deltas are told by their bytes; the
-others are decoded, for the ledger. A stream ends with the event that has the whole answer.
+Only `model` is spliced into a request, and reasoning that another vendor sealed is taken out of it. Of an answer's
+frames those that are mere deltas are told by their bytes; the others are decoded, for the ledger. A stream ends with
+the event that has the whole answer. Where the vendor keeps the answer, its id is sealed (`stored`).
 Source: OpenAI API reference, Responses and its streaming events.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 from msgspec import Raw, Struct
@@ -15,10 +17,11 @@ from msgspec.structs import replace
 
 from app.config import Target
 from app.core import Usage
-from app.errors import VendorBroke
-from app.providers import azure, openai
-from app.providers.translator import Answer, Frame, Kind, Outgoing, Stamp, StreamReader, Translator, split
-from app.sse import FrameSplitter, data_of
+from app.errors import VendorBroke, VendorCannot
+from app.providers import azure, openai, stored
+from app.providers.chat_shape import cannot
+from app.providers.translator import PACKED, Answer, Frame, Kind, Outgoing, Stamp, StreamReader, Translator, split
+from app.sse import FrameSplitter, data_of, event_of, frame
 from app.wire import ABSENT, ChatRequest, CompletionDetails, OpenAIUsage, PromptDetails
 
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -28,6 +31,10 @@ _STARTS = frozenset(
 )
 _UNDONE = (None, "queued", "in_progress", "cancelled")
 _NOTHING = (b"", b"null")
+_NULL = Raw(b"null")
+_encode = msgspec.json.encode
+_decode = msgspec.json.decode
+_members = msgspec.json.Decoder(dict[str, Raw])
 
 
 class _Usage(Struct):
@@ -70,17 +77,58 @@ _event = msgspec.json.Decoder(_Event)
 
 
 def chat(request: ChatRequest, target: Target) -> Outgoing:
-    """The client's members as they came; `model` becomes the target's."""
-    sent = openai.outgoing(request, request.fields, target, stream_options=False)
-    return replace(sent, url=target.provider.base_url + "/responses")
+    """The client's members as they came; `model` becomes the target's. Raises VendorCannot."""
+    return replace(_outgoing(request, target), url=target.provider.base_url + "/responses")
 
 
 def _azure_chat(request: ChatRequest, target: Target) -> Outgoing:
     """Azure has Responses beside its deployments, not under them: the body names the deployment."""
-    sent = openai.outgoing(request, request.fields, target, stream_options=False)
     version = target.provider.api_version
     path = "/openai/v1/responses" if version is None else f"/openai/responses?api-version={version}"
-    return replace(sent, url=target.provider.base_url + path)
+    return replace(_outgoing(request, target), url=target.provider.base_url + path)
+
+
+def _outgoing(request: ChatRequest, target: Target) -> Outgoing:
+    fields = request.fields
+    if request.stored:
+        fields = _with_vendor_id(request, target)
+    if PACKED in bytes(fields.get("input", ABSENT)):
+        fields = fields | {"input": _without_foreign_reasoning(fields["input"])}
+    if "store" in target.drop_params:  # left out, it would be kept
+        target = replace(target, drop_params=target.drop_params - {"store"})
+    return openai.outgoing(request, fields, target, stream_options=False)
+
+
+def _with_vendor_id(request: ChatRequest, target: Target) -> dict[str, Raw]:
+    """What the tenant's name of an answer stands for at this target. Raises VendorCannot."""
+    asked = "store" if bytes(request.fields.get("store", ABSENT)) == b"true" else "previous_response_id"
+    if target.provider.keys:
+        raise cannot(asked, target, "its provider has several keys, and an answer is kept for one")
+    written = _decode(request.fields.get("previous_response_id", _NULL))
+    if not isinstance(written, str):
+        return request.fields
+    id = stored.vendor_id(written, request.owner, target.name)
+    if id is None:
+        raise VendorCannot(
+            f"`previous_response_id` names no answer that {target.name} keeps for this tenant: name one that was asked "
+            "for with `store: true`, by the same model, or send the turns before as items of `input`.",
+            param="previous_response_id",
+        )
+    return request.fields | {"previous_response_id": Raw(_encode(id))}
+
+
+def _without_foreign_reasoning(written: Raw) -> Raw:
+    items = _decode(written)
+    if not isinstance(items, list):
+        return written
+    return Raw(_encode([item for item in items if not _is_foreign(item)]))
+
+
+def _is_foreign(item: Any) -> bool:
+    if not isinstance(item, dict) or item.get("type") != "reasoning":
+        return False
+    sealed = item.get("encrypted_content")
+    return isinstance(sealed, str) and sealed.startswith(PACKED.decode())
 
 
 def response(body: bytes, stamp: Stamp) -> Answer:
@@ -91,7 +139,7 @@ def response(body: bytes, stamp: Stamp) -> Answer:
     reason = _finish_reason(answer)
     usage = _usage_of(answer.usage)
     return Answer(
-        body=body,
+        body=_sealed(body, stamp) if _is_stored(stamp) else body,
         model=answer.model,
         usage=usage,
         finish_reason=reason,
@@ -125,6 +173,21 @@ def _usage_of(usage: _Usage | None) -> Usage | None:
             completion_tokens_details=usage.output_tokens_details,
         )
     )
+
+
+def _is_stored(stamp: Stamp) -> bool:
+    return stamp.request is not None and stamp.request.stored
+
+
+def _sealed(body: bytes | Raw, stamp: Stamp) -> bytes:
+    """A response under the names that its tenant may use: its own where it is kept, and that of the one before."""
+    members = _members.decode(body)
+    kept = bytes(stamp.request.fields.get("store", ABSENT)) == b"true"
+    for name in ("id", "previous_response_id") if kept else ("previous_response_id",):
+        id = _decode(members.get(name, _NULL))
+        if isinstance(id, str):
+            members[name] = Raw(_encode(stored.named(id, stamp.request.owner, stamp.target)))
+    return _encode(members)
 
 
 class ResponsesStream(StreamReader):
@@ -175,6 +238,31 @@ class ResponsesStream(StreamReader):
         return text_bytes(frame)
 
 
+class StoredStream(ResponsesStream):
+    """The same for an answer that is kept: events that have it say its sealed name."""
+
+    __slots__ = ("_stamp",)
+
+    def __init__(self, stamp: Stamp) -> None:
+        super().__init__(stamp)
+        self._stamp = stamp
+
+    def feed(self, chunk: bytes) -> Iterator[Frame]:
+        for kind, frames in super().feed(chunk):
+            yield kind, frames if _is_plain(frames) else self._renamed(frames)
+
+    def _renamed(self, one: bytes) -> bytes:
+        members = _members.decode(data_of(one) or b"{}")
+        if "response" not in members:
+            return one
+        members["response"] = Raw(_sealed(members["response"], self._stamp))
+        return frame(_encode(members), event_of(one))
+
+
+def _stream(stamp: Stamp) -> StreamReader:
+    return StoredStream(stamp) if _is_stored(stamp) else ResponsesStream(stamp)
+
+
 def _is_plain(frames: bytes) -> bool:
     """Whether these are whole frames of deltas; the bytes alone tell, as JSON has no bare line breaks in texts."""
     count = frames.count(b"\n\n")
@@ -200,7 +288,7 @@ def text_bytes(frames: bytes) -> int:
 
 
 RESPONSES: dict[tuple[str, str], Translator] = {
-    ("responses", "openai"): replace(openai.OPENAI, chat=chat, response=response, stream=ResponsesStream),
-    ("responses", "azure"): replace(azure.AZURE, chat=_azure_chat, response=response, stream=ResponsesStream),
+    ("responses", "openai"): replace(openai.OPENAI, chat=chat, response=response, stream=_stream),
+    ("responses", "azure"): replace(azure.AZURE, chat=_azure_chat, response=response, stream=_stream),
 }
 """By dialect and kind."""

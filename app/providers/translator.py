@@ -36,12 +36,15 @@ class Outgoing(Struct, frozen=True):
 class Stamp(Struct, frozen=True, gc=False):
     """What an answer needs and a vendor may lack, so that translators read no clock and make no ids.
 
-    `id` is the answer's id in OpenAI's form (`chatcmpl-…`), `created` unix seconds, `model` the target's model.
+    `id` is the answer's id in OpenAI's form (`chatcmpl-…`), `created` unix seconds, `model` the target's model. A
+    dialect's answer may repeat what its `request` said, and name where it was answered: `target` is the target's name.
     """
 
     id: str
     created: int
     model: str
+    request: Request | None = None
+    target: str = ""
 
 
 class Answer(Struct, frozen=True):
@@ -114,6 +117,9 @@ def split(splitter: FrameSplitter, chunk: bytes) -> list[bytes]:
         raise VendorBroke("the vendor sent an event without end")
     return frames
 
+
+PACKED = b"gateway1:"
+"""How sealed reasoning begins that the gateway packed for a client: a vendor that relays its own would refuse it."""
 
 EXTRAS = frozenset({"cache_control", "reasoning_content", "reasoning_details"})
 """Members of the internal form that OpenAI's own chat completions have not: see `chat_shape`."""

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta, Raw
 
 from app.config import Target
-from app.dialects.anthropic_messages import thoughts
+from app.dialects.anthropic_messages import thinking as sealed
 from app.dialects.anthropic_messages.wire import (
     AnyBlock,
     Document,
@@ -236,7 +236,7 @@ class _Asked:
         message: Part = {"role": "assistant", "content": self._plain(parts) if parts or not calls else None}
         if calls:
             message["tool_calls"] = calls
-        details = [thoughts.detail_of(block, place) for place, block in enumerate(thinking)]
+        details = [sealed.detail_of(block, place) for place, block in enumerate(thinking)]
         if "reasoning_details" in self.extras and any(details):
             message["reasoning_details"] = [detail for detail in details if detail]
         text = "".join(block.thinking for block in thinking if isinstance(block, Thinking))

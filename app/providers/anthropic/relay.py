@@ -19,7 +19,7 @@ from app.errors import VendorBroke
 from app.providers.anthropic.answer import FINISH_REASONS, error, error_in_answer, relayed, updated, usage_of
 from app.providers.anthropic.request import STREAMED, WHOLE, sign
 from app.providers.anthropic.wire import ErrorBody, Event, MessagesUsage, TokensCounted
-from app.providers.translator import Answer, Frame, Kind, Outgoing, Stamp, StreamReader, Translator, split
+from app.providers.translator import PACKED, Answer, Frame, Kind, Outgoing, Stamp, StreamReader, Translator, split
 from app.sse import FrameSplitter, data_of, event_of, frame
 from app.wire import ChatRequest, CountRequest
 
@@ -30,9 +30,6 @@ _event = msgspec.json.Decoder(Event)
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _DELTA = b"event: content_block_delta\ndata: {"
 STOP = frame(b'{"type":"message_stop"}', "message_stop")
-
-FOREIGN = b"gateway1:"
-"""How the signature of a block of thinking begins that another vendor wrote: Anthropic would refuse it."""
 
 
 def chat(request: ChatRequest, target: Target) -> Outgoing:
@@ -47,7 +44,7 @@ def count(request: CountRequest, target: Target) -> Outgoing:
 def _outgoing(request: ChatRequest | CountRequest, target: Target, path: str) -> Outgoing:
     members = {name: value for name, value in request.fields.items() if name not in target.drop_params}
     members["model"] = Raw(_encode(target.model))
-    if FOREIGN in bytes(members["messages"]):
+    if PACKED in bytes(members["messages"]):
         members["messages"] = _without_foreign_thinking(members["messages"])
     return Outgoing(
         url=target.provider.base_url + path,
@@ -69,7 +66,7 @@ def _is_foreign(block: Any) -> bool:
     if not isinstance(block, dict) or block.get("type") not in ("thinking", "redacted_thinking"):
         return False
     seal = block.get("signature") or block.get("data")
-    return isinstance(seal, str) and seal.startswith(FOREIGN.decode())
+    return isinstance(seal, str) and seal.startswith(PACKED.decode())
 
 
 def counted(body: bytes, stamp: Stamp) -> Answer:
