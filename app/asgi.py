@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -23,7 +23,7 @@ from app.archive import ArchiveError
 from app.auth import Callers, KeySets, Tokens, jwks
 from app.config import Config, ConfigError, ConfigSource, Secret, utc_day
 from app.control import REVOKED, Control, Entry
-from app.cooldowns import COOLDOWN, Cooldowns
+from app.cooldowns import COOLDOWN, Cooldowns, is_resting
 from app.credentials import Credentials, client
 from app.dialogue import Dialogue
 from app.gateway import Gateway
@@ -34,7 +34,7 @@ from app.redis_pipe import RedisPipe
 from app.reports.period import UsageReader
 from app.reports.spent import SpentReader
 from app.server import server
-from app.telemetry import JsonLog, Lines, Telemetry, open_spans
+from app.telemetry import MAX_TENANTS, JsonLog, Lines, Telemetry, open_spans
 from app.upstream import engine
 from app.warnings import Warnings
 from app.warnings import client as warnings_client
@@ -209,13 +209,13 @@ class Replica:
             for run in (
                 *(self.pipe.run, self.spool.run, self.reload, self.control.run, self.key_sets.run),
                 *(self.gateway.limits.run, self.gateway.limits.budgets.run),
-                self.warnings.run,
+                *(self.warnings.run, self.telemetry.run),
             )
         ]
         shipping = asyncio.ensure_future(self._keep(self.shipper.run)) if self.shipper else None
         await control.startup()
         await main.startup()
-        self.telemetry.config_loaded(self.source.current.version)
+        self.telemetry.config_loaded(self.source.current)
         log.info("serving on %s:%s, admin on %s", self.options.host, self.options.port, self.options.admin_port)
         gc.freeze()  # what start-up made stays: no collection needs to look at it again
         gc.set_threshold(20_000, 20, 50)  # calls make few cycles; at 700 looking for them was 6 % of the time
@@ -320,11 +320,12 @@ class Replica:
             return 0
         self._config_fault = None
         if not swapped:
+            self.telemetry.config_restored()
             return 0
         settings = self.source.current.settings
         self.pipe.timeout_ms = settings.redis.timeout_ms
         self.pipe.probe_seconds = settings.redis.probe_seconds
-        self.telemetry.config_loaded(self.source.current.version)
+        self.telemetry.config_loaded(self.source.current)
         self._audit_reload(before, self.source.current)
         log.info("configuration %s took effect", self.source.current.version)
         return 1
@@ -376,6 +377,27 @@ class Replica:
             "shipper": msgspec.to_builtins(self.shipper.status) if self.shipper else None,
         }
 
+    def _targets_up(self) -> Iterator[tuple[tuple[str, str], float]]:
+        resting = self.cooldowns.resting()
+        for target in self.source.current.targets.values():
+            yield (target.provider.name, target.name), not is_resting(target, resting)
+
+    def _keys_up(self) -> Iterator[tuple[tuple[str, str], float]]:
+        """A key that rests at one target only is up."""
+        resting = self.cooldowns.resting()
+        providers = {target.provider.name: target.provider for target in self.source.current.targets.values()}
+        for provider in providers.values():
+            for key in provider.keys:
+                yield (provider.name, key.name), f"key:{key.name}" not in resting
+
+    def _budgets(self) -> Iterator[tuple[tuple[str, str], float]]:
+        """The fullest by name; of the others the fullest, as `other`."""
+        used = self.gateway.limits.budgets_used()
+        for owner, limit, ratio in used[:MAX_TENANTS]:
+            yield (owner, limit), ratio
+        if len(used) > MAX_TENANTS:
+            yield ("other", used[MAX_TENANTS][1]), used[MAX_TENANTS][2]
+
     def _gauges(self) -> None:
         gauge, shipper, limits = self.telemetry.gauge, self.shipper, self.gateway.limits
         gauge("gateway_inflight", "Calls being served.", lambda: len(self.door.in_flight))
@@ -395,6 +417,12 @@ class Replica:
         gauge("gateway_limits_local_calls", "Calls judged here alone: Redis was away.", lambda: limits.local_calls)
         gauge("gateway_limits_budgets_whole", "0 while Redis lacks what was used.", lambda: limits.budgets.whole)
         gauge("gateway_limits_lost_settlements", "Settlements given up.", lambda: limits.lost_settlements)
+        states = self.telemetry.states
+        states("gateway_target_up", "0 while a target rests.", ("provider", "target"), self._targets_up)
+        states("gateway_vendor_key_up", "0 while a vendor's key rests.", ("provider", "key"), self._keys_up)
+        states(
+            "gateway_budget_used_ratio", "Of a day's or month's budget; 1 is all.", ("tenant", "limit"), self._budgets
+        )
         warnings, warned = self.warnings, "Warnings of budgets nearly used up, by what became of them."
         gauge("gateway_budget_warnings", warned, lambda: warnings.sent, outcome="sent")
         gauge("gateway_budget_warnings", warned, lambda: warnings.left, outcome="left")

@@ -16,7 +16,7 @@ from app.config import Config, Quota, ServiceKey, Tenant, VendorKey
 from app.core import Call, Rates, Reservation
 from app.errors import LimitsUnavailable, VendorKeyFull
 from app.limits.budgets import Budgets, ReadSpent
-from app.limits.scopes import LEASE_MS, MOST, Limit, Scope, grant_scope, make_scope, rates, refusal
+from app.limits.scopes import LEASE_MS, MOST, Limit, Scope, grant_scope, make_scope, owner_of, rates, refusal
 from app.limits.share import Share
 from app.redis_pipe import Argument, RedisAway, RedisPipe, RedisRefused
 
@@ -277,6 +277,21 @@ class Limits:
         return scope is not None and any(
             limit.key in self._told and self._heard.get(limit.key, 0) <= limit.nearly for limit in scope.limits
         )
+
+    def budgets_used(self) -> list[tuple[str, str, float]]:
+        """Whose budgets, which, and how much of each is used, of those that callers met; 1 is all. The fullest first.
+
+        As this replica last heard: what running calls have reserved counts as used.
+        """
+        now = self._ambient.now() + self._clock_ahead
+        used = {
+            (owner_of(limit), limit.name): 1 - self._heard[limit.key] / limit.value
+            for known in self._known.values()
+            if known.scope is not None
+            for limit in known.scope.limits
+            if limit.ends > now and limit.key in self._heard and limit.value
+        }
+        return sorted(((*whose, ratio) for whose, ratio in used.items()), key=lambda found: -found[2])
 
     def _hear(self, scope: Scope, left: list[int]) -> None:
         for limit, remaining in zip(scope.limits, left, strict=True):

@@ -167,6 +167,11 @@ def _limits(
             yield Limit(f"{owner}_{kind}", kind, key, value, whose, policy, ends, quota.time_zone, nearly), starts
 
 
+def owner_of(limit: Limit) -> str:
+    """A tenant's name, or `_key.` and a service key's id: what the braces in the key's name hold."""
+    return limit.key[len("rl:{") :].partition("}")[0]
+
+
 def budgets_of(owner: str, id: str, quota: Quota, now: float) -> Iterator[Limit]:
     """A tenant's or service key's daily and monthly limits at `now`."""
     tag = f"_key.{id}" if owner == "key" else id

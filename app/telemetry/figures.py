@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from itertools import accumulate
 
-from app.core import LedgerEvent
+from app.core import GAP_SECONDS, LedgerEvent, Pace
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 10, 20, 30, 60, 120, 300)
 _OVERHEAD_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1)
@@ -25,6 +25,11 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
+    def merge(self, counts: list[int], total: float) -> None:
+        """Adds what was counted elsewhere by the same bounds."""
+        self.counts = [mine + theirs for mine, theirs in zip(self.counts, counts, strict=True)]
+        self.total += total
+
     def buckets(self) -> list[tuple[str, float]]:
         """Cumulative, as the text format wants them."""
         names = [*(f"{bound:g}" for bound in self.bounds), "+Inf"]
@@ -34,26 +39,28 @@ class Histogram:
 class Timings:
     """Histograms of calls by alias, provider and status; tenants share them, or the scrape would not be bounded."""
 
-    __slots__ = ("overhead", "provider", "request", "ttft")
+    __slots__ = ("interchunk", "overhead", "provider", "request", "ttft")
 
     def __init__(self) -> None:
         self.request = Histogram(_SECONDS)
         self.provider = Histogram(_SECONDS)
         self.overhead = Histogram(_OVERHEAD_SECONDS)
         self.ttft = Histogram(_SECONDS)
+        self.interchunk = Histogram(GAP_SECONDS)
 
 
 class Cells:
     """The figures of calls by tenant, alias, provider and status."""
 
-    __slots__ = ("cost_usd", "input_tokens", "output_tokens", "requests", "timings")
+    __slots__ = ("cost_usd", "input_tokens", "output_tokens", "requests", "saved_usd", "timings")
 
     def __init__(self, timings: Timings) -> None:
         self.requests = self.input_tokens = self.output_tokens = 0
-        self.cost_usd = 0.0
+        self.cost_usd = self.saved_usd = 0.0
         self.timings = timings
 
-    def count(self, event: LedgerEvent) -> None:
+    def count(self, event: LedgerEvent, pace: Pace | None) -> None:
+        """`pace` is the stream's, where the answer was one."""
         latency, usage, timings = event.latency_ms, event.usage, self.timings
         self.requests += 1
         timings.request.observe(latency.total / 1000)
@@ -66,3 +73,7 @@ class Cells:
             self.cost_usd += float(bytes(event.cost_usd.total))
         if event.ttft_ms is not None:
             timings.ttft.observe(event.ttft_ms / 1000)
+        if event.cache_hit:
+            self.saved_usd += float(bytes(event.saved_usd))
+        if pace is not None:
+            timings.interchunk.merge(pace.gaps, pace.gaps_seconds)

@@ -6,14 +6,16 @@ Everything here happens after the answer's last frame was released.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections import Counter as Tally
+from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from app.ambient import Ambient, timestamp
 from app.audit import audit_line
+from app.config import Config
 from app.core import Exchange, LedgerEvent
 from app.errors import GatewayError, VendorError
 from app.telemetry.figures import Cells, Histogram, Timings
@@ -28,7 +30,14 @@ _TIMINGS = {
     "provider": "The vendor's part.",
     "overhead": "The gateway's own part.",
     "ttft": "Time to a stream's first content.",
+    "interchunk": "From one chunk of a stream to the next.",
 }
+LOOP_SECONDS = 0.25
+"""How often it is looked how late the event loop is."""
+_LATE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
+
+States = Callable[[], Iterable[tuple[tuple[str, ...], float]]]
+"""Reads a family of gauges: pairs of label values and figure."""
 
 log = logging.getLogger("gateway")
 
@@ -46,6 +55,10 @@ class Telemetry:
         self._timings: dict[tuple[str, str, str], Timings] = {}
         self._tenants: set[str] = set()
         self._gauges: dict[str, Gauge] = {}
+        self._states: list[tuple[str, str, tuple[str, ...], States]] = []
+        self._attempts: Tally[tuple[str, str, str]] = Tally()
+        self._retries: Tally[tuple[str, str]] = Tally()
+        self._late = Histogram(_LATE_SECONDS)
         self.registry = registry = CollectorRegistry(auto_describe=False)
         registry.register(self)
         self._unpriced = Counter("gateway_unpriced", "Calls at the ceiling price.", ("provider",), registry=registry)
@@ -68,6 +81,12 @@ class Telemetry:
             "gateway_downgrades", "Calls served by a cheaper alias.", ("tenant", "from", "to"), registry=registry
         )
         self._config = Gauge("gateway_config_info", "The snapshot in force.", ("version",), registry=registry)
+        self._config_loaded = Gauge(
+            "gateway_config_loaded_timestamp_seconds", "When it took effect, unix seconds.", registry=registry
+        )
+        self._config_refused = Gauge(
+            "gateway_config_refused", "1 while the files on disk are not what is served.", registry=registry
+        )
         self._config_failures = Counter(
             "gateway_config_reload_failures", "Configurations that were refused.", registry=registry
         )
@@ -82,12 +101,41 @@ class Telemetry:
         cell = self._gauges[metric].labels(**labels) if labels else self._gauges[metric]
         cell.set_function(read)
 
-    def config_loaded(self, version: str) -> None:
+    def states(self, metric: str, help: str, labels: tuple[str, ...], read: States) -> None:
+        """Gauges whose labels are known only when they are scraped."""
+        self._states.append((metric, help, labels, read))
+
+    def config_loaded(self, config: Config) -> None:
+        """A snapshot took effect. What an alert counts from begins at 0: a counter's first step is seen as none."""
         self._config.clear()
-        self._config.labels(version).set(1)
+        self._config.labels(config.version).set(1)
+        self._config_loaded.set(self._ambient.now())
+        self._config_refused.set(0)
+        for target in config.targets.values():
+            self._unpriced.labels(target.provider.name)
+            self._misconfigured.labels(target.name, f"target:{target.name}")
+            for key in target.provider.keys:
+                self._misconfigured.labels(target.name, f"key:{key.name}")
+                self._misconfigured.labels(target.name, f"key:{key.name}:{target.name}")
 
     def config_refused(self) -> None:
+        self._config_refused.set(1)
         self._config_failures.inc()
+
+    def config_restored(self) -> None:
+        """The files are again what is served."""
+        self._config_refused.set(0)
+
+    async def run(self) -> None:
+        """Sees how late the event loop is, until cancelled."""
+        while True:
+            await self.run_once()
+
+    async def run_once(self) -> int:
+        started = self._ambient.monotonic()
+        await self._ambient.sleep(LOOP_SECONDS)
+        self._late.observe(max(0.0, self._ambient.monotonic() - started - LOOP_SECONDS))
+        return 1
 
     def scrape(self) -> bytes:
         """Prometheus text."""
@@ -127,7 +175,13 @@ class Telemetry:
         cells = self._cells.get(key)
         if cells is None:
             cells = self._cells[key] = self._make_cells(*key)
-        cells.count(event)
+        cells.count(event, exchange.pace)
+        before = None
+        for attempt in event.attempts:
+            self._attempts[attempt.provider, attempt.target, attempt.outcome] += 1
+            if attempt.target == before:
+                self._retries[attempt.provider, attempt.target] += 1
+            before = attempt.target
         if event.cost_status == "unpriced":
             self._unpriced.labels(event.provider).inc()
         if event.limit_tripped:
@@ -148,18 +202,39 @@ class Telemetry:
         requests = CounterMetricFamily("gateway_requests", "Calls, by outcome.", labels=call)
         tokens = CounterMetricFamily("gateway_tokens", "Tokens.", labels=(*call, "direction"))
         cost = CounterMetricFamily("gateway_cost_usd", "Cost in USD.", labels=call)
+        saved = CounterMetricFamily("gateway_saved_usd", "What cache hits saved, in USD.", labels=call[:2])
+        savings: Tally[tuple[str, ...]] = Tally()
         for labels, cells in self._labelled.items():
             requests.add_metric(labels, cells.requests)
             tokens.add_metric((*labels, "input"), cells.input_tokens)
             tokens.add_metric((*labels, "output"), cells.output_tokens)
             cost.add_metric(labels, cells.cost_usd)
-        yield from (requests, tokens, cost)
+            savings[labels[:2]] += cells.saved_usd
+        for labels, usd in savings.items():
+            saved.add_metric(labels, usd)
+        yield from (requests, tokens, cost, saved)
         for part, help in _TIMINGS.items():
             family = HistogramMetricFamily(f"gateway_{part}_seconds", help, labels=call[1:])
             for labels, timings in self._timings.items():
                 histogram: Histogram = getattr(timings, part)
                 family.add_metric(labels, histogram.buckets(), histogram.total)
             yield family
+        attempts = CounterMetricFamily(
+            "gateway_attempts", "Requests to vendors, by what became of them.", labels=("provider", "target", "outcome")
+        )
+        for labels, count in self._attempts.items():
+            attempts.add_metric(labels, count)
+        retries = CounterMetricFamily("gateway_retries", "Attempts at a target anew.", labels=("provider", "target"))
+        for labels, count in self._retries.items():
+            retries.add_metric(labels, count)
+        late = HistogramMetricFamily("gateway_event_loop_delay_seconds", "How late the event loop wakes.")
+        late.add_metric((), self._late.buckets(), self._late.total)
+        yield from (attempts, retries, late)
+        for metric, help, names, read in self._states:
+            gauges = GaugeMetricFamily(metric, help, labels=names)
+            for labels, value in read():
+                gauges.add_metric(labels, value)
+            yield gauges
 
     def _make_cells(self, tenant: str | None, alias: str | None, provider: str | None, status: str) -> Cells:
         timed = (alias or "", provider or "", status)

@@ -1,0 +1,183 @@
+"""The figures of a scrape: what calls, vendors and the event loop leave in them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from app.ambient import Patience
+from app.core import Exchange
+from app.telemetry import MAX_TENANTS, Lines, Telemetry
+from app.telemetry.room import LOOP_SECONDS
+from tests.gateway_parts import (
+    STREAM,
+    Clock,
+    Rooms,
+    ScriptedAnswer,
+    call,
+    completion,
+    config,
+    request,
+)
+from tests.journey import Journey, chat, until
+
+Figures = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def figures(text: str) -> Figures:
+    """Every sample of a scrape by its name and labels."""
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def at(found: Figures, name: str, **labels: str) -> float:
+    """The sum over a name's samples that have these labels; fails where there is none."""
+    values = [value for (named, has), value in found.items() if named == name and set(labels.items()) <= has]
+    assert values, f"{name} {labels}"
+    return sum(values)
+
+
+class Told:
+    """A gateway whose telemetry is real: `calls` serves, `scrape` reads."""
+
+    def __init__(self, rooms: Rooms) -> None:
+        self.rooms = rooms
+        self.lines = Lines()
+        self.telemetry = Telemetry(self.lines, None, rooms.ambient)
+        rooms.gateway.telemetry = rooms.gateway.dialogue.telemetry = self.telemetry
+
+    def serve(self, *, stream: bool = False) -> Exchange:
+        async def served() -> Exchange:
+            exchange = Exchange(call=call(request(stream=stream), self.rooms.ambient), patience=Patience())
+            async with self.rooms.gateway.serve(exchange) as reply:
+                if reply.frames is not None:
+                    async for _ in reply.frames:
+                        self.rooms.ambient.ahead += 0.02
+            return exchange
+
+        return asyncio.run(served())
+
+    def scrape(self) -> Figures:
+        return figures(self.telemetry.scrape().decode())
+
+
+Make = Callable[..., Told]
+
+
+@pytest.fixture
+def told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Make]:
+    made: list[Told] = []
+
+    def make(*script: ScriptedAnswer) -> Told:
+        made.append(Told(Rooms(tmp_path, *script, ambient=Clock())))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.rooms.spool.close()
+        each.lines.close()
+
+
+def test_attempts_are_counted_by_outcome_and_retries_by_target(told: Make) -> None:
+    seen = told(ScriptedAnswer(b"{}", status=500), ScriptedAnswer(completion()))
+    exchange = seen.serve()
+    target = exchange.event.attempts[0].target
+    found = seen.scrape()
+    assert at(found, "gateway_attempts_total", target=target, outcome="failed") == 1
+    assert at(found, "gateway_attempts_total", target=target, outcome="success") == 1
+    assert at(found, "gateway_retries_total", target=target) == 1
+
+
+def test_gaps_between_a_streams_chunks_are_a_histogram(told: Make) -> None:
+    seen = told(ScriptedAnswer(*STREAM))
+    exchange = seen.serve(stream=True)
+    found = seen.scrape()
+    gaps = exchange.pace.chunks - 1
+    assert gaps >= 1
+    assert at(found, "gateway_interchunk_seconds_count") == gaps
+    assert at(found, "gateway_interchunk_seconds_bucket", le="0.01") == 0
+    assert at(found, "gateway_interchunk_seconds_sum") == pytest.approx(gaps * 0.02, rel=0.5)
+
+
+def test_tenants_beyond_the_bound_are_summed_up_as_other(told: Make) -> None:
+    seen = told(ScriptedAnswer(completion()))
+    exchange = seen.serve()
+    for number in range(MAX_TENANTS + 50):
+        event = msgspec.structs.replace(exchange.event, tenant_id=f"tenant-{number}", limit_tripped="tenant_rpm")
+        seen.telemetry.record(exchange, event, b"{}")
+    found = seen.scrape()
+    for metric in ("gateway_requests_total", "gateway_ratelimit_rejections_total"):
+        tenants = {dict(labels)["tenant"] for name, labels in found if name == metric}
+        assert len(tenants) <= MAX_TENANTS + 1
+        assert at(found, metric, tenant="other") == 51  # the first was the call's own
+        assert at(found, metric) >= MAX_TENANTS + 50
+
+
+def test_what_alerts_count_from_begins_at_zero(told: Make) -> None:
+    seen = told()
+    snapshot = config()
+    seen.telemetry.config_loaded(snapshot)
+    found = seen.scrape()
+    for target in snapshot.targets.values():
+        assert at(found, "gateway_target_misconfigured_total", target=target.name) == 0
+        assert at(found, "gateway_unpriced_total", provider=target.provider.name) == 0
+
+
+def test_refused_files_show_until_they_are_mended(told: Make) -> None:
+    telemetry = told().telemetry
+    telemetry.config_loaded(config())
+    telemetry.config_refused()
+    assert at(figures(telemetry.scrape().decode()), "gateway_config_refused") == 1
+    telemetry.config_restored()
+    assert at(figures(telemetry.scrape().decode()), "gateway_config_refused") == 0
+
+
+def test_late_event_loop_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Late(Clock):
+        async def sleep(self, seconds: float) -> None:
+            self.ahead += seconds + 0.3
+
+    lines = Lines()
+    telemetry = Telemetry(lines, None, Late())
+    asyncio.run(telemetry.run_once())
+    lines.close()
+    found = figures(telemetry.scrape().decode())
+    assert at(found, "gateway_event_loop_delay_seconds_bucket", le="0.25") == 0
+    assert at(found, "gateway_event_loop_delay_seconds_bucket", le="0.5") == 1
+    assert LOOP_SECONDS < 1
+
+
+def test_budgets_targets_and_keys_tell_their_state(journey: Journey) -> None:
+    journey.clear()
+    for _ in range(4):  # both replicas are asked, sooner or later
+        journey.post(chat("tokens=2", max_tokens=20), x_tenant_id="tenant-poor")
+    scrapes = [figures(journey.admin("/metrics", replica).text) for replica in range(len(journey.stack.replicas))]
+    used = [
+        value
+        for found in scrapes
+        for (name, labels), value in found.items()
+        if name == "gateway_budget_used_ratio" and ("tenant", "tenant-poor") in labels
+    ]
+    assert used
+    assert all(0 < value <= 1 for value in used)
+    assert at(scrapes[0], "gateway_target_up", target="openai/gpt-4o-mini") == 1
+    assert at(scrapes[0], "gateway_vendor_key_up", key="half-bad:good") == 1
+
+
+def test_key_that_its_vendor_refused_shows_as_down(journey: Journey) -> None:
+    journey.clear()
+
+    def down() -> bool:
+        journey.post(chat("tokens=2", "half-bad"))
+        found = figures(journey.admin("/metrics").text)
+        return at(found, "gateway_vendor_key_up", key="half-bad:bad-one") == 0
+
+    until(down)
