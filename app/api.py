@@ -235,6 +235,7 @@ class FrontDoor:
                 bool(int(parent[3], 16) & 1) if parent else self.ambient.random() < config.settings.trace_sample_ratio
             ),
             relayed=tuple(relayed),
+            metadata=_picked(headers, config.routing_headers) if config.routing_headers else {},
         )
 
     async def _refuse(self, send: Send, dialect: Dialect, error: GatewayError, request_id: str | None = None) -> None:
@@ -255,6 +256,10 @@ def _trace_state(headers: Mapping[bytes, str]) -> str | None:
     """Other systems' part of the trace context: carried on as it came, where it can stand in a header."""
     state = headers.get(b"tracestate")
     return state if state is not None and _TRACESTATE.fullmatch(state) else None
+
+
+def _picked(headers: Mapping[bytes, str], names: frozenset[bytes]) -> dict[bytes, str]:
+    return {name: headers[name] for name in names if name in headers}
 
 
 def _cut(exchange: Exchange, task: asyncio.Task[None], why: Cut) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from app import keys, ledger_commands, money_commands, price_commands
+from app import explain, keys, ledger_commands, money_commands, price_commands
 from app.ambient import Ambient, timestamp
 from app.audit import audit_line
 from app.config import NAME, ConfigError, Secret, load, price_tables
@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     check = command("check", _check, "Load the configuration as a replica would, and say every fault at once.")
     check.add_argument("--no-secrets", action="store_true", help="pass where env: and file: references are missing")
     _config_options(check)
+    explain.add(check)
 
     _keys_options(command("keys", _keys_list, "Service keys: make, rotate, revoke, list."))
 
@@ -209,6 +210,8 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     config = load(arguments.config, arguments.environment, arguments.overlay, require_secrets=not arguments.no_secrets)
+    if arguments.explain:
+        return explain.run(arguments, config)
     print(
         f"The configuration is valid: version {config.version}, environment {config.environment}, "
         f"{len(config.aliases)} aliases, {len(config.tenants)} tenants, {len(config.keys)} keys, "

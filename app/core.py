@@ -181,7 +181,8 @@ class LedgerEvent(Struct, frozen=True, kw_only=True):
 
     A row with `adjusts` is no call: it corrects the cost of the call with that `event_id`, and has no tokens. Its
     `cost_status` is `repriced` where the call had been charged at the ceiling, `unpriced`. `alias_requested` is what
-    the client asked for where a budget that was nearly used up put `model_alias`, a cheaper one, in its place.
+    the client asked for where a budget that was nearly used up put `model_alias`, a cheaper one, in its place. `rule`
+    names the one of the alias's rules that the call went by.
     """
 
     schema: str = field(default="cost-ledger-v1", name="$schema")
@@ -227,6 +228,7 @@ class LedgerEvent(Struct, frozen=True, kw_only=True):
     limit_tripped: str | None = None
     operation: Operation = "chat"
     alias_requested: str | None = None
+    rule: str | None = None
 
 
 class Intent(Struct, frozen=True, array_like=True, gc=False):
@@ -364,6 +366,7 @@ class Call(Struct, frozen=True, kw_only=True):
     `fault` is what reception found wrong (a body too large, a forged header): it travels in the call, so that it
     leaves a row like any other outcome. `received_at` is unix seconds and, as text, the time that intent and event
     carry (`occurred_at`); `started` is the monotonic clock. `trace_id` is 32 hexadecimal digits (W3C trace context).
+    `metadata` has those of its headers that routing rules look at, by lower-case name.
     """
 
     event_id: str
@@ -387,6 +390,7 @@ class Call(Struct, frozen=True, kw_only=True):
     sampled: bool = False
     relayed: tuple[tuple[str, str], ...] = ()
     wishes: Wishes | None = None
+    metadata: Mapping[bytes, str] = {}
 
 
 class Reply(Struct, frozen=True):
@@ -478,6 +482,7 @@ class Exchange(Struct, kw_only=True, eq=False):
     told of the prompt before the answer was cut.
     `rates` is what the answer says of limits. `charged` is what the row says that the call cost.
     `authorized` and `reserved` are when the call had passed those rooms, on the monotonic clock; 0 where it has not.
+    `rule` names the routing rule that won.
     `grant` is what the call holds of its vendor's key, where the key's vendor grants so much and no more.
     """
 
@@ -492,6 +497,7 @@ class Exchange(Struct, kw_only=True, eq=False):
     input_tokens_estimate: int = 0
     output_tokens_estimate: int = 0
     target: Target | None = None
+    rule: str | None = None
     attempts: list[Attempt] = []
     chain: tuple[str, ...] = ()
     authorized: float = 0.0

@@ -15,6 +15,7 @@ from app.credentials import Credentials
 from app.errors import VendorBroke, VendorError, VendorMisconfigured, VendorRefused, VendorTimeout
 from app.ledger import Spool
 from app.limits import Limits
+from app.paces import Paces
 from app.providers.translator import Answer, Outgoing, Stamp
 from app.relay import Stream
 from app.routing import after, plan, sum_up
@@ -48,6 +49,7 @@ class Dialogue:
         self.upstream = upstream
         self.telemetry = telemetry
         self.ambient = ambient
+        self.paces = Paces(ambient)
 
     async def first_good(self, exchange: Exchange, alias: Alias) -> tuple[VendorAnswer | None, Stream | bytes]:
         """The first good answer of the chain: a whole body, or a stream up to its first content.
@@ -173,6 +175,8 @@ class Dialogue:
             exchange.patience.lift()
             ended = self.ambient.monotonic()
             exchange.provider_seconds += ended - started
+            if alias.order == "latency" and outcome in ("success", VendorTimeout.fault):
+                self.paces.took(target, request.stream, ended - started)
             exchange.attempts.append(
                 Attempt(
                     target=target.name,

@@ -32,11 +32,8 @@ class Estimates:
     def __init__(self) -> None:
         self._learned: dict[str, _Learned] = {}
 
-    def need(self, exchange: Exchange, alias: Alias) -> tuple[int, int]:
-        """Tokens and nano-dollars to reserve, and notes the tokens: the request by its size, the answer by its limit.
-
-        The client's hint can only raise the tokens. Dollars are by the dearest target, for the chain may end there.
-        """
+    def size(self, exchange: Exchange, alias: Alias) -> None:
+        """Notes about how many tokens the call has: the request by its size, the answer by its limit."""
         request = exchange.request
         text_bytes, blobs = size(exchange.call.body)
         learned = self._learned.get(alias.name)
@@ -45,9 +42,17 @@ class Estimates:
         exchange.input_tokens_estimate = max(sized, request.input_tokens)
         output = alias.default_output_tokens if request.max_output_tokens is None else request.max_output_tokens
         exchange.output_tokens_estimate = output * request.choices
-        usage = estimate(request.operation, exchange.input_tokens_estimate, exchange.output_tokens_estimate)
+
+    def need(self, exchange: Exchange, alias: Alias) -> tuple[int, int]:
+        """Tokens and nano-dollars to reserve, and notes the tokens where `size` has not.
+
+        The client's hint can only raise the tokens. Dollars are by the dearest target, for the chain may end there.
+        """
+        if not exchange.input_tokens_estimate:
+            self.size(exchange, alias)
+        usage = estimate(exchange.request.operation, exchange.input_tokens_estimate, exchange.output_tokens_estimate)
         tenant_id, at = exchange.tenant.id, exchange.call.received_at
-        nanos = max(charge(usage, target, tenant_id, None, at).total_nanos for target in alias.targets)
+        nanos = max(charge(usage, target, tenant_id, None, at).total_nanos for target in alias.reach)
         return max(usage.total, exchange.call.tokens_hint), nanos
 
     def learn(self, exchange: Exchange) -> None:

@@ -31,7 +31,7 @@ from app.ledger import Spool
 from app.limits import Limits
 from app.providers import stored
 from app.relay import Stream
-from app.routing import sum_up
+from app.routing import Facts, choose, needs, place, sum_up
 from app.settlement import event_of, fell_back, ms, word
 from app.telemetry import Telemetry
 from app.upstream import VendorAnswer
@@ -79,6 +79,8 @@ class Gateway:
                 exchange.authorized = self.ambient.monotonic()
                 if tenant.downgrade:
                     alias = self._downgraded(exchange, tenant, alias)
+                if alias.routed:
+                    alias = self._routed(exchange, tenant, alias)
                 tokens, nanos = self.estimates.need(exchange, alias)
                 exchange.reservation = held = await self.limits.reserve(call, tenant, tokens, nanos)  # 3 budget
                 exchange.reserved = self.ambient.monotonic()
@@ -117,6 +119,23 @@ class Gateway:
         exchange.alias_requested = alias.name
         exchange.request = msgspec.structs.replace(exchange.request, alias=cheaper.name)
         return cheaper
+
+    def _routed(self, exchange: Exchange, tenant: Tenant, alias: Alias) -> Alias:
+        """The way that the alias's rules have for this call, the rule noted. Raises UnsupportedParameter."""
+        call = exchange.call
+        self.estimates.size(exchange, alias)
+        facts = Facts(
+            tenant=tenant.id,
+            plan=tenant.plan,
+            input_tokens=exchange.input_tokens_estimate,
+            output_tokens=exchange.output_tokens_estimate,
+            at=call.received_at,
+            headers=call.metadata,
+            needs=needs(call.body),
+            place=place(alias.name, call.user_id_hash or call.event_id),
+        )
+        exchange.rule, way = choose(alias, facts, self.dialogue.paces.reader(exchange.request.stream))
+        return way
 
     # --- 7 departure --------------------------------------------------------------------------------------------------
 
@@ -248,6 +267,8 @@ class Gateway:
                 (b"x-gateway-attempts", b"%d" % len(exchange.attempts)),
                 (b"x-gateway-fallback", b"true" if fell_back(exchange) else b"false"),
             ]
+        if exchange.rule is not None:
+            headers.append((b"x-gateway-rule", exchange.rule.encode()))
         if exchange.alias_requested is not None:
             headers.append((b"x-gateway-downgraded-from", exchange.alias_requested.encode()))
         if exchange.rates is not None:

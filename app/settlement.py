@@ -76,6 +76,7 @@ def event_of(exchange: Exchange, now: float) -> LedgerEvent:
         limit_tripped=error.limit if isinstance(error, LimitError) else None,
         operation="chat" if request is None else request.operation,
         alias_requested=exchange.alias_requested,
+        rule=exchange.rule,
     )
 
 

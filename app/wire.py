@@ -14,6 +14,8 @@ ABSENT = Raw()
 
 Service = Literal["chat", "embeddings"]
 """What a target's model is for."""
+Need = Literal["vision", "audio", "tools", "json_schema"]
+"""What a request may want of a model beyond text, and a model may not have."""
 Operation = Literal["chat", "embeddings", "count_tokens"]
 """What a call wants of a model."""
 

@@ -87,6 +87,16 @@ OVERLAY: dict[str, Any] = {
             "targets": ["openai/gpt-4o-mini", "openrouter/gpt-4o-mini"],
             "timeouts": {"first_token_seconds": 0.5, "answer_seconds": 0.5, "idle_seconds": 0.5, "total_seconds": 5},
         },
+        "ruled": {
+            "targets": ["openai/gpt-4o-mini", "openrouter/gpt-4o-mini"],
+            "rules": {
+                "long": {"when": {"prompt_tokens_above": 500}, "targets": ["openrouter/gpt-4o"]},
+                "beta": {
+                    "when": {"plans": ["internal"], "headers": {"x-feature-id": ["beta"]}},
+                    "targets": ["openrouter/gpt-4o-mini", "openai/gpt-4o-mini"],
+                },
+            },
+        },
         "hasty": {"targets": ["openai/gpt-4o-mini"], "timeouts": {"total_seconds": 0.6}},
         "unpriced": {"targets": ["openai/unpriced"]},
         "azure": {"targets": ["azure/gpt-4o-mini"]},

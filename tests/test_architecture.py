@@ -24,14 +24,14 @@ LAYERS = (
     ("providers", "dialects"),
     (
         "auth", "cache", "control", "cooldowns", "limits", "redis_pipe", "ledger", "credentials", "upstream", "http1",
-        "telemetry", "warnings",
+        "telemetry", "warnings", "paces",
     ),
     ("routing", "estimate", "settlement", "relay", "dialogue", "gateway", "server"),
     (
         "api", "admin", "bodies", "keys", "ledger_shipper", "archive", "reports", "price_sync", "rerate", "usage_pages",
         "ledger_schema", "ledger_segment", "dead_letters", "lake",
     ),
-    ("asgi", "cli", "lint_apps", "jobs", "ledger_commands", "money_commands", "price_commands"),
+    ("asgi", "cli", "lint_apps", "jobs", "ledger_commands", "money_commands", "price_commands", "explain"),
 )  # fmt: skip
 """The rooms from the ground up: a file imports only from layers before its own."""
 
@@ -70,6 +70,7 @@ WITHIN_A_LAYER = {
     ("usage_pages", "reports"): "pages show what reports found",
     ("rerate", "archive"): "adjustments are rows of the ledger",
     ("cli", "asgi"): "`gateway serve`",
+    ("cli", "explain"): "`gateway check --explain`",
     ("cli", "lint_apps"): "`gateway lint-apps`",
     ("cli", "money_commands"): "`gateway rollup`, `gateway export`",
     ("money_commands", "jobs"): "`gateway jobs`",

@@ -411,7 +411,9 @@ def test_a_base_url_loses_its_trailing_slash(tmp_path: Path, url: str, base_url:
 
 
 def test_all_faults_of_all_files_are_told_at_once(folder: Path, tmp_path: Path) -> None:
-    (folder / "tenant_policy.yaml").write_text("plans: {free: {rpm: -1}}\ntenants: {a: {plan: x, z: 1}}\n")
+    (folder / "tenant_policy.yaml").write_text(
+        "plans: {free: {rpm: -1}, standard: {}}\ntenants: {a: {plan: x, z: 1}}\n"
+    )
     overlay = tmp_path / "o.yaml"
     overlay.write_text("providers: {openai: {api_key: sk-1, region: 5}}\naliases: {a: {targets: [x/y]}}\n")
     faults = faults_of(lambda: loaded(folder, "prod", overlay))
@@ -424,7 +426,7 @@ def test_all_faults_of_all_files_are_told_at_once(folder: Path, tmp_path: Path) 
         f"{overlay}: providers.openai.api_key: a secret is a reference, env:NAME or file:/path, never the value itself",
         f"{overlay}: aliases.a.targets: no target 'x/y'; known: {', '.join(shipped['targets'])}",
         f"{folder / 'tenant_policy.yaml'}: plans.free.rpm: must be above 0; leave it out for no limit",
-        f"{folder / 'tenant_policy.yaml'}: tenants.a.plan: no plan 'x'; known: free",
+        f"{folder / 'tenant_policy.yaml'}: tenants.a.plan: no plan 'x'; known: free, standard",
     ]
     assert sorted(faults) == sorted(expected)
 

@@ -188,7 +188,7 @@ def test_connection_header_that_strips_the_credential_means_401(journey: Journey
 
 def test_models_lists_what_the_tenant_may_use(journey: Journey) -> None:
     listed = [model.id for model in journey.openai().models.list()]
-    assert set(listed) == {"support-fast", "support-quality", "embed-small", *OVERLAY["aliases"]}
+    assert set(listed) == {"support-fast", "support-quality", "support-auto", "embed-small", *OVERLAY["aliases"]}
     narrow = journey.http.get("/v1/models", headers=journey.headers(x_tenant_id="tenant-narrow")).json()
     assert [model["id"] for model in narrow["data"]] == ["support-fast"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from app.config import NAME, Alias, Config, ServiceKey, Tenant
+from app.config import NAME, Alias, Config, ServiceKey, Target, Tenant
 from app.errors import (
     InvalidRequest,
     ModelNotAllowed,
@@ -68,10 +68,44 @@ def allowed(config: Config, tenant: Tenant) -> list[str]:
 
 
 def _within(alias: Alias, tenant: Tenant) -> Alias | None:
-    """The alias as far as it is in the tenant's regions: fallback has nowhere else to go. None: no target is."""
-    if tenant.residency is None:
+    """The alias as far as it is in the tenant's regions, wherever a call may go by it. None: no target is.
+
+    A rule whose targets are all elsewhere is left out: its calls go by the next one that holds.
+    """
+    regions = tenant.residency
+    if regions is None:
         return alias
-    targets = tuple(target for target in alias.targets if target.provider.region in tenant.residency)
+    rules = []
+    for rule in alias.rules:
+        way = _way_within(rule.alias, regions)
+        if way is not None:
+            rules.append(msgspec.structs.replace(rule, alias=way))
+    way = _way_within(alias, regions)
+    return None if way is None else msgspec.structs.replace(way, rules=tuple(rules)) if alias.rules else way
+
+
+def _way_within(way: Alias, regions: frozenset[str]) -> Alias | None:
+    targets = _in_regions(way.targets, regions)
     if not targets:
         return None
-    return msgspec.structs.replace(alias, targets=targets, chain=tuple(target.name for target in targets))
+    if len(targets) != len(way.targets) and way.weights:
+        kept = [weight for target, weight in zip(way.targets, way.weights, strict=True) if target in targets]
+        way = msgspec.structs.replace(way, weights=tuple(kept))
+    if way.cascade is not None:
+        above = _in_regions(way.cascade.targets, regions)
+        way = msgspec.structs.replace(
+            way, cascade=msgspec.structs.replace(way.cascade, targets=above) if above else None
+        )
+    if way.shadow is not None and not _in_regions((way.shadow.target,), regions):
+        way = msgspec.structs.replace(way, shadow=None)
+    if way.on_context_length or way.on_content_filter:
+        way = msgspec.structs.replace(
+            way,
+            on_context_length=_in_regions(way.on_context_length, regions),
+            on_content_filter=_in_regions(way.on_content_filter, regions),
+        )
+    return way.along(targets)
+
+
+def _in_regions(targets: tuple[Target, ...], regions: frozenset[str]) -> tuple[Target, ...]:
+    return tuple(target for target in targets if target.provider.region in regions)

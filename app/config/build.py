@@ -6,13 +6,13 @@ from collections.abc import Collection, Iterator, Mapping
 from datetime import date
 from decimal import Decimal
 from typing import TypeVar
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
 from msgspec import Struct
 
 from app.config.accounts import account, credential, pool
-from app.config.caching import alias_cache, tenant_cache
+from app.config.aliases import DEFAULT_TIMEOUTS, build_aliases, check_zone, named_targets, routing_headers, timeouts
+from app.config.caching import tenant_cache
 from app.config.callers import certificates, check_tenants, issuers, serves
 from app.config.plans import inherited
 from app.config.pricing import ceiling, price_targets
@@ -27,7 +27,6 @@ from app.config.running import (
     KEY_ID,
     NAME,
     TARGET_NAME,
-    Alias,
     Config,
     Provider,
     Quota,
@@ -36,7 +35,6 @@ from app.config.running import (
     Settings,
     Target,
     Tenant,
-    Timeouts,
 )
 from app.config.written import (
     Written,
@@ -45,7 +43,6 @@ from app.config.written import (
     WrittenProvider,
     WrittenQuota,
     WrittenTenant,
-    WrittenTimeouts,
 )
 from app.vendors import COMPATIBLE, COMPATIBLE_KIND, KINDS, Vendor
 
@@ -56,19 +53,6 @@ MAX_COUNT = 2**53 - 1
 """Redis's scripts count in doubles, which are exact up to here."""
 MAX_BUDGET_USD = 9_000_000
 """In nano-dollars just below `MAX_COUNT`."""
-
-
-_DEFAULT_TIMEOUTS = Timeouts(connect=5.0, first_token=60.0, answer=300.0, idle=60.0, total=1800.0)
-
-
-def _timeouts(written: WrittenTimeouts, base: Timeouts, path: str, faults: Faults) -> Timeouts:
-    values = {}
-    for name in ("connect", "first_token", "answer", "idle", "total"):
-        value = getattr(written, f"{name}_seconds")
-        if value is not None and not 0 < value <= 86_400:
-            faults.add(f"{path}.{name}_seconds", "must be above 0 and at most 86400")
-        values[name] = getattr(base, name) if value is None else float(value)
-    return Timeouts(**values)
 
 
 def _base_url(url: str, path: str, faults: Faults) -> str:
@@ -97,15 +81,15 @@ def build(
 ) -> Config:
     """The snapshot. With faults noted it is not to be used: what could not be built is missing from it."""
     written = msgspec.structs.replace(written, plans=inherited(written.plans, faults))
-    timeouts = _timeouts(written.gateway.timeouts, _DEFAULT_TIMEOUTS, "gateway.timeouts", faults)
+    base = timeouts(written.gateway.timeouts, DEFAULT_TIMEOUTS, "gateway.timeouts", faults)
     targets = _targets(written, _providers(written, secrets, faults), faults)
-    aliases = _aliases(written, targets, timeouts, faults)
+    aliases = build_aliases(written, targets, base, faults)
     return Config(
         version=version,
         environment=environment,
         settings=_settings(
             written.gateway,
-            max([timeouts.total, *(alias.timeouts.total for alias in aliases.values())]),
+            max([base.total, *(alias.timeouts.total for alias in aliases.values())]),
             secrets,
             faults,
         ),
@@ -127,6 +111,7 @@ def build(
         global_quota=_quota(WrittenQuota(rpm=written.global_.rpm, tpm=written.global_.tpm), "global", faults),
         price_version=price_version,
         prices_checked_on=min(_checked_on(written), default=None),
+        routing_headers=routing_headers(aliases.values()),
     )
 
 
@@ -206,8 +191,7 @@ def _providers(written: Written, secrets: Secrets, faults: Faults) -> dict[str, 
 
 def _used(written: Written) -> frozenset[str]:
     """The providers that an alias may ask: only they need their secrets, so that the others can stand there unused."""
-    targets = [name for alias in written.aliases.values() if alias is not None for name in alias.targets]
-    found = [written.targets.get(name) for name in targets]
+    found = [written.targets.get(name) for name in named_targets(written)]
     return frozenset(target.provider for target in found if target is not None)
 
 
@@ -228,6 +212,7 @@ def _targets(written: Written, providers: Mapping[str, Provider], faults: Faults
     for name, target in _entries(written.targets, TARGET_NAME, "targets", faults):
         _known(target.provider, written.providers, "provider", f"targets.{name}.provider", faults)
         _positive(target.max_output_tokens, f"targets.{name}.max_output_tokens", faults)
+        _positive(target.context_tokens, f"targets.{name}.context_tokens", faults)
         if target.provider in providers:
             provider = written.providers[target.provider]
             if provider is not None and KINDS[provider.kind].versioned and not NAME.fullmatch(target.model):
@@ -246,6 +231,8 @@ def _targets(written: Written, providers: Mapping[str, Provider], faults: Faults
                 drop_params=frozenset(target.drop_params),
                 serves=target.serves,
                 max_output_tokens=target.max_output_tokens,
+                capabilities=None if target.capabilities is None else frozenset(target.capabilities),
+                context_tokens=target.context_tokens,
             )
     return targets
 
@@ -257,33 +244,6 @@ def _checked_on(written: Written) -> Iterator[date]:
         price = None if target is None else models.get(target.priced_as or target.model)
         if price is not None:
             yield price.checked_on
-
-
-def _aliases(written: Written, targets: Mapping[str, Target], timeouts: Timeouts, faults: Faults) -> dict[str, Alias]:
-    aliases: dict[str, Alias] = {}
-    for name, alias in _entries(written.aliases, NAME, "aliases", faults):
-        path = f"aliases.{name}"
-        for target_name in alias.targets:
-            _known(target_name, written.targets, "target", f"{path}.targets", faults)
-        if not alias.targets:
-            faults.add(f"{path}.targets", "needs at least one target")
-        if len(set(alias.targets)) != len(alias.targets):
-            faults.add(f"{path}.targets", "names a target twice")
-        _positive(alias.default_output_tokens, f"{path}.default_output_tokens", faults)
-        chain = tuple(targets[t] for t in alias.targets if t in targets)
-        serves = {target.serves for target in chain}
-        if len(serves) > 1:
-            faults.add(f"{path}.targets", f"the targets serve different things: {', '.join(sorted(serves))}")
-        aliases[name] = Alias(
-            name=name,
-            targets=chain,
-            chain=tuple(alias.targets),
-            default_output_tokens=alias.default_output_tokens or written.gateway.default_output_tokens,
-            timeouts=_timeouts(alias.timeouts, timeouts, f"{path}.timeouts", faults),
-            serves=chain[0].serves if chain else "chat",
-            cache=alias_cache(alias.cache, chain, f"{path}.cache", faults),
-        )
-    return aliases
 
 
 def _quota(written: WrittenQuota, path: str, faults: Faults, base: Quota | None = None) -> Quota:
@@ -302,7 +262,7 @@ def _quota(written: WrittenQuota, path: str, faults: Faults, base: Quota | None 
         values[name] = getattr(base, name) if dollars is None else _budget(dollars, f"{path}.{key}", faults)
     zone = written.budget_time_zone
     if zone is not None:
-        _check_zone(zone, f"{path}.budget_time_zone", faults)
+        check_zone(zone, f"{path}.budget_time_zone", faults)
     return Quota(**values, time_zone=zone or base.time_zone)
 
 
@@ -311,13 +271,6 @@ def _budget(dollars: Decimal, path: str, faults: Faults) -> int:
         faults.add(path, f"must be above 0 and at most {MAX_BUDGET_USD} USD, with at most 9 decimals")
         return 0
     return int(nanos)
-
-
-def _check_zone(name: str, path: str, faults: Faults) -> None:
-    try:
-        ZoneInfo(name)
-    except (ZoneInfoNotFoundError, ValueError, OSError):
-        faults.add(path, f"no time zone {name!r}; expected an IANA name such as Europe/Berlin or UTC")
 
 
 def _check_policy(policy: WrittenPlan, written: Written, path: str, faults: Faults) -> None:

@@ -85,10 +85,10 @@ def _rate(given: Mapping[str, int], written: WrittenRate, path: str, faults: Fau
     return Rate(_filled(given), tuple(sorted(steps.items(), reverse=True)))
 
 
-def _second(text: str, path: str, faults: Faults) -> int:
+def second_of_day(text: str, path: str, faults: Faults) -> int:
     match = _TIME.fullmatch(text)
     if match is None:
-        faults.add(path, f'{text!r} is not a time of the UTC day: "00:00" to "23:59", in quotes')
+        faults.add(path, f'{text!r} is not a time of the day: "00:00" to "23:59", in quotes')
         return 0
     return int(match[1]) * 3600 + int(match[2]) * 60
 
@@ -104,7 +104,7 @@ def _tariff(written: WrittenPrice, path: str, faults: Faults) -> Tariff:
     windows = []
     for number, window in enumerate(written.windows):
         here = f"{path}.windows[{number}]"
-        start, end = _second(window.from_, f"{here}.from", faults), _second(window.to, f"{here}.to", faults)
+        start, end = second_of_day(window.from_, f"{here}.from", faults), second_of_day(window.to, f"{here}.to", faults)
         windows.append(Window(start, end, rate(window, here)))
     tiers = {
         name: rate(tier, f"{path}.service_tiers.{name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
@@ -118,6 +119,7 @@ def convert(value: Any, shape: Any, path: str, faults: Faults) -> Any:
 
     `FAULTY` stands for what cannot go without such a part; a faulty entry of a mapping is None.
     """
+    shape = _present(shape, value)
     if isinstance(shape, type) and issubclass(shape, Struct):
         if not isinstance(value, dict):
             faults.add(path, f"expected a mapping, found {kind(value)}")
@@ -160,6 +162,14 @@ def _words(shape: Any) -> tuple[Any, ...]:
     if typing.get_origin(shape) is Literal:
         return typing.get_args(shape)
     return tuple(word for part in typing.get_args(shape) for word in _words(part))
+
+
+def _present(shape: Any, value: Any) -> Any:
+    """The struct of `Struct | None` where there is a value: its faults are told each by its path."""
+    if value is not None and isinstance(shape, types.UnionType):
+        structs = [part for part in typing.get_args(shape) if isinstance(part, type) and issubclass(part, Struct)]
+        return structs[0] if len(structs) == 1 else shape
+    return shape
 
 
 def kind(value: Any) -> str:

@@ -6,17 +6,20 @@ import re
 from collections.abc import Mapping
 from datetime import date
 
+import msgspec
 from msgspec import Struct
 
 from app.config.tariff import Price, Tariff
 from app.config.written import (
     CacheMode,
+    Doubt,
+    Order,
     WrittenDrain,
     WrittenRedis,
     WrittenRetry,
     WrittenSpool,
 )
-from app.wire import Service
+from app.wire import Need, Service
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Tenants, features and aliases: no such name can forge a Redis key or a path."""
@@ -127,6 +130,7 @@ class Target(Struct, frozen=True):
     what the model is for. `price` is what calls usually cost; where that depends on the call, `tariff` says on what,
     and a tenant may have one of its own. `priced_as` is the model's name in the price table.
     `max_output_tokens` is the length of an answer whose request names none, for vendors that must be told one.
+    `capabilities` and `context_tokens` are what the model has room for; None: it is not known, and taken for enough.
     """
 
     name: str
@@ -140,6 +144,8 @@ class Target(Struct, frozen=True):
     priced_as: str = ""
     tariff: Tariff | None = None
     tenant_tariffs: Mapping[str, Tariff] = {}
+    capabilities: frozenset[Need] | None = None
+    context_tokens: int | None = None
 
     def price_for(self, tenant_id: str | None, input_tokens: int, service_tier: str | None, at: float) -> Price:
         """The price of one call; `at` is when it arrived, unix seconds."""
@@ -186,8 +192,66 @@ class TenantCache(Struct, frozen=True):
 CACHED = TenantCache()
 
 
+class Hours(Struct, frozen=True, gc=False):
+    """From second `start` of the local day to before second `end`, past midnight where `end` is not larger.
+
+    `zone` is an IANA name; `weekdays` counts from Monday, 0, and means the day on which the hours begin.
+    """
+
+    start: int
+    end: int
+    zone: str
+    weekdays: frozenset[int]
+
+
+class When(Struct, frozen=True):
+    """What must hold for a rule to win; None and empty ask nothing. Prompts are measured in tokens, by estimate.
+
+    `headers`: by lower-case name the values that the client's header may have, `*` any.
+    """
+
+    plans: frozenset[str] | None = None
+    tokens_above: int | None = None
+    tokens_up_to: int | None = None
+    hours: Hours | None = None
+    headers: tuple[tuple[bytes, frozenset[str]], ...] = ()
+    needs: frozenset[Need] = frozenset()
+
+
+class Cascade(Struct, frozen=True):
+    """Whom a doubtful answer is taken to, and what makes it doubtful.
+
+    `doubts` are a failed schema, a refusal, the end of its room; `mean_logprob` is the least mean of its tokens' log
+    probabilities.
+    """
+
+    targets: tuple[Target, ...]
+    doubts: frozenset[Doubt]
+    mean_logprob: float | None = None
+
+
+class Shadow(Struct, frozen=True):
+    """A target that gets a copy of `percent` of an alias's calls; nobody waits for its answers or pays for them."""
+
+    target: Target
+    percent: float
+
+
+class Hedge(Struct, frozen=True):
+    """A second target is asked too, where the first says nothing for so long; at most for `percent` of the calls."""
+
+    after_seconds: float
+    percent: float
+
+
 class Alias(Struct, frozen=True):
-    """What apps ask for: a chain of targets, tried in order. All of them serve the same. `cache` None: it is off."""
+    """What apps ask for: a chain of targets, tried in order. All of them serve the same.
+
+    `order` and `weights` (one for each target, where there are any) say who comes first. The first of `rules` that
+    holds has the call go by another alias in this one's place: the same name, another way. The targets of
+    `on_context_length` and `on_content_filter` come after a refusal of that kind. `routed` is True where the way
+    depends on the call. `cache` None: it is off.
+    """
 
     name: str
     targets: tuple[Target, ...]
@@ -196,6 +260,32 @@ class Alias(Struct, frozen=True):
     timeouts: Timeouts
     serves: Service = "chat"
     cache: AliasCache | None = None
+    order: Order = "written"
+    weights: tuple[int, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    cascade: Cascade | None = None
+    on_context_length: tuple[Target, ...] = ()
+    on_content_filter: tuple[Target, ...] = ()
+    shadow: Shadow | None = None
+    hedge: Hedge | None = None
+    routed: bool = False
+
+    @property
+    def reach(self) -> tuple[Target, ...]:
+        """Where a call may go by this way, a cascade's targets apart."""
+        return self.targets + self.on_context_length + self.on_content_filter
+
+    def along(self, targets: tuple[Target, ...]) -> Alias:
+        """The same with another chain."""
+        return msgspec.structs.replace(self, targets=targets, chain=tuple(target.name for target in targets))
+
+
+class Rule(Struct, frozen=True):
+    """`alias` is the way of the calls for which `when` holds; it has no rules itself."""
+
+    name: str
+    when: When
+    alias: Alias
 
 
 class Quota(Struct, frozen=True, gc=False):
@@ -310,7 +400,7 @@ class Config(Struct, frozen=True):
 
     `issuers` is by the tokens' `iss`, `certificates` by the subject's common name. `plans` holds what a tenant of that
     plan is, with the plan's name for its own. `price_version` is the date of the price table; `prices_checked_on` the
-    oldest check of a price in use.
+    oldest check of a price in use. `routing_headers` are those of the client's that a rule looks at.
     """
 
     version: str
@@ -326,3 +416,4 @@ class Config(Struct, frozen=True):
     plans: Mapping[str, Tenant] = {}
     issuers: Mapping[str, Issuer] = {}
     certificates: Mapping[str, ServiceKey] = {}
+    routing_headers: frozenset[bytes] = frozenset()

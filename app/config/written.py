@@ -8,7 +8,7 @@ from typing import Literal
 
 from msgspec import Struct, field
 
-from app.wire import Service
+from app.wire import Need, Service
 
 
 class WrittenVendorKey(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -43,6 +43,8 @@ class WrittenTarget(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     priced_as: str | None = None
     drop_params: list[str] = []
     max_output_tokens: int = 8192
+    capabilities: list[Need] | None = None
+    context_tokens: int | None = None
 
 
 class WrittenTimeouts(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -63,11 +65,70 @@ class WrittenCache(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     kb_revision: str | None = None
 
 
-class WrittenAlias(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+Weekday = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
+Order = Literal["written", "cost", "latency"]
+Doubt = Literal["schema", "refusal", "length"]
+"""Why a cascade may not trust an answer, beside the mean of its log probabilities."""
+
+
+class WrittenHours(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """From one time of the day to before another, past midnight where `to` is not later; a weekday is `from`'s."""
+
+    from_: str = field(default="00:00", name="from")
+    to: str = "00:00"
+    zone: str = "UTC"
+    weekdays: list[Weekday] = []
+
+
+class WrittenWhen(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything that is named must hold."""
+
+    plans: list[str] | None = None
+    prompt_tokens_above: int | None = None
+    prompt_tokens_up_to: int | None = None
+    hours: WrittenHours | None = None
+    headers: dict[str, list[str]] = {}
+    needs: list[Need] = []
+
+
+class WrittenCascade(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     targets: list[str]
+    escalate: list[Doubt] = field(default_factory=lambda: ["schema", "refusal", "length"])
+    mean_logprob_below: float | None = None
+
+
+class WrittenShadow(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    target: str
+    percent: float
+
+
+class WrittenHedge(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    after_seconds: float
+    percent: float = 5
+
+
+class WrittenWay(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where a call goes: the chain, who comes first in it, and who is asked where the answer is doubtful."""
+
+    targets: list[str]
+    order: Order = "written"
+    weights: dict[str, int] = {}
+    cascade: WrittenCascade | None = None
+
+
+class WrittenRule(WrittenWay, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    when: WrittenWhen
+
+
+class WrittenAlias(WrittenWay, frozen=True, forbid_unknown_fields=True, kw_only=True):
     default_output_tokens: int | None = None
     timeouts: WrittenTimeouts = field(default_factory=WrittenTimeouts)
     cache: WrittenCache = field(default_factory=WrittenCache)
+    rules: dict[str, WrittenRule] = {}
+    on_context_length: list[str] = []
+    on_content_filter: list[str] = []
+    shadow: WrittenShadow | None = None
+    hedge: WrittenHedge | None = None
 
 
 class WrittenQuota(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
