@@ -99,12 +99,14 @@ class Shipper:
         self._options = options
         self._ambient = ambient
         self._process: asyncio.subprocess.Process | None = None
-        self._stopping = False
+        self._stopping = self._renewing = False
 
     async def run(self) -> None:
         while not self._stopping:
             await self.run_once()
-            if not self._stopping:
+            if self._renewing:
+                self._renewing = False
+            elif not self._stopping:
                 self.status = ShipperStatus(error="the shipper process ended")
                 log.error("the shipper process ended; it is started again")
                 await self._ambient.sleep(1.0)
@@ -125,6 +127,14 @@ class Shipper:
                 lines += 1
         await self._process.wait()
         return lines
+
+    def keep_free(self, keep_free_bytes: int) -> None:
+        """Has the child begin anew where it changes; it ends as in a drain."""
+        if keep_free_bytes != self._keep_free_bytes:
+            self._keep_free_bytes = keep_free_bytes
+            self._renewing = True
+            if self._process is not None and self._process.returncode is None:
+                self._process.stdin.close()
 
     async def stop(self) -> None:
         """Closes its standard input: it ships what it can and exits; past the limit it is ended."""
@@ -325,6 +335,9 @@ class Replica:
         settings = self.source.current.settings
         self.pipe.timeout_ms = settings.redis.timeout_ms
         self.pipe.probe_seconds = settings.redis.probe_seconds
+        self.spool.settings = settings.spool
+        if self.shipper:
+            self.shipper.keep_free(LAKE_RESERVES * settings.spool.reserve_bytes)
         self.telemetry.config_loaded(self.source.current)
         self._audit_reload(before, self.source.current)
         log.info("configuration %s took effect", self.source.current.version)

@@ -128,7 +128,7 @@ def take_lock(fd: int) -> bool:
 class _Segment:
     """A segment open for writing, and locked."""
 
-    __slots__ = ("fd", "path", "size", "torn")
+    __slots__ = ("fd", "path", "size", "synced", "torn")
 
     def __init__(self, path: Path) -> None:
         """Raises `FileExistsError` where the name is taken, or an adopter was quicker than our lock."""
@@ -136,6 +136,7 @@ class _Segment:
         self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self.size = 0
         self.torn = False
+        self.synced = False
         try:
             locked = take_lock(self.fd)
         except OSError:
@@ -171,7 +172,8 @@ class _Segment:
 class Spool:
     """Takes intents and events of this process. `intend` and `append` are one `write` each and never wait for a sync.
 
-    For metrics: `bytes_written`, `rows`, `open_intents`, `available`, `last_error`, `write_failures`,
+    `settings` may be set at any time: they count from the next sync, look at the disk and segment on. For metrics:
+    `bytes_written`, `rows`, `open_intents`, `available`, `last_error`, `write_failures`,
     `unsynced_seconds`.
     """
 
@@ -186,12 +188,13 @@ class Spool:
         self.available = False
         self._directory = directory
         self._replica = replica
-        self._settings = settings
+        self.settings = settings
         self._ambient = ambient
         self._encode = msgspec.json.Encoder().encode
         self._intents: dict[str, bytes] = {}
         self._segment: _Segment | None = None
         self._sealed: list[_Segment] = []
+        self._left: list[_Segment] = []
         self._rotate_at = settings.segment_bytes
         self._rotate_after = 0.0
         self._sequence = 0
@@ -200,6 +203,7 @@ class Spool:
         self._check_at = 0.0
         self._full = False
         self._fault = False
+        self._unsound = False
         self._thread: ThreadPoolExecutor | None = None
 
     @property
@@ -281,7 +285,7 @@ class Spool:
                 self._sequence += 1
             else:
                 self._named = False
-                self._rotate_after = self._ambient.monotonic() + self._settings.segment_seconds
+                self._rotate_after = self._ambient.monotonic() + self.settings.segment_seconds
                 return segment
 
     def _rotate(self) -> None:
@@ -309,14 +313,14 @@ class Spool:
         self.bytes_written += len(carried) + len(_SEAL)
         self._sealed.append(old)  # unlocked after it is synced
         self._segment = new
-        self._rotate_at = len(carried) + self._settings.segment_bytes
+        self._rotate_at = len(carried) + self.settings.segment_bytes
 
     # --- the disk ---
 
     async def run(self) -> None:
         """Makes lines durable and watches the disk until cancelled."""
         while True:
-            await self._ambient.sleep(self._settings.fsync_ms / 1000)
+            await self._ambient.sleep(self.settings.fsync_ms / 1000)
             await self.run_once()
 
     async def run_once(self) -> int:
@@ -336,7 +340,7 @@ class Spool:
         try:
             free_bytes = await loop.run_in_executor(self._thread, self._sync, check)
         except OSError as error:
-            self._fault = True
+            self._fault = self._unsound = True
             self._note(error)
             return 0
         if pending is not None:
@@ -360,7 +364,10 @@ class Spool:
             self._sync_directory()
         segment = self._segment
         if segment is not None:
+            if check and not os.fstat(segment.fd).st_nlink:
+                raise FileNotFoundError(errno.ENOENT, "somebody deleted the segment")
             os.fdatasync(segment.fd)
+            segment.synced = True
         return self._free_bytes() if check else None
 
     def _sync_directory(self) -> None:
@@ -377,18 +384,49 @@ class Spool:
 
     def _look(self, free_bytes: int) -> None:
         """Refuses calls below the reserve, and takes them again an eighth above it, so that it does not flutter."""
-        reserve = self._settings.reserve_bytes
+        reserve = self.settings.reserve_bytes
         self._full = free_bytes < (reserve + reserve // 8 if self._full else reserve)
         if self._full:
             self.last_error = f"{free_bytes} bytes free, {reserve} are reserved"
         self.available = not (self._full or self._fault)
 
     def _probe(self) -> None:
-        """After a failure: calls are taken again once the disk takes a line, and syncs it."""
+        """After a failure: calls are taken again once the disk takes a line, and syncs it.
+
+        Where this file does not, another may: the old one was deleted, say, or is on a disk that was mounted anew. It
+        is not left before it was good once, so that a disk which is beyond help does not get a file a second.
+        """
+        if not self._unsound:
+            with contextlib.suppress(LedgerUnavailable):
+                self._write(encode_line(b"P", _PROBE))
+                self._fault = False
+                return
+        segment = self._segment
+        self._unsound = False
+        if segment is not None and segment.synced:
+            self._leave(segment)
+
+    def _leave(self, old: _Segment) -> None:
+        """Goes on in a new segment though the old one takes no seal.
+
+        It stays locked while this process lives, so nobody calls its open calls interrupted: they go on in the new one.
+        """
+        lines = [*self._intents.values(), encode_line(b"P", _PROBE)]
+        new = None
         try:
-            self._write(encode_line(b"P", _PROBE))
-        except LedgerUnavailable:
+            self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            new = self._create()
+            new.write(b"".join(lines))
+        except OSError as error:
+            self._note(error)
+            if new is not None:
+                with contextlib.suppress(OSError):
+                    new.path.unlink()
+                os.close(new.fd)
             return
+        self._left.append(old)
+        self._segment = new
+        self._rotate_at = new.size + self.settings.segment_bytes
         self._fault = False
 
     def close(self) -> None:
@@ -410,6 +448,9 @@ class Spool:
             finally:
                 os.close(last.fd)
         self._sealed = []
+        for left in self._left:  # last: whoever adopts them has to find the calls that went on
+            os.close(left.fd)
+        self._left = []
         self._unsynced_since = None
 
 

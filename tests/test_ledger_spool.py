@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -381,9 +383,10 @@ def test_a_failing_disk_turns_calls_away(tmp_path: Path) -> None:
 def test_calls_are_still_turned_away_while_the_disk_takes_no_line(tmp_path: Path) -> None:
     with spool_in(tmp_path) as spool:
         fill(spool, segments(tmp_path)[0])
-        with files_end_at(5000):
+        with files_end_at(1000):
             asyncio.run(spool.run_once())
         assert not spool.available
+        assert len(segments(tmp_path)) == 1
 
 
 def test_calls_are_taken_again_once_the_disk_takes_a_line(tmp_path: Path) -> None:
@@ -393,6 +396,90 @@ def test_calls_are_taken_again_once_the_disk_takes_a_line(tmp_path: Path) -> Non
         spool.admit()
         spool.append(an_event())
         assert kinds(segments(tmp_path)[0]) == "E" * taken + "PE"
+
+
+def look(spool: Spool, times: int = 2) -> None:
+    """What the spool does in so many seconds."""
+    for _ in range(times):
+        spool._check_at = 0.0
+        asyncio.run(spool.run_once())
+
+
+def test_a_file_that_takes_nothing_any_more_is_left_for_another(tmp_path: Path) -> None:
+    with spool_in(tmp_path) as spool:
+        look(spool)
+        lasting = an_intent()
+        spool.intend(lasting)
+        first = spool._segment
+        with open("/dev/full", "wb") as full:
+            os.dup2(full.fileno(), first.fd)  # as where the disk is gone: every write fails
+        with pytest.raises(LedgerUnavailable):
+            spool.append(an_event())
+        look(spool)
+        spool.admit()
+        spool.append(an_event())
+        old, new = segments(tmp_path)
+        assert (kinds(old), kinds(new)) == ("I", "IPE")
+        assert spool.open_intents == 1
+        look(spool, 5)
+        assert segments(tmp_path) == [old, new]
+
+
+def test_a_segment_that_somebody_deletes_is_noticed(tmp_path: Path) -> None:
+    with spool_in(tmp_path) as spool:
+        look(spool)
+        shutil.rmtree(tmp_path)
+        look(spool, 1)
+        assert (spool.available, spool.last_error) == (False, "somebody deleted the segment (ENOENT)")
+        look(spool)
+        spool.admit()
+        spool.append(an_event())
+        assert [kinds(path) for path in segments(tmp_path)] == ["PE"]
+
+
+class DiskThatDoesNotSync(Spool):
+    """A spool whose disk takes lines and makes none durable."""
+
+    broken = False
+
+    def _sync(self, check: bool) -> int | None:
+        if self.broken:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super()._sync(check)
+
+
+def test_a_disk_that_syncs_nothing_gets_no_file_a_second(tmp_path: Path) -> None:
+    spool = DiskThatDoesNotSync(tmp_path, "r1", WrittenSpool(reserve_bytes=0), AMBIENT)
+    spool.open()
+    look(spool)
+    spool.broken = True
+    look(spool, 9)
+    assert (spool.available, len(segments(tmp_path))) == (False, 2)
+    spool.broken = False
+    look(spool)
+    spool.admit()
+    spool.close()
+
+
+def test_a_left_segment_is_locked_until_its_process_ends(tmp_path: Path) -> None:
+    with spool_in(tmp_path) as spool:
+        look(spool)
+        spool._unsound = spool._fault = True
+        look(spool)
+        old, new = segments(tmp_path)
+        assert [lock_is_free(path) for path in (old, new)] == [False, False]
+    assert [lock_is_free(path) for path in (old, new)] == [True, True]
+
+
+def test_settings_count_without_a_restart(tmp_path: Path) -> None:
+    with spool_in(tmp_path) as spool:
+        spool.settings = WrittenSpool(reserve_bytes=2**60, segment_seconds=0.0)
+        look(spool, 1)
+        with pytest.raises(LedgerUnavailable):
+            spool.admit()
+        spool.settings = WrittenSpool(reserve_bytes=0)
+        look(spool, 1)
+        spool.admit()
 
 
 class DiskWithRoomFor(Spool):

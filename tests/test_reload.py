@@ -71,6 +71,21 @@ def test_invalid_configuration_is_refused_and_the_old_one_serves(journey: Journe
     assert "gateway_config_reload_failures_total 0.0" not in journey.admin("/metrics").text
 
 
+def test_settings_of_the_spool_count_without_a_restart(journey: Journey, edit: Any) -> None:
+    """More reserved than the disk has: no call is taken, until that is mended. Rows are shipped all the while."""
+    replicas = [replica.pid for replica in journey.stack.replicas]
+    before = journey.post(chat("tokens=2"))
+    edit(lambda document: document["gateway"].update(spool={"reserve_bytes": 2**62}))
+    until(lambda: {journey.post(chat("tokens=2")).status_code for _ in range(4)} == {503})
+    edit(lambda document: None)
+    until(lambda: {journey.post(chat("tokens=2")).status_code for _ in range(4)} == {200})
+    after = journey.post(chat("tokens=2"))
+    assert {row["status"] for row in journey.rows([a.headers["x-request-id"] for a in (before, after)]).values()} == {
+        "success"
+    }
+    assert [replica.pid for replica in journey.stack.replicas] == replicas
+
+
 def test_removed_key_is_refused_within_five_seconds(journey: Journey, edit: Any) -> None:
     def call() -> int:
         return journey.post(authorization=f"Bearer {OTHER_KEY}", x_tenant_id="tenant-b").status_code
