@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import hypothesis
 import pytest
 
 from loadtest.stack import Stack
 from tests.journey import OTHER_KEY, OVERLAY, VENDOR_KEY, Journey, jwks, pool_providers, until
 from tests.webhook import Webhook
+
+hypothesis.settings.register_profile("suite", deadline=None)  # how long a case takes is the machine's affair
+hypothesis.settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,8 @@
 
     POST /azure/openai/deployments/{deployment}/chat/completions?api-version=2024-10-21
     POST /azure/openai/deployments/{deployment}/embeddings?api-version=2024-10-21
-    POST /azure/openai/v1/chat/completions, /azure/openai/v1/embeddings      (the body's model is the deployment)
+    POST /azure/openai/responses?api-version=2025-04-01-preview              (the body's model is the deployment)
+    POST /azure/openai/v1/chat/completions, /azure/openai/v1/embeddings      (here too)
 
 A deployment is named as the model it serves. The key comes as `api-key`. A prompt that contains `filtered=1` gets what
 the filter leaves of an answer: a choice without a message, or a stream whose last choice has no delta.
@@ -24,8 +25,12 @@ from loadtest.simulator.http import Headers, Request
 from loadtest.simulator.identity import guid
 from loadtest.simulator.shape import Problem, Quota, Shape, Stream, Unary
 
-_DEPLOYMENT = re.compile(r"/openai/deployments/([^/]+)(/chat/completions|/embeddings)")
-_VERSIONLESS = re.compile(r"/openai(/v1/(?:chat/completions|embeddings))")
+_ROUTES = (
+    "chat/completions|embeddings|completions|audio/speech|audio/transcriptions|audio/translations|"
+    "images/generations|images/edits"
+)
+_DEPLOYMENT = re.compile(rf"/openai/deployments/([^/]+)(/(?:{_ROUTES}))")
+_VERSIONLESS = re.compile(rf"/openai(/v1/(?:{_ROUTES}|responses))")
 _sorted = msgspec.json.Encoder(order="sorted").encode
 _CATEGORIES = ("hate", "self_harm", "sexual", "violence")
 _SAFE = {category: {"filtered": False, "severity": "safe"} for category in _CATEGORIES}
@@ -144,12 +149,14 @@ def _named(request: Request) -> Request | None:
     """The request as OpenAI would get it; None for a path that there is not."""
     if match := _VERSIONLESS.fullmatch(request.path):
         return replace(request, path=match[1])
+    if request.path == "/openai/responses" and "api-version" in request.query:
+        return replace(request, path="/v1/responses")
     match = _DEPLOYMENT.fullmatch(request.path)
     if match is None or "api-version" not in request.query:
         return None
     try:
         body = msgspec.json.decode(request.body, type=dict[str, msgspec.Raw])
-    except msgspec.DecodeError:
+    except msgspec.DecodeError:  # a form, or none
         return replace(request, path="/v1" + match[2])
     return replace(request, path="/v1" + match[2], body=msgspec.json.encode(body | {"model": match[1]}))
 

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from loadtest.simulator import others, responses
 from loadtest.simulator.content import Ask, Content, content_of, text_tokens, vector_of
 from loadtest.simulator.http import Headers, Request
 from loadtest.simulator.shape import Problem, Quota, Shape, Stream, Unary
@@ -37,6 +38,10 @@ class Dialect(Struct, frozen=True):
     models: Callable[[], list[dict[str, Any]]]
     bad_key: Problem
     no_key: Problem
+    snapshot: Callable[[str], str] = str
+    """What a model is called in answers."""
+    logprob: Callable[[str], dict[str, Any]] = dict
+    """What a token's log probability is written as."""
     pretty: bool = False
     """Whether unary bodies are indented."""
     comment: bytes = b""
@@ -86,6 +91,8 @@ def shape(dialect: Dialect) -> Shape:
 
 def model_of(request: Request) -> str:
     """The `model` member of the body, empty when there is none."""
+    if request.body.startswith(b"--"):
+        return others.model_of(request)
     try:
         return _named.decode(request.body).model
     except msgspec.DecodeError:
@@ -112,6 +119,10 @@ def _answer(dialect: Dialect, request: Request, quota: Quota) -> Unary | Stream:
     route = (request.method, request.path)
     if route == ("POST", "/v1/chat/completions"):
         return _chat(dialect, request.body, quota)
+    if route == ("POST", "/v1/responses"):
+        return _responses(dialect, request.body, quota)
+    if request.method == "POST" and request.path in others.PATHS:
+        return _others(dialect, request, quota)
     if route == ("POST", "/v1/embeddings"):
         return _embeddings(dialect, request.body, quota)
     if route == ("GET", "/v1/models"):
@@ -162,6 +173,64 @@ def _chat(dialect: Dialect, body: bytes, quota: Quota) -> Unary | Stream:
         tokens=tokens,
         comment=dialect.comment,
     )
+
+
+def _responses(dialect: Dialect, body: bytes, quota: Quota) -> Unary | Stream:
+    try:
+        ask = responses.read(body)
+        echo = msgspec.json.decode(body)
+    except msgspec.DecodeError as error:
+        return dialect.error(_unreadable(body, error, ("model",)))
+    unknown = responses.unknown_answer(ask)
+    if unknown is not None:
+        return dialect.error(
+            Problem(
+                400,
+                f"Previous response with id '{unknown}' not found.",
+                param="previous_response_id",
+                code="previous_response_not_found",
+            )
+        )
+    problem = _fault_in(dialect, responses.in_chat(ask))
+    if problem is not None:
+        return dialect.error(problem)
+    said, content = responses.said(ask, dialect.snapshot(ask.model), created(), echo, dialect.logprob)
+    headers = dialect.headers(ask.model, quota, bool(ask.stream))
+    tokens = said.usage["total_tokens"]
+    if not ask.stream:
+        written = _encode(dialect, responses.whole(said))
+        return Unary(status=200, headers=headers, body=written, latency_ms=content.latency_ms, tokens=tokens)
+    return Stream(
+        headers=headers,
+        events=responses.events(said),
+        error_event=responses.error_event,
+        latency_ms=content.latency_ms,
+        chunk_ms=content.chunk_ms,
+        tokens=tokens,
+    )
+
+
+def _others(dialect: Dialect, request: Request, quota: Quota) -> Unary | Stream:
+    model = model_of(request)
+    if not dialect.known(model):
+        return dialect.error(dialect.unknown_model(model))
+    try:
+        made = others.answer(request, model, dialect.snapshot(model), created())
+    except others.Unreadable as missing:
+        return dialect.error(Problem(400, f"Missing required parameter: '{missing}'.", param=str(missing)))
+    named = dialect.headers(model, quota, made.events is not None)
+    if made.events is not None:
+        return Stream(
+            headers=named,
+            events=made.events,
+            error_event=lambda message, code: sse({"error": {"message": message, "code": code}}),
+            latency_ms=made.latency_ms,
+            chunk_ms=made.chunk_ms,
+            tokens=made.tokens,
+        )
+    named = [(name, made.content_type if name == "content-type" else value) for name, value in named]
+    body = made.body if isinstance(made.body, bytes) else _encode(dialect, made.body)
+    return Unary(status=200, headers=named, body=body, latency_ms=made.latency_ms, tokens=made.tokens)
 
 
 def _fault_in(dialect: Dialect, ask: Ask) -> Problem | None:

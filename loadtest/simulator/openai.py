@@ -38,7 +38,9 @@ SNAPSHOTS = {
 }
 EMBEDDING_MODELS = ("text-embedding-3-small", "text-embedding-3-large", "text-embedding-ada-002")
 
-_KNOWN = re.compile(r"(gpt-3\.5-turbo|gpt-4|gpt-4o|gpt-4\.1|gpt-5(\.\d)?|o[134]|chatgpt-4o)(-[a-z0-9-]+)?")
+_KNOWN = re.compile(
+    r"(whisper|tts|dall-e|gpt-image|omni-moderation|gpt-3\.5-turbo|gpt-4|gpt-4o|gpt-4\.1|gpt-5(\.\d)?|o[134]|chatgpt-4o)(-[a-z0-9-]+)?"
+)
 _REASONS = re.compile(r"gpt-5|o\d")
 _PADDING = letters(64)
 _MODELS_CREATED = 1_721_172_717
@@ -52,6 +54,11 @@ def reasons(model: str) -> bool:
 def known(model: str) -> bool:
     """A name that OpenAI has, or might have for what it is: any snapshot of a family counts."""
     return model in EMBEDDING_MODELS or _KNOWN.fullmatch(model) is not None
+
+
+def snapshot(model: str) -> str:
+    """What a floating name answers as."""
+    return SNAPSHOTS.get(model, model)
 
 
 def unknown_model(model: str) -> Problem:
@@ -77,7 +84,7 @@ def unary(ask: Ask, content: Content) -> dict[str, Any]:
         "id": "chatcmpl-" + letters(29),
         "object": "chat.completion",
         "created": created(),
-        "model": SNAPSHOTS.get(ask.model, ask.model),
+        "model": snapshot(ask.model),
         "choices": [_whole_choice(ask, index, choice) for index, choice in enumerate(content.choices)],
         "usage": usage(ask, content),
         "service_tier": _tier(ask),
@@ -213,7 +220,7 @@ def _events(ask: Ask, content: Content) -> Iterator[bytes]:
         "id": "chatcmpl-" + letters(29),
         "object": "chat.completion.chunk",
         "created": created(),
-        "model": SNAPSHOTS.get(ask.model, ask.model),
+        "model": snapshot(ask.model),
         "service_tier": _tier(ask),
         "system_fingerprint": _fingerprint(ask.model),
     }
@@ -331,6 +338,8 @@ DIALECT = Dialect(
         "There is no API key in this request: send it as a bearer token.",
         headers=[("www-authenticate", 'Bearer realm="OpenAI API"')],
     ),
+    snapshot=snapshot,
+    logprob=lambda piece: _logprob(piece, 0),
     pretty=True,
 )
 

@@ -26,6 +26,8 @@ _encode = msgspec.json.encode
 _KEEP_ALIVE = b": \n\n"
 _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 """Why an answer has no end, by the reason in chat completions. Every other reason is an end."""
+_TIERS = ("flex", "priority", "scale")
+"""Service tiers that OpenAI has too. What vendors call their usual one is its `default`."""
 _ECHOED: dict[str, Raw] = {
     "instructions": Raw(b"null"),
     "max_output_tokens": Raw(b"null"),
@@ -63,7 +65,7 @@ def _response(stamp: Stamp, status: str, model: str | None, tier: str | None, **
         "model": model or stamp.model,
         "output": [],
         "previous_response_id": None,
-        "service_tier": tier or "default",
+        "service_tier": tier if tier in _TIERS else "default",
         "store": False,
         "truncation": "disabled",
         "usage": None,
