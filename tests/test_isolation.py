@@ -1,28 +1,48 @@
 """What one tenant or service key does changes nothing for another: against a model of each owner by itself.
 
-A case is one reservation or settlement, compared with what its own owners' history alone says. `make drills` runs ten
-times as many as `make test`.
+A case is one reservation or settlement, or one call with what becomes of it in the ledger and in what each key is shown
+of usage, compared with what its own owners' history alone says. `make drills` runs ten times as many as `make test`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import json
 import os
 import random
+from collections import Counter
 from collections.abc import Iterator
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
+import httpx
+import msgspec
 import pytest
 from msgspec import Struct, field
 
-from app.config import NAME, Quota, ServiceKey, Tenant
+from app import api, usage_pages
+from app.ambient import Ambient
+from app.api import FrontDoor
+from app.archive import Archive
+from app.auth import Callers
+from app.config import NAME, Config, Quota, ServiceKey, Tenant
 from app.core import Rates, Reservation
 from app.errors import LimitError
+from app.ledger import read_lines
 from app.limits import Limits
 from app.limits.scopes import WHOLE
+from app.reports.period import UsageReader
+from tests.gateway_parts import ALIAS, Rooms, ScriptedAnswer, completion, config
+from tests.ledger_parts import query, running_postgres
 from tests.limits_parts import SHARE, Caller, Counters, not_just_before_midnight, pipe_to, whole
 from tests.redis_parts import AMBIENT, RedisServer, redis_server, running
+from tests.test_auth import NoTokens
+from tests.test_front_door import Client, Source
+from tests.test_rollup import roll, settle
 
 CASES = int(os.environ.get("ISOLATION_CASES", "10000"))
 ROUND = 250
@@ -212,3 +232,159 @@ def test_without_redis_too_each_owner_is_admitted_by_its_own_history_alone(tmp_p
         asyncio.run(rounds())
     except AssertionError as error:
         raise AssertionError(f"seed {seed}: {error}") from error
+
+
+# --- the ledger, and what keys are shown of it ------------------------------------------------------------------------
+
+KEYS = {f"sk-gw-isolation{n:03d}-" + str(n) * 43: f"isolation{n:03d}" for n in range(6)}
+SECRETS = list(KEYS)
+AT_ONCE = 100
+FOREVER_SECONDS = 60.0
+
+
+class Counting:
+    """Implements `upstream.Engine`: an answer with the usage that the call's `user` says."""
+
+    async def open(self, outgoing: Any, connect_seconds: float) -> ScriptedAnswer:
+        read, written = map(int, msgspec.json.decode(outgoing.body, type=dict)["user"].split())
+        usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+        return ScriptedAnswer(completion(usage=usage))
+
+    async def close(self) -> None:
+        pass
+
+
+class Yesterday(Ambient):
+    """A day ago, so that the day of the calls is over when it is summed."""
+
+    def now(self) -> float:
+        return super().now() - 86_400
+
+
+class Made(Struct):
+    """A call as it was made: who may see it, and what of it."""
+
+    key: str
+    claimed: str
+    feature: str
+    tokens: int
+    allowed: bool
+
+
+def a_config(chance: random.Random) -> Config:
+    """Tenants whose names are alike, and keys for some of them each; one is for all."""
+    keys = {}
+    for number, (secret, id) in enumerate(KEYS.items()):
+        acts_for = None if number == 0 else frozenset(chance.sample(ALIKE, chance.randint(1, 8)))
+        entry = ServiceKey(id, f"service-{number}", acts_for, None, roles=frozenset({"call", "usage"}))
+        keys[hashlib.sha256(secret.encode()).digest()] = entry
+    tenants = {name: Tenant(name, "p", "p", None) for name in ALIKE}
+    return msgspec.structs.replace(config(total_seconds=FOREVER_SECONDS), tenants=tenants, keys=keys)
+
+
+async def calls(door: FrontDoor, chance: random.Random) -> dict[str, Made]:
+    """`CASES` calls by request id; of some the tenant is forged."""
+    made: dict[str, Made] = {}
+    may = {key.id: key for key in door.source.current.keys.values()}
+
+    async def one(number: int) -> None:
+        secret, claimed = chance.choice(SECRETS), chance.choice(ALIKE)
+        feature = chance.choice([f"of-{claimed[:40]}", "shared"])
+        read, written = chance.randint(0, 50), chance.randint(0, 50)
+        id = f"case-{number}"
+        made[id] = Made(KEYS[secret], claimed, feature, read + written, may[KEYS[secret]].may_act_for(claimed))
+        sent = {
+            "authorization": f"Bearer {secret}",
+            "x-tenant-id": claimed,
+            "x-feature-id": feature,
+            "x-request-id": id,
+        }
+        body = {"model": ALIAS, "messages": [], "user": f"{read} {written}"}
+        client = Client(json.dumps(body).encode(), [(name.encode(), value.encode()) for name, value in sent.items()])
+        await door.serve(api.ROUTES[client.scope["path"]], client.scope, client.receive, client.send)
+        assert client.status == (200 if made[id].allowed else 403), (id, client.body)
+
+    for start in range(0, CASES, AT_ONCE):
+        await asyncio.gather(*(one(number) for number in range(start, min(CASES, start + AT_ONCE))))
+    return made
+
+
+def used_by(tenant: str, made: dict[str, Made], costs: dict[str, Decimal]) -> dict[str, Any]:
+    """What usage has to say: of this tenant's calls alone, whichever key made them."""
+    own = {id: call for id, call in made.items() if call.allowed and call.claimed == tenant}
+    return {
+        "tenant_id": tenant,
+        "requests": len(own),
+        "tokens": sum(call.tokens for call in own.values()),
+        "usd": sum((costs[id] for id in own), Decimal()),
+        "features": Counter(call.feature for call in own.values()),
+    }
+
+
+async def shown(http: httpx.AsyncClient, secret: str, tenant: str) -> dict[str, Any] | None:
+    """What `GET /v1/usage` says of today; None where it is refused."""
+    answer = await http.get("/v1/usage", headers={"authorization": f"Bearer {secret}", "x-tenant-id": tenant})
+    if answer.status_code == 403:
+        return None
+    told = json.loads(answer.content, parse_float=Decimal)
+    return {
+        "tenant_id": told["tenant_id"],
+        "requests": told["total"]["requests"],
+        "tokens": told["total"]["total_tokens"],
+        "usd": Decimal(told["total"]["cost_usd"]),
+        "features": Counter({line["feature_id"]: line["requests"] for line in told["by_feature"]}),
+    }
+
+
+@pytest.mark.timeout(3600)
+def test_each_call_is_its_tenant_s_in_the_ledger_and_in_usage_and_nobody_else_s(tmp_path: Path) -> None:
+    seed = random.randrange(2**32)
+    chance = random.Random(seed)
+    rooms = Rooms(tmp_path, ambient=Yesterday())
+    rooms.dialogue.upstream = Counting()
+    door = FrontDoor(Source(a_config(chance)), rooms.gateway, Callers(NoTokens()), rooms.ambient)
+    made = asyncio.run(calls(door, chance))
+    lines = [
+        line.payload for file in tmp_path.glob("*.spool") for line in read_lines(file.read_bytes()) if line.kind == "E"
+    ]
+    rooms.spool.close()
+    rows = {row["request_id"]: row for row in map(json.loads, lines)}
+    assert len(rows) == len(lines)
+    assert rows.keys() == made.keys()
+    for id, call in made.items():
+        row = rows[id]
+        owner = (call.claimed, None) if call.allowed else (None, call.claimed)
+        assert (row["tenant_id"], row["tenant_claimed"], row["key_id"]) == (*owner, call.key), f"seed {seed}: {id}"
+        assert (row["feature_id"], row["usage"]["total_tokens"]) == (call.feature, call.tokens if call.allowed else 0)
+
+    costs = {id: Decimal(str(row["cost_usd"]["total"])) for id, row in rows.items()}
+    assert sum(costs.values()) > 0
+    owned = {tenant: used_by(tenant, made, costs) for tenant in ALIKE}
+
+    async def everyone(url: str) -> None:
+        reader = UsageReader(url, AMBIENT, deadline_seconds=FOREVER_SECONDS)
+        routes = usage_pages.tenant_routes(door.source, reader, AMBIENT, door.callers, rooms.telemetry)
+        transport = httpx.ASGITransport(app=api.app(door, routes))
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as http:
+            for secret, id in KEYS.items():
+                key = door.source.current.keys[hashlib.sha256(secret.encode()).digest()]
+                for tenant in ALIKE:
+                    expected = owned[tenant] if key.may_act_for(tenant) else None
+                    assert await shown(http, secret, tenant) == expected, f"seed {seed}: {tenant!r} by {id}"
+        await reader.close()
+
+    async def insert(url: str) -> None:
+        archive = Archive(url, AMBIENT, FOREVER_SECONDS)
+        await archive.prepare()
+        for start in range(0, len(lines), 2000):
+            await archive.insert([line.decode() for line in lines[start : start + 2000]])
+        await archive.close()
+
+    with running_postgres() as postgres:
+        url = postgres.database()
+        asyncio.run(insert(url))
+        asyncio.run(everyone(url))  # from the rows
+        settle(url)
+        assert roll(url) == sorted({date.fromisoformat(row["timestamp"][:10]) for row in rows.values()})
+        query(url, "TRUNCATE ledger")
+        asyncio.run(everyone(url))  # from the rollups
