@@ -29,7 +29,7 @@ from app.ambient import Ambient
 from app.api import FrontDoor
 from app.archive import Archive
 from app.auth import Callers
-from app.config import NAME, Config, Quota, ServiceKey, Tenant
+from app.config import NAME, Config, Price, Quota, ServiceKey, Tenant
 from app.core import Rates, Reservation
 from app.errors import LimitError
 from app.ledger import read_lines
@@ -279,7 +279,11 @@ def a_config(chance: random.Random) -> Config:
         entry = ServiceKey(id, f"service-{number}", acts_for, None, roles=frozenset({"call", "usage"}))
         keys[hashlib.sha256(secret.encode()).digest()] = entry
     tenants = {name: Tenant(name, "p", "p", None) for name in ALIKE}
-    return msgspec.structs.replace(config(total_seconds=FOREVER_SECONDS), tenants=tenants, keys=keys)
+    base = config(total_seconds=FOREVER_SECONDS)
+    alias = base.aliases[ALIAS]
+    priced = msgspec.structs.replace(alias.targets[0], price=Price(**dict.fromkeys(Price.__struct_fields__, 10**9)))
+    aliases = {ALIAS: msgspec.structs.replace(alias, targets=(priced,))}
+    return msgspec.structs.replace(base, aliases=aliases, tenants=tenants, keys=keys)
 
 
 async def calls(door: FrontDoor, chance: random.Random) -> dict[str, Made]:
