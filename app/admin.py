@@ -18,6 +18,15 @@ from app.errors import AdminForbidden, GatewayError, InvalidApiKey
 from app.telemetry import Telemetry
 
 
+def is_admin(written: str | None, token: Secret | None) -> bool:
+    """Whether an Authorization header has the admin token. False without one; raises AdminForbidden for another."""
+    if written is None:
+        return False
+    if token is None or not same(written.encode(), b"Bearer " + token.reveal().encode()):
+        raise AdminForbidden("This is not the admin token of this replica: GATEWAY_ADMIN_TOKEN.")
+    return True
+
+
 def app(
     token: Secret | None,
     telemetry: Telemetry,
@@ -27,11 +36,8 @@ def app(
     """The routes of the admin port, with `more` of other doors. Without a token nothing but health answers."""
 
     def admin_only(connection: ASGIConnection, _: BaseRouteHandler) -> None:
-        written = connection.headers.get("authorization")
-        if written is None:
+        if not is_admin(connection.headers.get("authorization"), token):
             raise InvalidApiKey("The admin port wants `Authorization: Bearer <GATEWAY_ADMIN_TOKEN>`.")
-        if token is None or not same(written.encode(), b"Bearer " + token.reveal().encode()):
-            raise AdminForbidden("This is not the admin token of this replica: GATEWAY_ADMIN_TOKEN.")
 
     @get("/metrics", guards=[admin_only], media_type=MediaType.TEXT, sync_to_thread=False)
     def metrics() -> Response[bytes]:

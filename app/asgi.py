@@ -17,11 +17,11 @@ import uvicorn
 import uvloop
 from msgspec import Struct
 
-from app import admin, api, usage_pages
-from app.ambient import Ambient
+from app import admin, api, status_page, usage_pages
+from app.ambient import Ambient, timestamp
 from app.archive import ArchiveError
 from app.auth import Callers, KeySets, Tokens, jwks
-from app.config import Config, ConfigError, ConfigSource, Secret, utc_day
+from app.config import PRIORITIES, Config, ConfigError, ConfigSource, Secret, utc_day
 from app.control import REVOKED, Control, Entry
 from app.cooldowns import COOLDOWN, Cooldowns, is_resting
 from app.credentials import Credentials, client
@@ -30,6 +30,8 @@ from app.gateway import Gateway
 from app.ledger import Spool
 from app.limits import Limits
 from app.limits.budgets import ReadSpent
+from app.modes import STRICTNESS, Modes
+from app.overload import Overload
 from app.redis_pipe import RedisPipe
 from app.reports.period import UsageReader
 from app.reports.spent import SpentReader
@@ -186,8 +188,16 @@ class Replica:
             telemetry=self.telemetry,
             ambient=ambient,
         )
+        self.modes = Modes(self.control, ambient)
+        self.overload = Overload(lambda: source.current, ambient)
         self.gateway = Gateway(
-            dialogue=dialogue, limits=limits, spool=self.spool, telemetry=self.telemetry, ambient=ambient
+            modes=self.modes,
+            overload=self.overload,
+            dialogue=dialogue,
+            limits=limits,
+            spool=self.spool,
+            telemetry=self.telemetry,
+            ambient=ambient,
         )
         self.warnings = Warnings(lambda: source.current, self.pipe, warnings_client, ambient)
         self.gateway.limits.on_nearly_used.append(self.warnings.take)
@@ -207,9 +217,10 @@ class Replica:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
         self.spool.open()
-        pages = usage_pages.tenant_routes(self.source, self.usage, self.ambient, self.door.callers, self.telemetry)
-        main = server(api.app(self.door, pages), self.options.host, self.options.port)
         token = self.options.admin_token
+        pages = usage_pages.tenant_routes(self.source, self.usage, self.ambient, self.door.callers, self.telemetry)
+        pages.append(status_page.route(token, self.status))
+        main = server(api.app(self.door, pages), self.options.host, self.options.port)
         pages = usage_pages.admin_routes(self.source, self.usage, self.ambient, token, self.telemetry)
         control = server(
             admin.app(token, self.telemetry, self.status, pages), self.options.host, self.options.admin_port
@@ -219,7 +230,7 @@ class Replica:
             for run in (
                 *(self.pipe.run, self.spool.run, self.reload, self.control.run, self.key_sets.run),
                 *(self.gateway.limits.run, self.gateway.limits.budgets.run),
-                *(self.warnings.run, self.telemetry.run),
+                *(self.warnings.run, self.telemetry.run, self.overload.run),
             )
         ]
         shipping = asyncio.ensure_future(self._keep(self.shipper.run)) if self.shipper else None
@@ -370,19 +381,38 @@ class Replica:
     def status(self) -> dict[str, object]:
         """What the admin port's /status says."""
         now = self.ambient.monotonic()
+        config, resting = self.source.current, self.cooldowns.resting()
+        mode, told = self.modes.told(config)
         return {
             "replica": self.options.name,
             "environment": self.source.current.environment,
             "config_version": self.source.current.version,
             "config_fault": self._config_fault,
             "uptime_seconds": round(now - self._started, 1),
+            "mode": mode,
+            "mode_until": None if told is None or told.until is None else timestamp(told.until),
+            "tenant_modes": {
+                name: {"mode": entry.value, "until": None if entry.until is None else timestamp(entry.until)}
+                for name, entry in self.modes.tenants().items()
+            },
             "draining": self.door.draining,
             "in_flight": len(self.door.in_flight),
+            "overload": {
+                "calls": self.overload.calls,
+                "level": round(self.overload.level, 2),
+                "delay_ms": round(self.overload.delay_seconds * 1000, 1),
+            },
             "redis": "up" if self.pipe.up else "down",
             "budgets": "whole" if self.gateway.limits.budgets.made_good else "not whole",
             "postgres": self.shipper.status.postgres if self.shipper else "not configured",
             "control_age_seconds": round(self.control.age_seconds, 1),
-            "resting": sorted(self.cooldowns.resting()),
+            "resting": sorted(resting),
+            "targets": {
+                target.name: "resting" if is_resting(target, resting) else "ok"
+                for alias in config.aliases.values()
+                for target in alias.targets
+            },
+            "vendor_errors": self.telemetry.vendor_errors(),
             "spool": {
                 "available": self.spool.available,
                 "open_intents": self.spool.open_intents,
@@ -416,6 +446,18 @@ class Replica:
         gauge("gateway_inflight", "Calls being served.", lambda: len(self.door.in_flight))
         gauge("gateway_tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks()))
         gauge("gateway_body_bytes", "Request bodies in memory.", lambda: self.door.bodies.held)
+        overload = self.overload
+        gauge("gateway_loop_delay_seconds", "How late the event loop is, at best.", lambda: overload.delay_seconds)
+        gauge("gateway_overload_level", "Classes of tenants that are shed for it.", lambda: overload.level)
+        for place, priority in enumerate(PRIORITIES):
+            gauge(
+                "gateway_shed_calls", "Calls refused in an overload.", lambda place=place: overload.shed[place],
+                priority=priority,
+            )  # fmt: skip
+        gauge(
+            "gateway_mode", "0 normal, 1 cache-only, 2 read-only, for everybody.",
+            lambda: STRICTNESS[self.modes.told(self.source.current)[0]],
+        )  # fmt: skip
         gauge("gateway_draining", "1 while this replica drains.", lambda: self.door.draining)
         gauge("gateway_dependency_up", "1 when the dependency answers.", lambda: self.pipe.up, name="redis")
         gauge("gateway_dependency_changes", "Turns between up and down.", lambda: self.pipe.changes, name="redis")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import getpass
 import os
-import socket
 import sys
 from collections.abc import Sequence
 from datetime import date
@@ -13,10 +11,10 @@ from pathlib import Path
 
 import msgspec
 
-from app import explain, keys, ledger_commands, money_commands, price_commands
+from app import explain, keys, ledger_commands, mode_commands, money_commands, price_commands
 from app.ambient import Ambient, timestamp
-from app.audit import audit_line
 from app.config import NAME, ConfigError, Secret, load, price_tables
+from app.operator import audit, operator
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     preship.add_argument("--gates", type=Path, help="thresholds and evals (loadtest/gate/gates.yaml)")
     preship.add_argument("--report", type=Path, help="write an HTML page here, and JSON beside it")
 
+    mode_commands.add(command)
     money_commands.add(command)
     ledger_commands.add(command)
     return parser
@@ -246,7 +245,7 @@ def _keys_new(arguments: argparse.Namespace) -> int:
     except OSError as error:
         return _fail(_unwritable(arguments.config, error))
     _show_key(made, arguments.config)
-    _audit(ambient, "key.make", key=made.id, service=arguments.service, tenants=arguments.tenant, roles=roles)
+    audit(ambient, "key.make", key=made.id, service=arguments.service, tenants=arguments.tenant, roles=roles)
     return 0
 
 
@@ -259,7 +258,7 @@ def _keys_rotate(arguments: argparse.Namespace) -> int:
     except OSError as error:
         return _fail(_unwritable(arguments.config, error))
     _show_key(made, arguments.config)
-    _audit(ambient, "key.rotate", key=made.id, replaces=arguments.key, overlap_days=arguments.overlap_days)
+    audit(ambient, "key.rotate", key=made.id, replaces=arguments.key, overlap_days=arguments.overlap_days)
     return 0
 
 
@@ -275,12 +274,12 @@ def _keys_revoke(arguments: argparse.Namespace) -> int:
         keys.revoke(arguments.config, ambient, arguments.key)
     except OSError as error:
         return _fail(_unwritable(arguments.config, error))
-    _audit(ambient, "key.revoke", key=arguments.key, reason=arguments.reason)
+    audit(ambient, "key.revoke", key=arguments.key, reason=arguments.reason)
     slower = f"{arguments.key} is revoked in {arguments.config / keys.FILE}; replicas take it within 5 s of having it. "
     if not arguments.redis_url:
         return _fail(slower + "To reach them within 2 s, set REDIS_URL or give --redis-url, and run this again.")
     try:
-        asyncio.run(tell(arguments.redis_url, ambient, REVOKED, arguments.key, arguments.reason, _operator()))
+        asyncio.run(tell(arguments.redis_url, ambient, REVOKED, arguments.key, arguments.reason, operator()))
     except (RedisAway, RedisRefused) as error:
         return _fail(slower + f"Redis could not be told ({error}).")
     print(f"{arguments.key} is revoked: every replica refuses it within 2 s.")
@@ -308,21 +307,6 @@ def _show_key(made: keys.MadeKey, folder: Path) -> None:
 
 def _unwritable(folder: Path, error: OSError) -> str:
     return f"{folder / keys.FILE} cannot be changed ({error.strerror}); --config names the configuration folder."
-
-
-def _audit(ambient: Ambient, action: str, **what: object) -> None:
-    """The audit line of what was done here; standard error is a command's log stream."""
-    line = audit_line(timestamp(ambient.now()), _operator(), action, what)
-    sys.stderr.write(line.decode() + "\n")
-
-
-def _operator() -> str:
-    """Who sits at the command line, before a `sudo` if there was one, and on which machine."""
-    try:
-        name = os.environ.get("SUDO_USER") or getpass.getuser()
-    except (KeyError, OSError):  # a container's user that has no name
-        name = str(os.getuid())
-    return f"{name}@{socket.gethostname()}"
 
 
 def _usage(arguments: argparse.Namespace) -> int:

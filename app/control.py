@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
@@ -128,18 +129,34 @@ class Control:
                 del entries[name]
 
 
-async def tell(url: str, ambient: Ambient, kind: str, name: str, value: str | None, by: str) -> Entry:
+async def tell(
+    url: str, ambient: Ambient, kind: str, name: str, value: str | None, by: str, until: float | None = None
+) -> Entry:
     """Puts one entry from outside a replica, as the command line does. Raises RedisAway, RedisRefused."""
+    async with _reached(url, ambient) as control:
+        return await control.put(kind, name, value, by, until)
+
+
+async def told(url: str, ambient: Ambient, *kinds: str) -> dict[str, Mapping[str, Entry]]:
+    """What the channel holds of these kinds. Raises RedisAway."""
+    async with _reached(url, ambient) as control:
+        await control.run_once()
+        return {kind: control.kind(kind) for kind in kinds}
+
+
+@asynccontextmanager
+async def _reached(url: str, ambient: Ambient) -> AsyncIterator[Control]:
     pipe = RedisPipe(url, ambient, timeout_ms=REACH_SECONDS * 1000)
     there = asyncio.Event()
     pipe.on_return.append(there.set)
     running = asyncio.ensure_future(pipe.run())
     try:
-        async with asyncio.timeout(REACH_SECONDS):
-            await there.wait()
-        return await Control(pipe, ambient).put(kind, name, value, by)
-    except TimeoutError:
-        raise RedisAway(f"no connection within {REACH_SECONDS:g} s") from None
+        try:
+            async with asyncio.timeout(REACH_SECONDS):
+                await there.wait()
+        except TimeoutError:
+            raise RedisAway(f"no connection within {REACH_SECONDS:g} s") from None
+        yield Control(pipe, ambient)
     finally:
         await pipe.close()
         running.cancel()

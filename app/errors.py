@@ -23,6 +23,7 @@ GatewayError
 │   ├── LimitsUnavailable           503 gateway_overloaded
 │   ├── IssuerUnavailable           503 gateway_overloaded
 │   ├── Overloaded                  503 gateway_overloaded
+│   ├── ReadOnly                    503 gateway_read_only
 │   ├── Draining                    503 gateway_overloaded
 │   └── InternalError               500 internal_error
 ├── VendorError                     what one attempt met; `retry` says what comes next
@@ -225,9 +226,19 @@ class IssuerUnavailable(OwnFault):
 
 
 class Overloaded(OwnFault):
-    """The bodies of all calls together are above `gateway.max_bodies_bytes`: more replicas, or a higher limit."""
+    """More than the replica can do well: calls above `gateway.overload`, or bodies above `gateway.max_bodies_bytes`.
+
+    More replicas, or a higher limit, or a higher `priority` for the tenant.
+    """
 
     code = "gateway_overloaded"
+
+
+class ReadOnly(OwnFault):
+    """An incident mode is on: `gateway mode` tells which and until when, `gateway mode normal` ends it."""
+
+    code = "gateway_read_only"
+    outcome = "refused"
 
 
 class Draining(OwnFault):

@@ -29,6 +29,8 @@ from app.errors import (
 from app.estimate import Estimates
 from app.ledger import Spool
 from app.limits import Limits
+from app.modes import Modes
+from app.overload import Overload
 from app.providers import stored
 from app.relay import Stream
 from app.routing import Facts, choose, needs, place, sum_up
@@ -41,8 +43,18 @@ class Gateway:
     """The rooms of a replica, and the way of a call through them."""
 
     def __init__(
-        self, *, dialogue: Dialogue, limits: Limits, spool: Spool, telemetry: Telemetry, ambient: Ambient
+        self,
+        *,
+        modes: Modes,
+        overload: Overload,
+        dialogue: Dialogue,
+        limits: Limits,
+        spool: Spool,
+        telemetry: Telemetry,
+        ambient: Ambient,
     ) -> None:
+        self.modes = modes
+        self.overload = overload
         self.dialogue = dialogue
         self.limits = limits
         self.spool = spool
@@ -59,12 +71,18 @@ class Gateway:
         """
         call = exchange.call
         answer: VendorAnswer | None = None
+        admitted = False
         try:
             try:
                 exchange.tenant = tenant = authorize(call.config, call.key, call.tenant_claimed)  # 2 permission
                 require(call.key, "call")
                 if call.fault is not None:
                     raise call.fault
+                mode = self.modes.of(call.config, tenant.id)
+                if mode == "read_only":
+                    raise self.modes.refusal(call.config, tenant.id, mode)
+                self.overload.admit(tenant.priority, call.config.settings.overload)
+                admitted = True
                 self.spool.admit()
                 request = call.dialect.read(call.body)
                 if call.relayed:
@@ -85,6 +103,8 @@ class Gateway:
                 exchange.reservation = held = await self.limits.reserve(call, tenant, tokens, nanos)  # 3 budget
                 exchange.reserved = self.ambient.monotonic()
                 exchange.rates = held.rates
+                if mode == "cache_only":  # what is cached has been answered by now
+                    raise self.modes.refusal(call.config, tenant.id, mode)
                 answer, relay = await self.dialogue.first_good(exchange, alias)  # 5 plan, 6 dialogue
                 if request.stream:
                     reply = self._streamed(exchange, alias, answer, relay)
@@ -104,6 +124,8 @@ class Gateway:
             exchange.error = exchange.error or InternalError("The gateway has a defect.")
             raise defect
         finally:
+            if admitted:
+                self.overload.leave()
             try:
                 if answer is not None:
                     await answer.close(ended=exchange.done)

@@ -173,12 +173,11 @@ def traefik(
     port: int,
     internal_port: int,
     replicas: Sequence[str],
-    admins: Sequence[str],
     certificates: Certificates,
     dynamic: Path = TRAEFIK / "dynamic",
     edge_secret: str = "",
 ) -> Service:
-    """Traefik with the shipped configuration; `replicas` and `admins` are URLs of their two ports.
+    """Traefik with the shipped configuration; `replicas` are URLs of their main ports.
 
     folder: where its own copy of the static file goes. dynamic: the folder of its dynamic files.
     """
@@ -189,7 +188,6 @@ def traefik(
     env = {
         **plain_environment(os.environ),
         "GATEWAY_REPLICAS": ",".join(replicas),
-        "GATEWAY_ADMINS": ",".join(admins),
         "GATEWAY_TLS_CERT_FILE": str(certificates.cert_file),
         "GATEWAY_TLS_KEY_FILE": str(certificates.key_file),
         "GATEWAY_CLIENT_CA_FILE": str(certificates.ca_file),

@@ -12,6 +12,7 @@ import msgspec
 
 from app.ambient import Ambient, timestamp
 from app.config import Alias, Config, ServiceKey, Tenant, Timeouts, WrittenRetry, WrittenSpool
+from app.control import Entry
 from app.cooldowns import Cooldowns
 from app.core import Call, Exchange, LedgerEvent, Rates, Reservation
 from app.credentials import Credentials, client
@@ -20,6 +21,8 @@ from app.dialogue import Dialogue
 from app.errors import GatewayError, LedgerUnavailable, VendorBroke, VendorError
 from app.gateway import Gateway
 from app.ledger import Spool, read_lines
+from app.modes import Modes
+from app.overload import Overload
 from app.providers.translator import Outgoing
 from tests import test_auth
 from tests.ledger_parts import conforming
@@ -189,6 +192,16 @@ class KeptLimits:
         self.settled.append((tokens, nanos))
 
 
+class KeptControl:
+    """A channel whose entries the test writes: `told` has them by kind and name."""
+
+    def __init__(self) -> None:
+        self.told: dict[str, dict[str, Entry]] = {}
+
+    def kind(self, kind: str) -> dict[str, Entry]:
+        return self.told.setdefault(kind, {})
+
+
 class KeptTelemetry:
     """Remembers what it is told. `recorded` has the events."""
 
@@ -232,6 +245,8 @@ class Rooms:
         self.folder = folder
         self.ambient = ambient
         self.limits = KeptLimits()
+        self.control = KeptControl()
+        self.overload = Overload(config, ambient)
         self.telemetry = KeptTelemetry()
         self.spool = spool(folder, "r1", WrittenSpool(reserve_bytes=0), ambient)
         self.dialogue = Dialogue(
@@ -244,7 +259,13 @@ class Rooms:
             ambient=ambient,
         )
         self.gateway = Gateway(
-            dialogue=self.dialogue, limits=self.limits, spool=self.spool, telemetry=self.telemetry, ambient=ambient
+            modes=Modes(self.control, ambient),
+            overload=self.overload,
+            dialogue=self.dialogue,
+            limits=self.limits,
+            spool=self.spool,
+            telemetry=self.telemetry,
+            ambient=ambient,
         )
         self.spool.open()
 

@@ -24,14 +24,17 @@ LAYERS = (
     ("providers", "dialects"),
     (
         "auth", "cache", "control", "cooldowns", "limits", "redis_pipe", "ledger", "credentials", "upstream", "http1",
-        "telemetry", "warnings", "paces",
+        "telemetry", "warnings", "paces", "modes", "overload",
     ),
     ("routing", "estimate", "settlement", "relay", "dialogue", "gateway", "server"),
     (
-        "api", "admin", "bodies", "keys", "ledger_shipper", "archive", "reports", "price_sync", "rerate", "usage_pages",
-        "ledger_schema", "ledger_segment", "dead_letters", "lake",
+        "api", "admin", "status_page", "bodies", "keys", "ledger_shipper", "archive", "reports", "price_sync", "rerate",
+        "usage_pages", "ledger_schema", "ledger_segment", "dead_letters", "lake",
     ),
-    ("asgi", "cli", "lint_apps", "jobs", "ledger_commands", "money_commands", "price_commands", "explain"),
+    (
+        "asgi", "cli", "operator", "lint_apps", "jobs", "explain",
+        "ledger_commands", "mode_commands", "money_commands", "price_commands",
+    ),
 )  # fmt: skip
 """The rooms from the ground up: a file imports only from layers before its own."""
 
@@ -45,6 +48,7 @@ WITHIN_A_LAYER = {
     ("cooldowns", "control"): "what rests is told to the other replicas",
     ("cooldowns", "redis_pipe"): "or it is not, while Redis is away",
     ("control", "redis_pipe"): "the channel is a hash in Redis",
+    ("modes", "control"): "modes are told there",
     ("warnings", "redis_pipe"): "who warns is decided in Redis",
     ("warnings", "limits"): "a warning is of a limit",
     ("upstream", "http1"): "the default engine of the upstream",
@@ -58,6 +62,8 @@ WITHIN_A_LAYER = {
     ("gateway", "estimate"): "the journey asks what a call may need",
     ("api", "bodies"): "the front door takes bodies in",
     ("admin", "api"): "both doors answer errors alike",
+    ("status_page", "admin"): "who is an administrator",
+    ("status_page", "reports"): "HTML is written alike",
     ("ledger_shipper", "archive"): "the archive is the shipper's far end",
     ("ledger_shipper", "ledger_segment"): "what it ships from",
     ("ledger_segment", "dead_letters"): "what cannot be a row is kept",
@@ -72,6 +78,9 @@ WITHIN_A_LAYER = {
     ("cli", "asgi"): "`gateway serve`",
     ("cli", "explain"): "`gateway check --explain`",
     ("cli", "lint_apps"): "`gateway lint-apps`",
+    ("cli", "mode_commands"): "`gateway mode`",
+    ("cli", "operator"): "who did it",
+    ("mode_commands", "operator"): "who did it",
     ("cli", "money_commands"): "`gateway rollup`, `gateway export`",
     ("money_commands", "jobs"): "`gateway jobs`",
     ("cli", "price_commands"): "`gateway prices`",
@@ -92,7 +101,7 @@ HOMES = {
     "psycopg": {"archive"},
     "pyarrow": {"reports", "lake"},
     "genai_prices": {"price_sync"},
-    "litestar": {"api", "admin", "bodies", "server", "usage_pages"},
+    "litestar": {"api", "admin", "bodies", "server", "usage_pages", "status_page"},
     "uvicorn": {"asgi", "server"},
     "uvloop": {"asgi"},
     "time": {"ambient"},
@@ -114,6 +123,8 @@ PURE_PARTS = {
 READS_ENVIRONMENT = {
     "asgi": "composition root",
     "cli": "command line",
+    "operator": "command line",
+    "mode_commands": "command line",
     "money_commands": "command line",
     "price_commands": "command line",
     "ledger_commands": "command line",

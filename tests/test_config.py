@@ -421,7 +421,7 @@ def test_all_faults_of_all_files_are_told_at_once(folder: Path, tmp_path: Path) 
     expected = [
         f"{folder / 'tenant_policy.yaml'}: tenants.a.z: unknown key; known here: allowed_models, "
         "budget_time_zone, cache, concurrency, daily_token_cap, daily_usd, downgrade, environments, monthly_usd, "
-        "plan, residency, rpm, tier, tpm",
+        "plan, priority, residency, rpm, tier, tpm",
         f"{overlay}: providers.openai.region: Expected `str | null`, got `int`",
         f"{overlay}: providers.openai.api_key: a secret is a reference, env:NAME or file:/path, never the value itself",
         f"{overlay}: aliases.a.targets: no target 'x/y'; known: {', '.join(shipped['targets'])}",

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from litestar import Litestar
 
-from app import admin, api, usage_pages
+from app import admin, api, status_page, usage_pages
 from app.ambient import Ambient, Patience
 from app.api import FrontDoor
 from app.auth import Callers
@@ -37,6 +37,7 @@ OPEN = {
     ("main", "GET", "/health"): "says only that the process lives",
     ("main", "GET", "/health/live"): "the same",
     ("main", "GET", "/health/ready"): "Traefik asks it",
+    ("main", "GET", "/status"): "mode and health, without names",
     ("main", "GET", "/usage/usage.css"): "a style sheet",
     ("main", "POST", "/usage/sign-out"): "ends a session, or none",
     ("admin", "GET", "/health"): "says only that the process lives",
@@ -57,7 +58,8 @@ def table(port: str, app: Any) -> Iterator[tuple[str, str, str]]:
 def all_routes() -> list[tuple[str, str, str]]:
     ambient, nothing = Ambient(), object()
     callers = Callers(NoTokens())
-    main = api._others(nothing, usage_pages.tenant_routes(nothing, None, ambient, callers, nothing))
+    pages = usage_pages.tenant_routes(nothing, None, ambient, callers, nothing)
+    main = api._others(nothing, [*pages, status_page.route(None, dict)])
     second = admin.app(None, nothing, dict, usage_pages.admin_routes(nothing, None, ambient, None, nothing))
     return [*(("main", "POST", path) for path in ROUTES), *table("main", main), *table("admin", second)]
 

@@ -267,7 +267,6 @@ class Edge:
 
     def __init__(self, folder: Path, dynamic: Path) -> None:
         self.replicas = [EchoServer("one"), EchoServer("two")]
-        self.admin = EchoServer("admin")
         certificates = local_ca.ensure(folder)
         self.port = free_port(set())
         self.tls = ssl.create_default_context(cafile=str(certificates.ca_file))
@@ -277,7 +276,6 @@ class Edge:
             self.port,
             free_port({self.port}),
             [server.url for server in self.replicas],
-            [self.admin.url],
             certificates,
             dynamic,
             EDGE_SECRET,
@@ -334,7 +332,7 @@ class Edge:
         return {name.lower(): value for name, value in echo["headers"]}
 
     def close(self) -> None:
-        for server in (*self.replicas, self.admin):
+        for server in self.replicas:
             server.may_go_on.set()
             server.shutdown()
             server.server_close()
@@ -493,13 +491,9 @@ def test_path_that_can_be_read_in_two_ways_is_refused(edge: Edge, path: str) -> 
     assert edge.call(path) == (400, {})
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/health", "/health/ready", "/usage"])
+@pytest.mark.parametrize("path", ["/v1/models", "/health", "/health/ready", "/usage", "/status"])
 def test_route_leads_to_a_replica(edge: Edge, path: str) -> None:
     assert edge.call(path)[1]["name"] in ("one", "two")
-
-
-def test_status_leads_to_the_admin_port(edge: Edge) -> None:
-    assert edge.call("/status")[1]["name"] == "admin"
 
 
 def test_http_2_is_offered(edge: Edge) -> None:

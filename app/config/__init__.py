@@ -39,14 +39,17 @@ from app.config.running import (
 from app.config.source import ConfigSource, load, utc_day
 from app.config.tariff import Price, Rate, Tariff, Window
 from app.config.written import (
+    PRIORITIES,
     Away,
     CacheMode,
     Doubt,
+    Mode,
     Written,
     WrittenAway,
     WrittenDiscount,
     WrittenDrain,
     WrittenLongContext,
+    WrittenOverload,
     WrittenPrice,
     WrittenRate,
     WrittenRedis,

@@ -37,6 +37,7 @@ from app.config.running import (
     Tenant,
 )
 from app.config.written import (
+    PRIORITIES,
     Written,
     WrittenGateway,
     WrittenPlan,
@@ -116,7 +117,7 @@ def build(
 
 
 def _settings(gateway: WrittenGateway, longest_seconds: float, secrets: Secrets, faults: Faults) -> Settings:
-    for name in ("retry", "redis", "drain", "spool"):
+    for name in ("retry", "redis", "drain", "spool", "overload"):
         _in_range(getattr(gateway, name), f"gateway.{name}", faults)
     if gateway.max_bodies_bytes < gateway.max_body_bytes:
         faults.add("gateway.max_bodies_bytes", "must be at least gateway.max_body_bytes, or no such body is ever taken")
@@ -124,6 +125,8 @@ def _settings(gateway: WrittenGateway, longest_seconds: float, secrets: Secrets,
         _positive(getattr(gateway, name), f"gateway.{name}", faults)
     _positive(gateway.redis.timeout_ms, "gateway.redis.timeout_ms", faults)
     _positive(gateway.redis.probe_seconds, "gateway.redis.probe_seconds", faults)
+    _positive(gateway.overload.max_calls, "gateway.overload.max_calls", faults)
+    _positive(gateway.overload.max_delay_ms, "gateway.overload.max_delay_ms", faults)
     _positive(gateway.redis.replicas, "gateway.redis.replicas", faults)
     if not 0 <= gateway.trace_sample_ratio <= 1:
         faults.add("gateway.trace_sample_ratio", "must be from 0 to 1")
@@ -146,6 +149,8 @@ def _settings(gateway: WrittenGateway, longest_seconds: float, secrets: Secrets,
         edge_secret=(
             None if gateway.edge_secret is None else secrets.resolve(gateway.edge_secret, "gateway.edge_secret", faults)
         ),
+        overload=gateway.overload,
+        mode=gateway.mode,
         warn_at_percent=warnings.at_percent,
         warnings_webhook=(None if warnings.webhook is None else _webhook(warnings.webhook, secrets, faults)),
     )
@@ -307,6 +312,7 @@ def _tenants(written: Written, faults: Faults) -> dict[str, Tenant]:
             residency=_residency(plan.residency if tenant.residency is None else tenant.residency),
             downgrade=downgrade,
             cache=tenant_cache(tenant.cache, plan.cache, f"tenants.{name}.cache", faults),
+            priority=PRIORITIES.index(tenant.priority or plan.priority or "normal"),
         )
     return tenants
 

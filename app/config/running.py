@@ -11,10 +11,13 @@ from msgspec import Struct
 
 from app.config.tariff import Price, Tariff
 from app.config.written import (
+    PRIORITIES,
     CacheMode,
     Doubt,
+    Mode,
     Order,
     WrittenDrain,
+    WrittenOverload,
     WrittenRedis,
     WrittenRetry,
     WrittenSpool,
@@ -311,7 +314,7 @@ class Tenant(Struct, frozen=True):
     """A billing and policy boundary. `allowed_models` None means every alias.
 
     `residency`: the regions whose providers may serve it; None means any. `downgrade`: by alias, the cheaper one that
-    serves in its place when a budget is nearly used up.
+    serves in its place when a budget is nearly used up. `priority` is a place in PRIORITIES.
     """
 
     id: str
@@ -322,6 +325,7 @@ class Tenant(Struct, frozen=True):
     residency: frozenset[str] | None = None
     downgrade: Mapping[str, str] = {}
     cache: TenantCache = CACHED
+    priority: int = PRIORITIES.index("normal")
 
     def allows(self, alias: str) -> bool:
         return self.allowed_models is None or alias in self.allowed_models
@@ -377,6 +381,7 @@ class Issuer(Struct, frozen=True):
 class Settings(Struct, frozen=True):
     """The `gateway` section, with every default filled in. `longest_seconds`: the longest total over all aliases.
 
+    `mode` is the one that the files ask for; the control channel may ask for a stricter one (`modes.py`).
     A budget is nearly used up from `warn_at_percent` on; `warnings_webhook` is the address that is told, a secret too.
     """
 
@@ -393,6 +398,8 @@ class Settings(Struct, frozen=True):
     max_bodies_bytes: int = 268_435_456
     warn_at_percent: int = 80
     warnings_webhook: Secret | None = None
+    overload: WrittenOverload = WrittenOverload()
+    mode: Mode = "normal"
 
 
 class Config(Struct, frozen=True):

@@ -131,6 +131,12 @@ class WrittenAlias(WrittenWay, frozen=True, forbid_unknown_fields=True, kw_only=
     hedge: WrittenHedge | None = None
 
 
+Priority = Literal["low", "normal", "high"]
+PRIORITIES: tuple[Priority, ...] = ("low", "normal", "high")
+"""From the first that is shed in an overload to the last; elsewhere a priority is its place here."""
+Mode = Literal["normal", "cache_only", "read_only"]
+
+
 class WrittenQuota(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     rpm: int | None = None
     tpm: int | None = None
@@ -153,6 +159,7 @@ class WrittenPlan(WrittenQuota, frozen=True, forbid_unknown_fields=True, kw_only
     tier: str | None = None
     residency: list[str] | None = None
     cache: WrittenTenantCache | None = None
+    priority: Priority | None = None
 
 
 class WrittenExtendedPlan(WrittenPlan, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -312,6 +319,11 @@ class WrittenWarnings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     webhook: str | None = None
 
 
+class WrittenOverload(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    max_calls: int = 2000
+    max_delay_ms: int = 50
+
+
 class WrittenGateway(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     max_body_bytes: int = 20_971_520
     max_bodies_bytes: int = 268_435_456
@@ -323,6 +335,8 @@ class WrittenGateway(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     drain: WrittenDrain = field(default_factory=WrittenDrain)
     spool: WrittenSpool = field(default_factory=WrittenSpool)
     warnings: WrittenWarnings = field(default_factory=WrittenWarnings)
+    overload: WrittenOverload = field(default_factory=WrittenOverload)
+    mode: Mode = "normal"
     trace_sample_ratio: float = 0.1
     ceiling_input_usd: Decimal = Decimal(100)
     ceiling_output_usd: Decimal = Decimal(500)

@@ -156,6 +156,14 @@ class Telemetry:
     def vendor_error(self, provider: str, error: VendorError) -> None:
         self._vendor_errors.labels(provider, error.fault).inc()
 
+    def vendor_errors(self) -> dict[str, dict[str, int]]:
+        """Failed attempts since the start, by provider and class."""
+        found: dict[str, dict[str, int]] = {}
+        for sample in next(iter(self._vendor_errors.collect())).samples:
+            if sample.name.endswith("_total"):
+                found.setdefault(sample.labels["provider"], {})[sample.labels["class"]] = int(sample.value)
+        return found
+
     def misconfigured(self, what: str, target: str, error: VendorError) -> None:
         """`what` rests now: a target, or one of its provider's keys."""
         self._misconfigured.labels(target, what).inc()

@@ -250,7 +250,6 @@ class Stack:
                 self.port,
                 self._ports["traefik-internal"],
                 [r.url for r in self.replicas],
-                [r.admin_url for r in self.replicas],
                 certificates,
                 edge_secret=self._secrets.edge_secret,
             )
