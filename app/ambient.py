@@ -6,6 +6,7 @@ import asyncio
 import random
 import secrets
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 _KEY_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -13,6 +14,7 @@ _KEY_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 TIMER_SECONDS = 0.005
 """The event loop's timers go in steps of a millisecond, and may fire that much early."""
+NEVER = float("inf")
 
 
 class Ambient:
@@ -55,10 +57,11 @@ class Ambient:
 
 
 class Patience:
-    """How long the current task waits, as a call goes from one wait to the next, with one timer for all of them.
+    """How long a task waits, as a call goes from one wait to the next, with one timer for all of them.
 
     `asyncio.timeout` makes and drops a timer for each wait, which costs as much as reading a chunk of a stream. Here
-    setting a limit is an assignment; the timer, when it fires too early, is set again.
+    setting a limit is an assignment; the timer, when it fires too early, is set again. It outlives the call, so that
+    the next one on the same connection need not set it.
 
         patience.limit(seconds)
         try:
@@ -71,33 +74,51 @@ class Patience:
             patience.lift()
     """
 
-    __slots__ = ("_loop", "_over", "_task", "_timer", "_timer_at", "_until")
+    __slots__ = ("_last", "_loop", "_on_last", "_over", "_task", "_timer", "_timer_at", "_until")
 
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._task = asyncio.current_task()
-        self._until: float | None = None
+    def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        """For the current task; with a `loop`, for that of `begin`."""
+        self._loop = loop or asyncio.get_running_loop()
+        self._task = asyncio.current_task() if loop is None else None
+        self._until = self._last = NEVER
+        self._on_last: Callable[[], object] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._timer_at = 0.0
+        self._timer_at = NEVER
+        self._over = False
+
+    def begin(self, task: asyncio.Task[None]) -> None:
+        """From now on it is about this task."""
+        self._task = task
         self._over = False
 
     def limit(self, seconds: float) -> None:
         """From now on the task is cancelled after `seconds`, until the next `limit` or `lift`."""
         self._until = until = self._loop.time() + seconds
-        if self._timer is None or until < self._timer_at:
+        if until < self._timer_at:
             self._set(until)
 
     def lift(self) -> None:
-        self._until = None
+        self._until = NEVER
 
     def over(self) -> bool:
         """Whether the cancellation that the task has just met was the limit's alone; it is taken back then."""
         over, self._over = self._over, False
         return over and self._task.uncancel() == 0
 
+    def last(self, seconds: float, call: Callable[[], object]) -> None:
+        """Whatever the limits say: after `seconds` this is called, once."""
+        self._last, self._on_last = self._loop.time() + seconds, call
+        if self._last < self._timer_at:
+            self._set(self._last)
+
     def end(self) -> None:
-        """Drops the timer: nothing is waited for any more."""
-        self._until = None
+        """Nothing is waited for any more."""
+        self._until = self._last = NEVER
+        self._task = self._on_last = None
+
+    def close(self) -> None:
+        """Nor will there be a next call."""
+        self.end()
         if self._timer is not None:
             self._timer.cancel()
 
@@ -108,14 +129,18 @@ class Patience:
         self._timer = self._loop.call_at(at, self._fire)
 
     def _fire(self) -> None:
-        self._timer = None
-        if self._until is None:
-            return
-        if self._until > self._loop.time() + TIMER_SECONDS:
-            self._set(self._until)
-            return
-        self._over = True
-        self._task.cancel()
+        self._timer, self._timer_at = None, NEVER
+        now = self._loop.time() + TIMER_SECONDS
+        if self._last <= now:
+            self._last = NEVER
+            self._on_last()
+        if self._until <= now:
+            self._until = NEVER
+            self._over = True
+            self._task.cancel()
+        soonest = min(self._until, self._last)
+        if soonest < NEVER:
+            self._set(soonest)
 
 
 _second = (0, "")

@@ -14,9 +14,9 @@ from functools import partial
 from litestar import Litestar, MediaType, Request, Response, get
 from litestar.exceptions import HTTPException
 from litestar.handlers import HTTPRouteHandler
-from litestar.types import ASGIApp, Receive, Scope, Send
+from litestar.types import ASGIApp
 
-from app.ambient import Ambient, Patience, timestamp
+from app.ambient import Ambient, timestamp
 from app.auth import Callers, allow, allowed, authorize, header_map
 from app.bodies import Bodies
 from app.config import NAME, Config, ConfigSource, ServiceKey, Tenant
@@ -37,7 +37,7 @@ from app.errors import (
     TenantNotAllowed,
 )
 from app.gateway import Gateway, retry_headers
-from app.server import send_whole
+from app.visits import Handler, Visit
 
 log = logging.getLogger("gateway")
 
@@ -66,13 +66,13 @@ class FrontDoor:
         self.bodies = Bodies()
         self.draining = False
 
-    async def serve(self, dialect: Dialect, scope: Scope, receive: Receive, send: Send) -> None:
+    async def serve(self, dialect: Dialect, visit: Visit) -> None:
         """POST to a route of `dialects.ROUTES`, from the first byte in to the last byte out."""
         started, received_at = self.ambient.monotonic(), self.ambient.now()
         config = self.source.current
-        headers = header_map(scope["headers"])
-        if scope["method"] != "POST":
-            await self._refuse(send, dialect, MethodNotAllowed("This route takes POST."))
+        headers = header_map(visit.raw_headers)
+        if visit.method != "POST":
+            self._refuse(visit, dialect, MethodNotAllowed("This route takes POST."))
             return
         try:
             key = self.callers.known(config, headers, received_at)
@@ -81,13 +81,16 @@ class FrontDoor:
         except (InvalidApiKey, IssuerUnavailable) as error:
             self.gateway.telemetry.unidentified(error)
             await self._not_too_soon(started)
-            await self._refuse(send, dialect, error)
+            self._refuse(visit, dialect, error)
             return
         fault: GatewayError | None = None
         body: bytes | None = b""
-        patience = Patience()
+        patience = visit.patience
         try:
-            body = await self.bodies.read(headers, receive, config.settings, patience)
+            if (whole := visit.at_once()) is not None:
+                body = self.bodies.take(whole, config.settings)
+            else:
+                body = await self.bodies.read(headers, visit.receive, config.settings, patience)
         except GatewayError as error:
             fault = error
         started = self.ambient.monotonic()  # the upload was the client's time
@@ -99,55 +102,50 @@ class FrontDoor:
                 self.gateway.settle(exchange)
             return
         try:
-            await self._send(exchange, scope, send)
+            await self._send(exchange, visit)
         finally:
             self.bodies.held -= len(body)
 
-    async def _send(self, exchange: Exchange, scope: Scope, send: Send) -> None:
+    async def _send(self, exchange: Exchange, visit: Visit) -> None:
         """The sending loop. A hang-up or the drain's limit cancels this task; `exchange.cut` says which."""
-        task = asyncio.current_task()
+        task = visit.task
         self.in_flight[task] = exchange
-        scope["hang_up"] = partial(_cut, exchange, task, "client_closed")
-        if "hung_up" in scope:
-            scope["hang_up"]()
+        visit.on_hang_up = hang_up = partial(_cut, exchange, task, "client_closed")
+        if visit.gone:
+            hang_up()
         longest = exchange.call.config.settings.longest_seconds + STALLED_SECONDS
-        overdue = asyncio.get_running_loop().call_later(longest, _cut, exchange, task, "deadline")
-        streaming = False
+        visit.patience.last(longest, partial(_cut, exchange, task, "deadline"))
         try:
             async with self.gateway.serve(exchange) as reply:
                 if self.draining or isinstance(exchange.call.fault, RequestTooLarge | Overloaded):
                     reply.headers.append((b"connection", b"close"))
                 if reply.status >= 400:
                     await self._not_too_soon(exchange.call.started)
-                if reply.frames is None and send_whole(scope, reply.status, reply.headers, reply.first):
-                    return
-                await send({"type": "http.response.start", "status": reply.status, "headers": reply.headers})
-                streaming = True
                 if reply.frames is None:
-                    await send({"type": "http.response.body", "body": reply.first})
+                    visit.whole(reply.status, reply.headers, reply.first)
                     return
+                visit.start(reply.status, reply.headers)
                 async with aclosing(reply.frames) as frames:
                     async for frame in frames:
-                        await send({"type": "http.response.body", "body": frame, "more_body": True})
-                await send({"type": "http.response.body", "body": b""})
+                        visit.write(frame)
+                        if visit.blocked:
+                            await visit.drained()
+                visit.end()
         except asyncio.CancelledError:
             if exchange.cut is None:
                 raise
             task.uncancel()
             if exchange.cut == "drain":
-                await self._send_drained(exchange, send, streaming)
+                self._send_drained(exchange, visit)
         except Exception:
             log.exception("defect in request %s", exchange.call.request_id)
             error = InternalError("The gateway has a defect; its log has it under this request id.")
-            if not streaming:
-                await self._refuse(send, exchange.call.dialect, error, exchange.call.request_id)
+            if not visit.started:
+                self._refuse(visit, exchange.call.dialect, error, exchange.call.request_id)
             elif exchange.request is not None and exchange.request.stream:
-                frames = exchange.call.dialect.error_frames(error, exchange.call.request_id)
-                await send({"type": "http.response.body", "body": frames})
+                visit.write(exchange.call.dialect.error_frames(error, exchange.call.request_id))
         finally:
-            del scope["hang_up"]
-            overdue.cancel()
-            exchange.patience.end()
+            visit.on_hang_up = None
             del self.in_flight[task]
 
     async def _not_too_soon(self, started: float) -> None:
@@ -155,14 +153,14 @@ class FrontDoor:
         if wait > 0:
             await self.ambient.sleep(wait)
 
-    async def _send_drained(self, exchange: Exchange, send: Send, streaming: bool) -> None:
+    def _send_drained(self, exchange: Exchange, visit: Visit) -> None:
         """What a call gets that the drain's limit cut: an error event in a stream, else an error."""
         error = Draining("This gateway replica stops. Send the request again.", retry_after_seconds=1.0)
-        if not streaming:
-            await self._refuse(send, exchange.call.dialect, error, exchange.call.request_id)
+        if not visit.started:
+            self._refuse(visit, exchange.call.dialect, error, exchange.call.request_id)
         elif exchange.event is None or exchange.event.stream:
-            frames = exchange.call.dialect.error_frames(error, exchange.call.request_id)
-            await send({"type": "http.response.body", "body": frames, "more_body": False})
+            visit.write(exchange.call.dialect.error_frames(error, exchange.call.request_id))
+            visit.end()
 
     def cut(self, why: Cut) -> int:
         """Ends every call in flight that has no row yet; returns how many."""
@@ -238,7 +236,7 @@ class FrontDoor:
             metadata=_picked(headers, config.routing_headers) if config.routing_headers else {},
         )
 
-    async def _refuse(self, send: Send, dialect: Dialect, error: GatewayError, request_id: str | None = None) -> None:
+    def _refuse(self, visit: Visit, dialect: Dialect, error: GatewayError, request_id: str | None = None) -> None:
         """An error outside a call's journey."""
         request_id = request_id or "req_" + self.ambient.event_id(self.ambient.now()).replace("-", "")
         body = dialect.error_body(error, request_id)
@@ -248,8 +246,7 @@ class FrontDoor:
             *[(name, request_id.encode()) for name in dialect.id_headers],
             *retry_headers(error, error.status),
         ]
-        await send({"type": "http.response.start", "status": error.status, "headers": headers})
-        await send({"type": "http.response.body", "body": body, "more_body": False})
+        visit.whole(error.status, headers, body)
 
 
 def _trace_state(headers: Mapping[bytes, str]) -> str | None:
@@ -274,24 +271,13 @@ def _cut(exchange: Exchange, task: asyncio.Task[None], why: Cut) -> bool:
     return True
 
 
+def calls(door: FrontDoor) -> dict[bytes, Handler]:
+    """The routes of calls, by path. They are met before Litestar, whose part would be a fifth of their time."""
+    return {path.encode(): partial(door.serve, dialect) for path, dialect in ROUTES.items()}
+
+
 def app(door: FrontDoor, more: Sequence[HTTPRouteHandler] = ()) -> ASGIApp:
-    """The routes of the main port, with `more` of other doors.
-
-    Calls are met before Litestar, whose part would be a fifth of their time.
-    """
-    others = _others(door, more)
-
-    async def front(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (dialect := ROUTES.get(scope["path"])) is not None:
-            await door.serve(dialect, scope, receive, send)
-        else:
-            await others(scope, receive, send)
-
-    return front
-
-
-def _others(door: FrontDoor, more: Sequence[HTTPRouteHandler]) -> Litestar:
-    """Everything but the hot path."""
+    """The other routes of the main port, with `more` of other doors."""
 
     async def visitor(request: Request) -> tuple[Config, Tenant, dict[str, str]]:
         """The configuration, on whose behalf it is asked, and what the answer says of that tenant's limits."""

@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import msgspec
-import uvicorn
 import uvloop
 from msgspec import Struct
 
@@ -35,7 +34,7 @@ from app.overload import Overload
 from app.redis_pipe import RedisPipe
 from app.reports.period import UsageReader
 from app.reports.spent import SpentReader
-from app.server import server
+from app.server import Server
 from app.telemetry import MAX_TENANTS, JsonLog, Lines, Telemetry, open_spans
 from app.upstream import engine
 from app.warnings import Warnings
@@ -220,9 +219,9 @@ class Replica:
         token = self.options.admin_token
         pages = usage_pages.tenant_routes(self.source, self.usage, self.ambient, self.door.callers, self.telemetry)
         pages.append(status_page.route(token, self.status))
-        main = server(api.app(self.door, pages), self.options.host, self.options.port)
+        main = Server(api.app(self.door, pages), self.options.host, self.options.port, api.calls(self.door))
         pages = usage_pages.admin_routes(self.source, self.usage, self.ambient, token, self.telemetry)
-        control = server(
+        control = Server(
             admin.app(token, self.telemetry, self.status, pages), self.options.host, self.options.admin_port
         )
         loops = [
@@ -234,8 +233,8 @@ class Replica:
             )
         ]
         shipping = asyncio.ensure_future(self._keep(self.shipper.run)) if self.shipper else None
-        await control.startup()
-        await main.startup()
+        await control.start()
+        await main.start()
         self.telemetry.config_loaded(self.source.current)
         log.info("serving on %s:%s, admin on %s", self.options.host, self.options.port, self.options.admin_port)
         gc.freeze()  # what start-up made stays: no collection needs to look at it again
@@ -255,7 +254,7 @@ class Replica:
             await self.usage.close()
         await self.key_sets.close()
         await self.warnings.close()
-        await control.shutdown()
+        await control.close()
         if self.spans:
             await asyncio.to_thread(self.spans.close)
         log.info("stopped")
@@ -299,20 +298,20 @@ class Replica:
             self.hurry.set()
         self.stop.set()
 
-    async def _drain(self, main: uvicorn.Server) -> None:
+    async def _drain(self, main: Server) -> None:
         """Readiness off, accept for a while, close the listener, let calls finish, cut what outlasts the limit."""
         drain = self.source.current.settings.drain
         self.door.draining = True
         log.info("draining: still accepting for %g s", drain.delay_seconds)
         await self._unless_hurried(self.ambient.sleep(drain.delay_seconds), drain.delay_seconds)
-        closing = asyncio.ensure_future(main.shutdown())
+        closing = asyncio.ensure_future(main.close())
         await self._unless_hurried(asyncio.shield(closing), drain.limit_seconds)
         if not closing.done():
             log.warning("the drain's limit cut %d calls", self.door.cut("drain"))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CUT_SECONDS):
                     await asyncio.shield(closing)
-            main.force_exit = True
+            main.abort()
             await closing
 
     async def _unless_hurried(self, work: object, seconds: float) -> None:
@@ -519,7 +518,6 @@ def serve(options: Options) -> int:
         sys.stderr.write(f"LOG_LEVEL is {level!r}; it may be DEBUG, INFO, WARNING, ERROR or CRITICAL.\n")
         return 1
     logging.basicConfig(level=level, handlers=[JsonLog(lines, ambient)], force=True)
-    logging.getLogger("uvicorn").setLevel(logging.ERROR)
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
     async def run() -> None:
@@ -530,12 +528,6 @@ def serve(options: Options) -> int:
             runner.run(run())
     except (OSError, ValueError) as error:
         sys.stderr.write(f"The replica cannot start: {error}\n")
-        return 1
-    except SystemExit:  # uvicorn's way to say that it cannot bind; the log has its reason
-        sys.stderr.write(
-            f"The replica cannot listen on {options.host}:{options.port} or {options.host}:{options.admin_port}: "
-            "another process does. Choose others with --port and --admin-port.\n"
-        )
         return 1
     finally:
         lines.close()

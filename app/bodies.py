@@ -21,6 +21,15 @@ class Bodies(Struct):
 
     held: int = 0
 
+    def take(self, body: bytes, settings: Settings) -> bytes:
+        """One that is here as a whole, counted in `held` until it is given back. Raises RequestTooLarge, Overloaded."""
+        if len(body) > settings.max_body_bytes:
+            raise _too_large(settings.max_body_bytes)
+        if self.held + len(body) > settings.max_bodies_bytes:
+            raise _full()
+        self.held += len(body)
+        return body
+
     async def read(
         self, headers: Mapping[bytes, str], receive: Receive, settings: Settings, patience: Patience
     ) -> bytes | None:
@@ -58,7 +67,7 @@ class Bodies(Struct):
             if size > max_bytes:
                 raise _too_large(max_bytes)
             if full:
-                raise Overloaded("This replica holds all the request bodies that it has room for. Send the call again.")
+                raise _full()
             body, kept = parts[0] if len(parts) == 1 else b"".join(parts), 0
             return body
         except asyncio.CancelledError:
@@ -72,3 +81,7 @@ class Bodies(Struct):
 
 def _too_large(max_bytes: int) -> RequestTooLarge:
     return RequestTooLarge(f"The body is above {max_bytes} bytes. Send less, or ask for a higher limit.")
+
+
+def _full() -> Overloaded:
+    return Overloaded("This replica holds all the request bodies that it has room for. Send the call again.")

@@ -3,7 +3,7 @@
 Why our own: the hot path is this. Measured with one core and 64 calls in flight, CPU per call with uvicorn in front:
 httpx 2,570 µs, aiohttp 411, pyreqwest 289 (and a call cancelled before the answer's headers leaves its connection
 open for ever), this 175; 50-chunk streams 661 / 2,462 / 302 for aiohttp / pyreqwest / this. Framing is llhttp's (by
-httptools, the parser that uvicorn uses); it speaks no HTTP/2, follows no redirect, knows no proxy: where a proxy is
+httptools, the parser of our server too); it speaks no HTTP/2, follows no redirect, knows no proxy: where a proxy is
 configured, the httpx engine serves.
 
 Cancelling closes the connection, so a vendor stops working the moment nobody waits.

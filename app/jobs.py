@@ -19,7 +19,7 @@ from app.config import Secret
 from app.reports.drift_report import latest
 from app.reports.period import MAX_SPENDERS, Spend, spending
 from app.reports.schedule import Schedule, standard_jobs
-from app.server import server
+from app.server import Server
 from app.telemetry import JsonLog, Lines, Telemetry
 
 log = logging.getLogger("gateway")
@@ -88,8 +88,8 @@ class JobsProcess:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         options = self._options
-        port = server(admin.app(options.admin_token, self._telemetry, self._status), options.host, options.port)
-        await port.startup()
+        port = Server(admin.app(options.admin_token, self._telemetry, self._status), options.host, options.port)
+        await port.start()
         log.info("jobs run; metrics on %s:%s", options.host, options.port)
         try:
             while not stop.is_set():
@@ -103,7 +103,7 @@ class JobsProcess:
                     await asyncio.wait_for(stopped, LOOK_SECONDS)
         finally:
             await self.close()
-            await port.shutdown()
+            await port.close()
 
     async def close(self) -> None:
         await self._archive.close()
@@ -158,7 +158,6 @@ def serve(options: JobsOptions, *, once: bool) -> int:
     """Runs the jobs to their end: 0, or 1 after a sentence. With `once` the jobs that are due, and no metrics."""
     ambient, lines = Ambient(), Lines()
     logging.basicConfig(level="INFO", handlers=[JsonLog(lines, ambient)], force=True)
-    logging.getLogger("uvicorn").setLevel(logging.ERROR)
 
     async def run() -> int:
         process = JobsProcess(options, ambient, lines)

@@ -1,100 +1,128 @@
-"""The HTTP server of both ports: uvicorn, with what it leaves to others."""
+"""The HTTP/1.1 server of every port.
+
+Why our own: ASGI has a dict a message, an event and three timers a call, and no word for a client that is gone. Routes
+of calls are served by a coroutine that holds a `Visit`; everything else by an ASGI application. It drains: `close`
+waits for what is under way.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import os
+from collections.abc import Mapping
+from functools import partial
+from urllib.parse import unquote
 
-import uvicorn
-from litestar.types import ASGIApp, Scope
-from uvicorn.lifespan.off import LifespanOff
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+import httptools
+from litestar.types import ASGIApp, HTTPScope, Message
 
-from app.dialects import openai_chat
-from app.errors import RequestTooLarge
+from app.visits import Connection, Handler, Visit
 
-MAX_HEAD_BYTES = 81_920
-"""Of a request's line and headers: Traefik's `maxHeaderBytes` and what it adds. Counted between reads, so that a head
-which ends in the same read may be longer."""
-_HEAD_BODY = openai_chat.error_body(RequestTooLarge(f"The head of the request is above {MAX_HEAD_BYTES} bytes."))
-_HEAD_TOO_LARGE = (
-    b"HTTP/1.1 413 Content Too Large\r\ncontent-type: application/json\r\nconnection: close\r\n"
-    b"content-length: %d\r\n\r\n%b" % (len(_HEAD_BODY), _HEAD_BODY)
-)
+SWEEP_SECONDS = 5.0
+"""How often connections are looked at for that: a timer of each would cost every call."""
+BACKLOG = 4096
 
 
-class _Protocol(HttpToolsProtocol):
-    """uvicorn's protocol, which tells a call at once that its client is gone, and takes no head without end.
+class Server:
+    """One port. `calls` has the handlers of its routes by path; all other requests are `app`'s, an ASGI application."""
 
-    ASGI has a call wait for a hang-up in a task of its own: a tenth of the time of a call that has nothing else to wait
-    for. Neither uvicorn nor httptools bounds a request's head.
-    """
+    def __init__(self, app: ASGIApp, host: str, port: int, calls: Mapping[bytes, Handler] | None = None) -> None:
+        self.connections: set[Connection] = set()
+        self.tasks: set[asyncio.Task[None]] = set()
+        """Of the visits under way, those whose client is gone too."""
+        self.closing = False
+        self.loop: asyncio.AbstractEventLoop
+        self._calls = calls or {}
+        self._app = app
+        self._host = host
+        self._port = port
+        self._listening: asyncio.Server | None = None
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._empty = asyncio.Event()
 
-    _head_bytes: int | None = None
-    """Of the head that is arriving; None between heads."""
+    async def start(self) -> None:
+        """Listens. Raises OSError where it cannot."""
+        self.loop = asyncio.get_running_loop()
+        try:
+            self._listening = await self.loop.create_server(
+                partial(Connection, self), self._host, self._port, backlog=BACKLOG
+            )
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise OSError(
+                f"it cannot listen on {self._host}:{self._port} ({reason}). Choose another --port or --admin-port."
+            ) from error
+        self._sweep_often()
 
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._head_bytes = 0
+    @property
+    def address(self) -> tuple[str, int]:
+        return self._listening.sockets[0].getsockname()[:2]
 
-    def on_headers_complete(self) -> None:
-        self._head_bytes = None
-        super().on_headers_complete()
-        if self.scope is not None:
-            self.scope["cycle"] = self.cycle
+    async def close(self) -> None:
+        """No new connections; those that are idle end now, the others with their visits. Waits for the last."""
+        self.closing = True
+        if self._listening is not None:
+            self._listening.close()
+        for connection in [*self.connections]:
+            connection.close()
+        self.parted()
+        await self._empty.wait()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
 
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._head_bytes is not None:
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-                self.transport.write(_HEAD_TOO_LARGE)
-                self.transport.close()
+    def parted(self) -> None:
+        """A connection or a visit is over."""
+        if self.closing and not self.connections and not self.tasks:
+            self._empty.set()
 
-    def connection_lost(self, error: Exception | None) -> None:
-        super().connection_lost(error)
-        if self.scope is not None:
-            self.scope["hung_up"] = True
-            if hang_up := self.scope.get("hang_up"):
-                hang_up()
+    def abort(self) -> None:
+        """Ends the connections that are left."""
+        for connection in [*self.connections]:
+            connection.transport.abort()
+
+    def handler(self, visit: Visit) -> Handler:
+        return self._calls.get(visit.target) or self._calls.get(_path(visit.target)[0]) or self._others
+
+    async def _others(self, visit: Visit) -> None:
+        """A visit by ASGI."""
+        path, query = _path(visit.target)
+        transport = visit._connection.transport
+        scope: HTTPScope = {
+            "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": visit.version,
+            "method": visit.method, "scheme": "http", "path": unquote(path.decode("latin-1")), "raw_path": path,
+            "query_string": query, "root_path": "", "headers": visit.raw_headers, "state": {}, "extensions": None,
+            "server": transport.get_extra_info("sockname"), "client": transport.get_extra_info("peername"),
+        }  # fmt: skip
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                visit.start(message["status"], [(name.lower(), value) for name, value in message.get("headers", ())])
+                return
+            await visit.drained()
+            visit.write(message.get("body", b""))
+            if not message.get("more_body"):
+                visit.end()
+
+        await self._app(scope, visit.receive, send)
+
+    def sweep(self) -> None:
+        """Closes the connections that have been idle for too long."""
+        now = self.loop.time()
+        for connection in [*self.connections]:
+            connection.sweep(now)
+
+    def _sweep_often(self) -> None:
+        self.sweep()
+        self._sweeper = self.loop.call_later(SWEEP_SECONDS, self._sweep_often)
 
 
-_CLOSE = (b"connection", b"close")
-
-
-def send_whole(scope: Scope, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> bool:
-    """An answer that is there as a whole, as one write: ASGI's two are two packets, and a sixth of a call's time.
-
-    `headers` has its length. False, and nothing is sent, where it has to go the way of ASGI.
-    """
-    cycle: RequestResponseCycle | None = scope.get("cycle")
-    if cycle is None or cycle.response_started or cycle.disconnected or cycle.flow.write_paused:
-        return False
-    lines = [STATUS_LINE[status], *[b"%b: %b\r\n" % header for header in headers]]
-    if _CLOSE in headers:
-        cycle.keep_alive = False
-    elif not cycle.keep_alive:
-        lines.append(b"connection: close\r\n")
-    head = b"".join(lines)
-    if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines):
-        raise ValueError("a header has a line break")
-    cycle.response_started = cycle.response_complete = True
-    cycle.waiting_for_100_continue = False
-    cycle.transport.write(b"%b\r\n%b" % (head, body))
-    cycle.message_event.set()
-    if not cycle.keep_alive:
-        cycle.transport.close()
-    cycle.on_response()
-    return True
-
-
-def server(app: ASGIApp, host: str, port: int) -> uvicorn.Server:
-    """uvicorn under our own signals and lifespan: hang-ups and the drain are ours to decide."""
-    config = uvicorn.Config(
-        app, host=host, port=port, loop="none", http=_Protocol, ws="none", lifespan="off", interface="asgi3",
-        proxy_headers=False, server_header=False, date_header=False, access_log=False, log_config=None,
-        timeout_keep_alive=75, backlog=4096,
-    )  # fmt: skip
-    config.load()
-    server = uvicorn.Server(config)
-    server.lifespan = LifespanOff(config)
-    return server
+def _path(target: bytes) -> tuple[bytes, bytes]:
+    """Path and query of a request's target, which may be a whole URL (RFC 9112, 3.2.2)."""
+    if not target.startswith(b"/"):
+        try:
+            url = httptools.parse_url(target)
+        except httptools.HttpParserInvalidURLError:
+            return target, b""
+        return url.path or b"/", url.query or b""
+    path, _, query = target.partition(b"?")
+    return path.partition(b"#")[0], query.partition(b"#")[0]

@@ -1,4 +1,4 @@
-"""The front door against clients of bare ASGI: bodies that never come, clients that never read, headers sent twice."""
+"""The front door against clients of its own: bodies that never come, clients that never read, headers sent twice."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from msgspec import Struct
 
 import app.api
 import app.bodies
-from app.ambient import Ambient
+from app.ambient import Ambient, Patience
 from app.api import FrontDoor
 from app.auth import Callers
 from app.config import Config
@@ -34,31 +34,57 @@ class Source(Struct):
 
 
 class Client:
-    """The client's end. It sends `body`, or nothing for None; it reads `reads` messages, and then no more."""
+    """The client's end, in the place of a `Visit`. It sends `body`, or nothing for None.
+
+    It reads the first `reads` things that it is sent, and then no more.
+    """
 
     def __init__(self, body: bytes | None, headers: Headers, reads: int = 1_000) -> None:
-        self.received: list[dict[str, Any]] = []
-        self.scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers}
-        self._messages = [] if body is None else [{"type": "http.request", "body": body}]
+        self.raw_headers = headers
+        self.method = "POST"
+        self.gone = self.started = self.ended = False
+        self.on_hang_up: Callable[[], object] | None = None
+        self.status = 0
+        self.body = b""
+        self._request = body
         self._reads = reads
 
+    def at_once(self) -> bytes | None:
+        return self._request
+
     async def receive(self) -> dict[str, Any]:
-        if not self._messages:
-            await asyncio.Event().wait()
-        return self._messages.pop(0)
-
-    async def send(self, message: dict[str, Any]) -> None:
-        if len(self.received) == self._reads:
-            await asyncio.Event().wait()
-        self.received.append(message)
+        await asyncio.Event().wait()
+        raise AssertionError("it never comes")
 
     @property
-    def status(self) -> int:
-        return self.received[0]["status"]
+    def blocked(self) -> bool:
+        return self._reads <= 0
 
-    @property
-    def body(self) -> bytes:
-        return b"".join(message.get("body", b"") for message in self.received)
+    async def drained(self) -> None:
+        while self.blocked:
+            await asyncio.Event().wait()
+
+    def whole(self, status: int, headers: Headers, body: bytes) -> None:
+        self.start(status, headers)
+        self.write(body)
+        self.end()
+
+    def start(self, status: int, headers: Headers) -> None:
+        self.started, self.status = True, status
+        self._reads -= 1
+
+    def write(self, data: bytes) -> None:
+        self.body += data
+        self._reads -= 1
+
+    def end(self) -> None:
+        self.ended = True
+
+    async def visit(self, door: FrontDoor, path: str = "/v1/chat/completions") -> None:
+        """Comes to the front door, and stays until it is let out."""
+        self.task = asyncio.current_task()
+        self.patience = Patience()
+        await door.serve(ROUTES[path], self)
 
 
 @pytest.fixture
@@ -86,7 +112,7 @@ def visit(rooms: Rooms, client: Client, longest_seconds: float = 5.0) -> FrontDo
 
     async def scenario() -> None:
         async with asyncio.timeout(10):
-            await door.serve(ROUTES[client.scope["path"]], client.scope, client.receive, client.send)
+            await client.visit(door)
 
     asyncio.run(scenario())
     return door

@@ -59,7 +59,7 @@ def all_routes() -> list[tuple[str, str, str]]:
     ambient, nothing = Ambient(), object()
     callers = Callers(NoTokens())
     pages = usage_pages.tenant_routes(nothing, None, ambient, callers, nothing)
-    main = api._others(nothing, [*pages, status_page.route(None, dict)])
+    main = api.app(nothing, [*pages, status_page.route(None, dict)])
     second = admin.app(None, nothing, dict, usage_pages.admin_routes(nothing, None, ambient, None, nothing))
     return [*(("main", "POST", path) for path in ROUTES), *table("main", main), *table("admin", second)]
 
@@ -212,7 +212,7 @@ def test_a_call_gives_its_body_back_when_it_is_over(tmp_path: Path) -> None:
     rooms = Rooms(tmp_path, ScriptedAnswer(completion()), ambient=Ambient())
     door = FrontDoor(Source(config()), rooms.gateway, Callers(NoTokens()), rooms.ambient)
     client = Client(json.dumps({"model": ALIAS, "messages": []}).encode(), headers())
-    asyncio.run(door.serve(ROUTES["/v1/chat/completions"], client.scope, client.receive, client.send))
+    asyncio.run(client.visit(door))
     rooms.spool.close()
     assert (client.status, door.bodies.held) == (200, 0)
 
@@ -392,11 +392,10 @@ def test_no_call_is_answered_500(
     door: FrontDoor, body: bytes, sent: list[tuple[bytes, bytes]], path: str, credential: bool
 ) -> None:
     client = Client(body, [*sent, *(headers() if credential else [])])
-    client.scope["path"] = path
 
     async def scenario() -> None:
         async with asyncio.timeout(10):
-            await door.serve(ROUTES[path], client.scope, client.receive, client.send)
+            await client.visit(door, path)
 
     asyncio.run(scenario())
     assert client.status in (200, 400, 401, 403, 404, 413), client.body
