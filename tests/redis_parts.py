@@ -138,7 +138,11 @@ async def wire(port: int, delay_seconds: Callable[[], float], tls: ssl.SSLContex
                 await writer.drain()
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            there, back = await asyncio.open_connection("127.0.0.1", port)
+        except OSError:  # nobody is there
+            writer.close()
+            return
         for task in (carry(reader, back, False), carry(there, writer, True)):
             tasks.add(asyncio.create_task(task))
 
