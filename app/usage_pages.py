@@ -12,7 +12,6 @@ import hmac
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date, timedelta
-from importlib.resources import files
 from urllib.parse import parse_qs
 
 import msgspec
@@ -33,7 +32,7 @@ from app.errors import (
     TenantNotAllowed,
     UsageUnavailable,
 )
-from app.reports import page
+from app.reports import charts, page
 from app.reports.period import Figures, Usage, UsageReader
 from app.telemetry import Telemetry
 
@@ -54,7 +53,6 @@ _HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
 }
-_STYLE = files("app.reports").joinpath("usage.css")
 
 
 class Sessions:
@@ -210,7 +208,7 @@ def admin_routes(
 @get("/usage/usage.css", sync_to_thread=False)
 def _style() -> Response[bytes]:
     headers = {"cache-control": "max-age=3600", "x-content-type-options": "nosniff"}
-    return Response(_STYLE.read_bytes(), media_type="text/css; charset=utf-8", headers=headers)
+    return Response(charts.style(), media_type="text/css; charset=utf-8", headers=headers)
 
 
 # --- what was asked for -------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 from html.parser import HTMLParser
@@ -17,7 +18,7 @@ from app.ambient import Ambient
 from app.config import Tenant
 from app.core import Cost, LedgerEvent
 from app.core import Usage as Tokens
-from app.reports.charts import Series, bars
+from app.reports.charts import Series, bars, style
 from app.reports.markup import document, el
 from app.reports.page import View, money, share, usage
 from app.reports.period import Budget, Figures, Period, Trend, Usage, UsageReader, spending, trend, window_start
@@ -227,16 +228,23 @@ def test_text_and_attributes_never_become_markup(text: str) -> None:
     assert seen.text == "\n" + text + text
 
 
-@given(st.lists(st.integers(0, 10**15), min_size=1, max_size=100))
-def test_bars_stay_within_their_chart(values: list[int]) -> None:
+@given(st.lists(st.tuples(*[st.integers(0, 10**15)] * 3), min_size=1, max_size=100))
+def test_bars_are_as_high_as_their_values_and_stay_within_their_chart(values: list[tuple[int, ...]]) -> None:
     days = [DAY + timedelta(number) for number in range(len(values))]
-    drawing = bars("Spend", days, [Series("Spend", "s1", values)], str)
-    for rect in drawing.iter("rect"):
-        x, y, width, height = (float(rect.get(name)) for name in ("x", "y", "width", "height"))
-        assert x >= -0.02
-        assert x + width <= 720.02
-        assert y >= -0.02
-        assert y + height <= 220.02
+    series = [Series(f"part {place}", f"s{place + 1}", [each[place] for each in values]) for place in range(3)]
+    drawing = bars("Spend", days, series, str)
+    rows = list(drawing.iter("tr"))
+    heights = [[int(part.get("class").partition(" h")[2]) for part in row] for row in rows]
+    highest = max(map(sum, values))
+    tallest = max(map(sum, heights))
+    assert (400 <= tallest <= 1000) if highest else tallest == 0
+    for parts, high in zip(values, heights, strict=True):
+        for value, height in zip(parts, high, strict=True):
+            assert abs(height * highest - value * tallest) <= 2 * max(highest, tallest)
+    assert {name for row in rows for part in row for name in part.get("class").split()} <= STYLED
+
+
+STYLED = {name.decode() for name in re.findall(rb"\.([sh]\d+) ?\{", style())}
 
 
 def test_empty_days_are_a_chart_that_says_so() -> None:

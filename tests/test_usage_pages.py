@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from decimal import Decimal
+from importlib.resources import files
 from pathlib import Path
 
 import httpx
@@ -296,6 +297,27 @@ def test_the_browser_finds_nothing_to_complain_of(signed_in: Browser) -> None:
     assert [line for line in signed_in.complaints() if "401" not in line] == []
 
 
+def test_bars_are_drawn_as_high_as_the_figures_say(signed_in: Browser, events: list[LedgerEvent]) -> None:
+    """A style sheet alone draws them, under a policy that takes no style attribute."""
+    said, shares = signed_in.run(
+        """
+        const rows = [...document.querySelector('figure table').rows];
+        return [rows.map((row) => row.title), rows.map((row) => row.cells[0].offsetHeight / row.clientHeight)];
+        """
+    )
+    spent = [float(each.rpartition("$")[2]) for each in said]
+    assert max(spent) > 0
+    for dollars, share in zip(spent, shares, strict=True):
+        assert share == pytest.approx(max(shares) * dollars / max(spent), abs=0.02)
+    assert signed_in.run("return document.querySelectorAll('[style]').length") == 0
+
+
+def test_the_chart_library_is_vendored_with_its_licence() -> None:
+    folder = files("app.reports").joinpath("vendored")
+    assert folder.joinpath("charts.LICENSE").read_text().startswith("MIT License")
+    assert "Charts.css 1.2.0" in folder.joinpath("charts.min.css").read_text()[:100]
+
+
 def test_a_planted_script_is_shown_as_text(signed_in: Browser) -> None:
     assert EVIL in signed_in.text()
     assert signed_in.title != "stolen"
@@ -364,7 +386,7 @@ def test_text_can_be_read_in_both_schemes(signed_in: Browser, scheme: str) -> No
     keep(signed_in, f"tenant-{scheme}")
     dark = signed_in.run("return getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
     assert dark == (scheme == "dark")
-    for selector in ("h1", ".hint", ".note", "nav a", "td", "button", "dt"):
+    for selector in ("h1", ".hint", ".note", "nav a", ".wide td", ".chart li", "button", "dt"):
         assert contrast(signed_in, selector) >= 4.5, selector
 
 

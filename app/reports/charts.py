@@ -1,21 +1,23 @@
-"""Bar charts as SVG, drawn here: no script runs on the page, and each bar says its value to those who point at it.
+"""Bar charts by Charts.css (vendored/): a table that a style sheet draws as columns, so no script runs on the page.
 
-The same numbers stand in a table below, which is what screen readers are sent to.
+Each day says its values to those who point at it. The same numbers stand in a table below, which is what screen readers
+are sent to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import date
+from functools import cache
+from importlib.resources import files
 from xml.etree.ElementTree import Element
 
 from msgspec import Struct
 
 from app.reports.markup import el
 
-WIDTH, HEIGHT = 720, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 8, 10, 26
 _STEPS = 4
+_PARTS = 1000
 
 
 class Series(Struct, frozen=True):
@@ -30,50 +32,46 @@ def bars(title: str, days: Sequence[date], series: Sequence[Series], show: Calla
     """A figure with a bar a day, the series on top of each other; `show` writes a value."""
     totals = [sum(one.values[place] for one in series) for place in range(len(days))]
     top = _round_up(max(totals, default=0))
-    inner_width, inner_height = WIDTH - _LEFT - _RIGHT, HEIGHT - _TOP - _BOTTOM
-    step = inner_width / max(1, len(days))
-    drawing = el(
-        "svg", viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=_summary(title, days, totals, show),
-        preserveAspectRatio="xMidYMid meet",
-    )  # fmt: skip
-    for line in range(_STEPS + 1):
-        y = _TOP + inner_height * (1 - line / _STEPS)
-        drawing.append(el("line", x1=_LEFT, x2=WIDTH - _RIGHT, y1=_n(y), y2=_n(y), class_="grid"))
-        drawing.append(el("text", show(top * line // _STEPS), x=_LEFT - 6, y=_n(y + 4), class_="axis end"))
+    body = el("tbody")
     for place, day in enumerate(days):
-        base = float(_TOP + inner_height)
-        group = el("g", class_="bar")
         said = [f"{day.isoformat()}: {show(totals[place])}"]
+        row = el("tr")
+        below = 0
         for one in series:
-            tall = inner_height * one.values[place] / top
-            base -= tall
-            if tall:
-                group.append(
-                    el(
-                        "rect",
-                        x=_n(_LEFT + place * step + step * 0.12),
-                        y=_n(base),
-                        width=_n(step * 0.76),
-                        height=_n(tall),
-                        class_=one.style,
-                    )
-                )
+            ends = below + one.values[place]
+            # Between two ends that are rounded, so that the parts of a bar are as high as the bar.
+            height = ends * _PARTS // top - below * _PARTS // top
+            row.append(el("td", class_=f"{one.style} h{height}"))
+            below = ends
             if len(series) > 1:
                 said.append(f"{one.label} {show(one.values[place])}")
-        # As wide and high as the chart, so that low bars can be pointed at too.
-        group.append(el("rect", x=_n(_LEFT + place * step), y=_TOP, width=_n(step), height=inner_height, class_="hit"))
-        group.insert(0, el("title", "\n".join(said)))
-        drawing.append(group)
+        row.set("title", "\n".join(said))  # of the row, which is as high as the chart: low bars can be pointed at too
+        body.append(row)
+    stacked = " multiple stacked" if len(series) > 1 else ""
+    kind = f"charts-css column{stacked} show-primary-axis show-{_STEPS}-secondary-axes"
+    drawing = el("table", body, class_=kind, role="img", aria_label=_summary(title, days, totals, show))
+    values = el("ol", class_="values", aria_hidden="true")
+    for line in range(_STEPS, -1, -1):
+        values.append(el("li", show(top * line // _STEPS)))
+    shown_days = el("ol", class_="days", aria_hidden="true")
     for place in sorted({0, len(days) // 2, len(days) - 1}) if days else ():
-        x = _LEFT + (place + 0.5) * step
-        ends = "start" if place == 0 and len(days) > 1 else "end" if place == len(days) - 1 and place else "middle"
-        drawing.append(el("text", days[place].isoformat(), x=_n(x), y=HEIGHT - 8, class_=f"axis {ends}"))
+        shown_days.append(el("li", days[place].isoformat()))
     legend = None
     if len(series) > 1:
         legend = el("ul", class_="legend")
         for one in series:
             legend.append(el("li", el("span", class_=f"key {one.style}", aria_hidden="true"), one.label))
-    return el("figure", el("figcaption", title), legend, drawing)
+    chart = el("div", values, drawing, shown_days, class_="chart")
+    return el("figure", el("figcaption", title), legend, chart)
+
+
+@cache
+def style() -> bytes:
+    """The page's style sheet: Charts.css, a class for each height, as the policy forbids style attributes, and ours."""
+    folder = files("app.reports")
+    heights = "".join(f".h{part}{{--size:{part / _PARTS:g}}}" for part in range(_PARTS + 1))
+    vendored = folder.joinpath("vendored", "charts.min.css").read_text()
+    return "\n".join((vendored, heights, folder.joinpath("usage.css").read_text())).encode()
 
 
 def _summary(title: str, days: Sequence[date], totals: Sequence[int], show: Callable[[int], str]) -> str:
@@ -94,7 +92,3 @@ def _round_up(value: int) -> int:
             if first * power >= value:
                 return first * power
         power *= 10
-
-
-def _n(value: float) -> str:
-    return f"{value:.2f}".rstrip("0").rstrip(".")

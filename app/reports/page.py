@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date, timedelta
+from functools import cache
 from typing import Any
 from urllib.parse import urlencode
 from xml.etree.ElementTree import Element
 
 from msgspec import Struct
 
-from app.reports.charts import Series, bars
+from app.reports.charts import Series, bars, style
 from app.reports.markup import Child, document, el
 from app.reports.period import Budget, Figures, Spend, Trend, Usage
 
@@ -164,12 +166,18 @@ def _page(title: str, main: Element, signed_in: str | None = None) -> bytes:
                 el("meta", name="viewport", content="width=device-width, initial-scale=1"),
                 el("meta", name="color-scheme", content="light dark"),
                 el("title", f"{title} - LLM gateway"),
-                el("link", rel="stylesheet", href="/usage/usage.css"),
+                el("link", rel="stylesheet", href=_style_address()),
             ),
             el("body", el("a", "Skip to content", href="#content", class_="skip"), header, main),
             lang="en",
         )
     )
+
+
+@cache
+def _style_address() -> str:
+    """With a digest, so that no browser draws a new page by the style sheet of the old one."""
+    return "/usage/usage.css?" + hashlib.sha256(style()).hexdigest()[:12]
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
