@@ -1,4 +1,9 @@
-"""What rests for a while, on every replica: targets, vendors' keys, and a key at one target."""
+"""What rests for a while, on every replica: targets, vendors' keys, and a key at one target.
+
+A target that fails too often rests too, by its circuit breaker. When that rest is over, one call of each replica finds
+out whether the target works again; until it has, the others pass it over. A rest is told to every replica, and so are
+those that follow where such a call has failed.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +11,20 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
+from msgspec import Struct
+
 from app.ambient import Ambient
-from app.config import Target, VendorKey
+from app.config import Target, VendorKey, WrittenBreaker
 from app.control import Control, Entry
-from app.errors import VendorError, VendorMisconfigured, VendorThrottled
+from app.errors import (
+    VendorBroke,
+    VendorError,
+    VendorFailed,
+    VendorMisconfigured,
+    VendorThrottled,
+    VendorTimeout,
+    VendorUnreachable,
+)
 from app.redis_pipe import RedisAway, RedisRefused
 
 log = logging.getLogger("gateway")
@@ -18,6 +33,23 @@ COOLDOWN = "cooldown"
 """The kind of the control channel's entries."""
 MAX_SECONDS = 3600.0
 """A vendor that asks for longer is asked again after this: it may have been a mistake of its own."""
+BREAKER = "breaker"
+"""Why a target rests that failed too often."""
+COUNTED = (VendorFailed, VendorUnreachable, VendorBroke, VendorTimeout)
+"""What says that a target does not work. A throttle says that it does; a refusal is of a credential or a request."""
+FINDING_OUT_SECONDS = 60.0
+"""A call that finds out and is never heard of again is given up after this, and the next one finds out."""
+FORGOTTEN_SECONDS = 60.0
+"""What a target that works met so long ago is forgotten, so that calls need not look it up."""
+
+
+class _Trouble(Struct):
+    """Of a target that has failed: how it did since `since`, unix seconds, and how often in a row it had to rest."""
+
+    since: float
+    failures: int = 0
+    successes: int = 0
+    rests: int = 0
 
 
 class Cooldowns:
@@ -31,14 +63,79 @@ class Cooldowns:
         self._control = control
         self._replica = replica
         self._until: dict[str, float] = {}
+        self._broken: set[str] = set()
+        self._finding_out: dict[str, float] = {}
+        self._troubled: dict[str, _Trouble] = {}
         self._telling: set[asyncio.Task[None]] = set()
 
     def resting(self) -> frozenset[str]:
-        if not self._until:
+        if not self._until and not self._finding_out:
             return frozenset()
         now = self._ambient.now()
-        self._until = {name: until for name, until in self._until.items() if until > now}
-        return frozenset(self._until)
+        for name in [name for name, until in self._until.items() if until <= now]:
+            del self._until[name]
+            if name in self._broken:
+                self._broken.discard(name)
+                self._finding_out[name] = 0.0
+        found_out = {name for name, until in self._finding_out.items() if until > now}
+        return frozenset(self._until) | found_out if found_out else frozenset(self._until)
+
+    # --- the circuit breaker ------------------------------------------------------------------------------------------
+
+    def asks(self, target: Target) -> None:
+        """A call goes to a target: if that has just rested by its breaker, the others wait for what it finds."""
+        if self._finding_out and (name := f"target:{target.name}") in self._finding_out:
+            self._finding_out[name] = self._ambient.now() + FINDING_OUT_SECONDS
+
+    def is_broken(self, target: Target) -> bool:
+        """Whether a target rests by its breaker."""
+        return bool(self._broken) and f"target:{target.name}" in self._broken
+
+    def given_up(self, target: Target) -> None:
+        """The call ended without finding out: the next one may."""
+        if self._finding_out and (name := f"target:{target.name}") in self._finding_out:
+            self._finding_out[name] = 0.0
+
+    def worked(self, target: Target) -> None:
+        """A target has answered."""
+        if not self._troubled and not self._finding_out:
+            return
+        name = f"target:{target.name}"
+        self._finding_out.pop(name, None)
+        trouble = self._troubled.get(name)
+        if trouble is not None:
+            trouble.successes += 1
+            trouble.rests = 0
+            if self._ambient.now() - trouble.since > FORGOTTEN_SECONDS:
+                del self._troubled[name]
+
+    def failed(self, target: Target, error: VendorError, breaker: WrittenBreaker) -> bool:
+        """A target has not. True where that was once too often, and it rests now.
+
+        At least `failures`, and that share of what it was asked `within_seconds`; one that has just rested need fail
+        only once more, and rests twice as long as before.
+        """
+        if not breaker.failures or not isinstance(error, COUNTED):
+            self.given_up(target)
+            return False
+        name, now = f"target:{target.name}", self._ambient.now()
+        trouble = self._troubled.get(name)
+        if trouble is None or (now - trouble.since > breaker.within_seconds and name not in self._finding_out):
+            trouble = self._troubled[name] = _Trouble(now, rests=0 if trouble is None else trouble.rests)
+        trouble.failures += 1
+        again = self._finding_out.pop(name, None) is not None
+        share = trouble.failures / (trouble.failures + trouble.successes)
+        if not again and (trouble.failures < breaker.failures or share * 100 < breaker.percent):
+            return False
+        if name in self._until:
+            return False
+        seconds = min(breaker.longest_rest_seconds, breaker.rest_seconds * 2**trouble.rests)
+        self._troubled[name] = _Trouble(now + seconds, rests=min(trouble.rests + 1, 20))
+        self._broken.add(name)
+        self.rest(name, seconds, BREAKER)
+        return True
+
+    # --- rests --------------------------------------------------------------------------------------------------------
 
     def rest(self, name: str, seconds: float, why: str) -> None:
         """From now on, here at once and on the other replicas within a second."""
@@ -54,8 +151,14 @@ class Cooldowns:
     def heard(self, name: str, entry: Entry) -> None:
         """What another replica, or this one, told the channel; a value that was taken back ends the rest."""
         if entry.value is None:
-            self._until.pop(name, None)
-        elif entry.until is not None:
+            for kept in (self._until, self._finding_out, self._troubled):
+                kept.pop(name, None)
+            self._broken.discard(name)
+            return
+        if entry.value == BREAKER:
+            self._broken.add(name)
+        if entry.until is not None:
+            self._finding_out.pop(name, None)
             self._until[name] = max(entry.until, self._until.get(name, 0.0))
 
     async def _tell(self, control: Control, name: str, until: float, why: str) -> None:

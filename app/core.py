@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Literal
 
 from msgspec import Raw, Struct, field
+from msgspec.structs import astuple
 
 from app.ambient import Patience
 from app.config import Config, Price, ServiceKey, Target, Tenant
@@ -51,6 +52,12 @@ class Usage(Struct, frozen=True, gc=False):
     def total(self) -> int:
         return self.total_input + self.total_output + self.embedding
 
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+
+    def __sub__(self, other: Usage) -> Usage:
+        return Usage(*(mine - its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+
 
 def estimate(operation: Operation, input_tokens: int, output_tokens: int) -> Usage:
     """What stands for the usage of a call that no vendor reported. Counting is free."""
@@ -71,6 +78,11 @@ class Cost(Struct, frozen=True, gc=False):
     @property
     def total_nanos(self) -> int:
         return self.input_nanos + self.output_nanos
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.input_nanos + other.input_nanos, self.output_nanos + other.output_nanos, self.priced and other.priced
+        )
 
 
 def _charge(tokens: int, nanos_per_million: int) -> int:
@@ -157,12 +169,19 @@ class EventLatency(Struct, frozen=True, gc=False):
     total: float
 
 
+Role = Literal["chain", "escalation", "hedge", "context_length", "content_filter"]
+"""How an attempt came about: by the alias's chain; after a doubtful answer; beside a slow attempt; after a refusal."""
+
+
 class Attempt(Struct, frozen=True, gc=False):
     """One request to a vendor: `outcome` is `success`, a `VendorError.fault`, or what cut it short.
 
-    `estimated_usd` is what the vendor may charge for an attempt that fell silent or broke off and was followed by
-    another: the prompt, by estimate. The row's own cost is that of the last attempt alone. `key` names the one of the
-    provider's keys that signed, `<provider>:<key>`; null where it has one.
+    The one that answered is the one whose outcome is `success`, else the last. `doubtful` is one whose answer was not
+    taken, for its `doubt`; `outrun` one that another was faster than. For these two the tenant pays: `usage` and
+    `cost_usd` of that `model`, the prompt by estimate where the vendor has not counted, are part of the row's own sums.
+    `estimated_usd` is
+    not: it is what the vendor may charge for an attempt that fell silent or broke off and was followed by another.
+    `key` names the one of the provider's keys that signed, `<provider>:<key>`; null where it has one.
     """
 
     target: str
@@ -174,6 +193,12 @@ class Attempt(Struct, frozen=True, gc=False):
     vendor_request_id: str | None = None
     estimated_usd: Raw = _ZERO
     key: str | None = None
+    role: Role = "chain"
+    doubt: str | None = None
+    model: str | None = None
+    service_tier: str | None = None
+    usage: EventUsage | None = None
+    cost_usd: EventCost | None = None
 
 
 class LedgerEvent(Struct, frozen=True, kw_only=True):
@@ -482,7 +507,9 @@ class Exchange(Struct, kw_only=True, eq=False):
     told of the prompt before the answer was cut.
     `rates` is what the answer says of limits. `charged` is what the row says that the call cost.
     `authorized` and `reserved` are when the call had passed those rooms, on the monotonic clock; 0 where it has not.
-    `rule` names the routing rule that won.
+    `rule` names the routing rule that won. `attempts` are in the order in which they began, and `served` is the place
+    of the one that answers. `beside` is what the others cost the tenant. `escalated` is why another answer was sought
+    than the first, `hedged` whether a second target was asked beside the first, `shadowed` whether a third got a copy.
     `grant` is what the call holds of its vendor's key, where the key's vendor grants so much and no more.
     """
 
@@ -499,6 +526,11 @@ class Exchange(Struct, kw_only=True, eq=False):
     target: Target | None = None
     rule: str | None = None
     attempts: list[Attempt] = []
+    served: int = -1
+    beside: list[tuple[Usage, Cost]] = []
+    escalated: str | None = None
+    hedged: bool = False
+    shadowed: bool = False
     chain: tuple[str, ...] = ()
     authorized: float = 0.0
     reserved: float = 0.0

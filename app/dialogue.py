@@ -1,4 +1,4 @@
-"""The dialogue with an alias's vendors: attempts, retries and fallbacks until the first good answer."""
+"""The dialogue with an alias's vendors: attempts, retries, fallbacks, second thoughts until the first good answer."""
 
 from __future__ import annotations
 
@@ -7,18 +7,45 @@ import asyncio
 import msgspec
 
 from app import dialects
-from app.ambient import TIMER_SECONDS, Ambient
+from app.allowance import Allowance
+from app.ambient import TIMER_SECONDS, Ambient, Patience
+from app.confidence import asking, doubt, unasked, without
 from app.config import UNLIMITED, Alias, Credential, Target, VendorKey
-from app.cooldowns import Cooldowns, another, pick, rests
-from app.core import FIRST_ATTEMPT, Attempt, Call, Exchange, estimate, span_id, usd
+from app.cooldowns import Cooldowns, another, is_resting, pick, rests
+from app.core import (
+    FIRST_ATTEMPT,
+    Attempt,
+    Call,
+    Cost,
+    Exchange,
+    Reservation,
+    Role,
+    Usage,
+    charge,
+    estimate,
+    event_cost,
+    event_usage,
+    span_id,
+    usd,
+)
 from app.credentials import Credentials
-from app.errors import VendorBroke, VendorError, VendorMisconfigured, VendorRefused, VendorTimeout
+from app.errors import (
+    GatewayError,
+    OwnFault,
+    VendorBroke,
+    VendorCannot,
+    VendorError,
+    VendorMisconfigured,
+    VendorRefused,
+    VendorTimeout,
+)
 from app.ledger import Spool
 from app.limits import Limits
 from app.paces import Paces
-from app.providers.translator import Answer, Outgoing, Stamp
-from app.relay import Stream
-from app.routing import after, plan, sum_up
+from app.prompt_size import BYTES_PER_TOKEN
+from app.providers.translator import Answer, Outgoing, Stamp, Translator
+from app.relay import FILTERED, Stream
+from app.routing import after, detour, plan, sum_up
 from app.settlement import charged, intent_of, ms, word
 from app.telemetry import Telemetry
 from app.upstream import Upstream, VendorAnswer
@@ -26,6 +53,36 @@ from app.upstream import Upstream, VendorAnswer
 MAX_ANSWER_BYTES = 67_108_864
 """A vendor's unary answer beyond this is broken: it would be held in memory whole."""
 MAX_ERROR_BYTES = 65_536
+HELD_BYTES = 1_048_576
+"""A stream that a cascade judges is held back up to this; a longer one is sent on without a judgement."""
+RETRIES = 20.0
+RETRIES_PER_SECOND = 2.0
+"""A replica with few calls may retry so often all the same; the figures are of the order of Finagle's retry budget."""
+
+
+class Good(msgspec.Struct):
+    """An answer that is good as far as it was read, and what is to be noted of it if it is the one that is taken.
+
+    `place` is that of its attempt; -1 where no vendor was asked. `at` is when a stream's first content was there.
+    """
+
+    place: int
+    target: Target
+    answer: VendorAnswer | None
+    relay: Stream | bytes
+    whole: Answer | None = None
+    request_id: str | None = None
+    at: float = 0.0
+    grant: Reservation | None = None
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.relay.reader.finish_reason if self.whole is None else self.whole.finish_reason
+
+    @property
+    def said(self) -> bytes | None:
+        """All of it; None while a stream goes on."""
+        return self.relay.held if isinstance(self.relay, Stream) else self.relay
 
 
 class Dialogue:
@@ -50,6 +107,8 @@ class Dialogue:
         self.telemetry = telemetry
         self.ambient = ambient
         self.paces = Paces(ambient)
+        self.retries = Allowance(ambient, RETRIES, RETRIES_PER_SECOND)
+        self.hedges: dict[str, Allowance] = {}
 
     async def first_good(self, exchange: Exchange, alias: Alias) -> tuple[VendorAnswer | None, Stream | bytes]:
         """The first good answer of the chain: a whole body, or a stream up to its first content.
@@ -57,34 +116,57 @@ class Dialogue:
         Retries and fallbacks happen here, before anything is sent. Raises VendorRefused, UpstreamError,
         LedgerUnavailable.
         """
+        exchange.chain = alias.chain
+        self.retries.earn(exchange.call.config.settings.retry.budget_percent)
+        good = await self._answered(exchange, alias)
+        if alias.cascade is not None or alias.on_content_filter:
+            good = await self._second_thoughts(exchange, alias, good)
+        exchange.target, exchange.served, exchange.grant = good.target, good.place, good.grant
+        exchange.vendor_request_id = good.request_id
+        if good.whole is not None:
+            note_answer(exchange, good.whole)
+        else:
+            exchange.first_token = good.at
+            exchange.model_resolved = word(good.relay.reader.model)
+        return good.answer, good.relay
+
+    # --- along a chain ------------------------------------------------------------------------------------------------
+
+    async def _answered(self, exchange: Exchange, alias: Alias, role: Role = "chain") -> Good:
+        """The first good answer along the alias's targets, and those for a refusal. Raises as `first_good`."""
         targets = plan(alias, self.cooldowns.resting())
         retry = exchange.call.config.settings.retry
         deadline = exchange.call.started + alias.timeouts.total
-        exchange.chain = alias.chain
         if targets[0] is not alias.targets[0]:
             self.telemetry.fell_back(exchange, alias.chain[0], targets[0].name, "resting")
         errors: list[VendorError] = []
+        refusal: VendorRefused | None = None
         tried: list[str] = []
         index = tries_here = 0
         while True:
             target = targets[index]
             tries_here += 1
-            key = pick(target, self.cooldowns.resting(), tried, self.ambient.random()) if target.provider.keys else None
+            key = self._key(target, tried)
             try:
-                return await self._attempt(exchange, alias, target, key, deadline)
-            except VendorRefused:
-                raise
+                if alias.hedge is not None and index + 1 < len(targets):
+                    return await self._raced(exchange, alias, target, key, targets[index + 1], deadline, role)
+                return await self._attempt(exchange, alias, target, key, deadline, role, exchange.patience)
+            except VendorRefused as refused:
+                kind, others = detour(alias, refused, {attempt.target for attempt in exchange.attempts})
+                if refusal is not None or not others:
+                    raise refusal or refused from None
+                refusal, role = refused, kind
+                targets = (*targets[: index + 1], *plan(alias.along(others), self.cooldowns.resting()))
+                self.telemetry.fell_back(exchange, target.name, targets[index + 1].name, kind)
+                index, tries_here = index + 1, 0
+                tried.clear()
+                continue
             except VendorError as error:
                 errors.append(error)
             now = self.ambient.monotonic()
             error = errors[-1]
             if key is not None:
                 tried.append(key.name)
-            name, seconds = rests(error, target, key, retry.cooldown_seconds)
-            if seconds:
-                self.cooldowns.rest(name, seconds, error.fault)
-            if isinstance(error, VendorMisconfigured):
-                self.telemetry.misconfigured(name, target.name, error)
             step = after(
                 error,
                 index=index,
@@ -94,12 +176,16 @@ class Dialogue:
                 retry=retry,
                 chance=self.ambient.random(),
                 other_key=another(target, self.cooldowns.resting(), tried),
+                rests=self.cooldowns.is_broken(target),
+                may_retry=self.retries.has(),
             )
             late = now + (step.wait_seconds if step else 0.0) >= deadline - TIMER_SECONDS
             if step is None or late:
-                raise sum_up(errors, late)
+                raise refusal or sum_up(errors, late)
             if isinstance(error, VendorTimeout | VendorBroke):
                 self._note_lost(exchange)
+            if step.index == index and not step.other_key:
+                self.retries.spend()
             if step.wait_seconds:
                 await self.ambient.sleep(step.wait_seconds)
                 exchange.provider_seconds += step.wait_seconds  # the vendor made us wait: no overhead of ours
@@ -108,43 +194,219 @@ class Dialogue:
                 index, tries_here = step.index, 0
                 tried.clear()
 
+    def _key(self, target: Target, tried: list[str]) -> VendorKey | None:
+        """The one of the provider's keys to sign with; None where it has one credential."""
+        if not target.provider.keys:
+            return None
+        return pick(target, self.cooldowns.resting(), tried, self.ambient.random())
+
+    # --- second thoughts ----------------------------------------------------------------------------------------------
+
+    async def _second_thoughts(self, exchange: Exchange, alias: Alias, first: Good) -> Good:
+        """The answer, or a better one where it was filtered or is to be doubted. Raises LedgerUnavailable."""
+        request, chat = exchange.request, exchange.call.dialect.name == "chat"
+        if alias.on_content_filter and first.finish_reason == FILTERED:
+            return await self._instead(exchange, alias.on_content_filter, alias, first, FILTERED, "content_filter")
+        cascade = alias.cascade
+        if cascade is None or request.operation != "chat" or first.said is None:
+            return first
+        why = doubt(cascade, request, chat, first.finish_reason, first.said)
+        if why is not None:
+            return await self._instead(exchange, cascade.targets, alias, first, why, "escalation")
+        self._tidy(exchange, alias, first)
+        return first
+
+    async def _instead(
+        self, exchange: Exchange, targets: tuple[Target, ...], alias: Alias, first: Good, why: str, role: Role
+    ) -> Good:
+        """The answer of other targets in place of the first, which is paid for too; the first where they have none."""
+        usage, cost = self._put_aside(exchange, first, "doubtful", why)
+        self.telemetry.escalated(exchange, first.target.name, targets[0].name, why)
+        if first.answer is not None:
+            await first.answer.close(ended=True)
+        exchange.escalated = why
+        others = msgspec.structs.replace(alias.along(targets), cascade=None, on_content_filter=())
+        try:
+            return await self._answered(exchange, others, role)
+        except GatewayError as error:
+            if isinstance(error, OwnFault):
+                raise
+        exchange.escalated = None
+        exchange.beside.remove((usage, cost))
+        kept = exchange.attempts[first.place]
+        exchange.attempts[first.place] = msgspec.structs.replace(kept, outcome="success", usage=None, cost_usd=None)
+        first.grant = None
+        self._tidy(exchange, alias, first)
+        return first
+
+    def _tidy(self, exchange: Exchange, alias: Alias, good: Good) -> None:
+        """Takes out of an answer what was asked for its judgement alone."""
+        if alias.cascade is None or not unasked(alias.cascade, exchange.request, exchange.call.dialect.name == "chat"):
+            return
+        if isinstance(good.relay, Stream):
+            good.relay.rewrite(without)
+        else:
+            good.relay = without(good.relay)
+
+    def _put_aside(self, exchange: Exchange, good: Good, outcome: str, why: str | None = None) -> tuple[Usage, Cost]:
+        """An answer that is not taken: the vendor charges for it, and so does the row. The caller closes it."""
+        told = good.relay.reader if good.whole is None else good.whole
+        usage, text_bytes = told.usage, good.relay.text_bytes() if good.whole is None else good.whole.text_bytes
+        if usage is None:
+            written = -(-text_bytes // BYTES_PER_TOKEN)
+            usage = estimate(exchange.request.operation, exchange.input_tokens_estimate, written)
+        if good.grant is not None:
+            self.limits.settle(good.grant, usage.total, 0)
+        facts = {"doubt": why, "model": word(told.model), "service_tier": word(told.service_tier)}
+        return self._pay(exchange, good.place, good.target, usage, outcome, **facts)
+
+    def _pay(
+        self,
+        exchange: Exchange,
+        place: int,
+        target: Target,
+        usage: Usage,
+        outcome: str,
+        *,
+        doubt: str | None = None,
+        model: str | None = None,
+        service_tier: str | None = None,
+    ) -> tuple[Usage, Cost]:
+        """Notes what an attempt costs the tenant whose answer it does not get."""
+        call = exchange.call
+        cost = charge(usage, target, exchange.tenant.id, service_tier, call.received_at)
+        exchange.beside.append((usage, cost))
+        if place >= 0:
+            exchange.attempts[place] = msgspec.structs.replace(
+                exchange.attempts[place],
+                outcome=outcome,
+                doubt=doubt,
+                model=model or target.model,
+                service_tier=service_tier,
+                usage=event_usage(usage),
+                cost_usd=event_cost(cost, call.config.price_version),
+            )
+        return usage, cost
+
+    # --- hedges -------------------------------------------------------------------------------------------------------
+
+    async def _raced(
+        self,
+        exchange: Exchange,
+        alias: Alias,
+        target: Target,
+        key: VendorKey | None,
+        other: Target,
+        deadline: float,
+        role: Role,
+    ) -> Good:
+        """One attempt, and where it says nothing for a while a second one beside it: the first good answer of the two.
+
+        Raises the first one's VendorError where there is none. Both have ended when it returns or raises; the one that
+        was outrun is paid for.
+        """
+        began, before = self.ambient.monotonic(), len(exchange.attempts)
+        hedges = self.hedges.setdefault(alias.name, Allowance(self.ambient, 1.0))
+        hedges.earn(alias.hedge.percent)
+        first = asyncio.ensure_future(self._alone(exchange, alias, target, key, deadline, role))
+        racing = [first]
+        good: Good | None = None
+        try:
+            await asyncio.wait(racing, timeout=alias.hedge.after_seconds)
+            if not first.done() and not is_resting(other, self.cooldowns.resting()) and hedges.spend():
+                exchange.hedged = True
+                self.telemetry.hedged(exchange, target.name, other.name)
+                second = self._alone(exchange, alias, other, self._key(other, []), deadline, "hedge")
+                racing.append(asyncio.ensure_future(second))
+            running = set(racing)
+            while running and good is None:
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                good = next((one.result() for one in racing if one in done and one.exception() is None), None)
+            if good is None:
+                raise first.exception()
+            return good
+        finally:
+            for one in racing:
+                one.cancel()
+            await asyncio.gather(*racing, return_exceptions=True)
+            exchange.provider_seconds += self.ambient.monotonic() - began
+            await self._end_race(exchange, racing, good, before)
+
+    async def _end_race(
+        self, exchange: Exchange, racing: list[asyncio.Future[Good]], good: Good | None, before: int
+    ) -> None:
+        """Pays for those that were outrun, and for those that were cancelled but the one that the row itself is of."""
+        for one in racing:
+            if not one.cancelled() and one.exception() is None and (late := one.result()) is not good:
+                self._put_aside(exchange, late, "outrun")
+                if late.answer is not None:
+                    await late.answer.close()
+        prompt = estimate(exchange.request.operation, exchange.input_tokens_estimate, 0)
+        own = len(exchange.attempts) - 1 if good is None else -1
+        for place in range(before, len(exchange.attempts)):
+            attempt = exchange.attempts[place]
+            if attempt.outcome == CANCELLED and place != own:
+                target = exchange.call.config.targets[attempt.target]
+                self._pay(exchange, place, target, prompt, CANCELLED if good is None else "outrun")
+
+    async def _alone(
+        self, exchange: Exchange, alias: Alias, target: Target, key: VendorKey | None, deadline: float, role: Role
+    ) -> Good:
+        """An attempt in a task of its own, with a patience of its own."""
+        patience = Patience()
+        try:
+            return await self._attempt(exchange, alias, target, key, deadline, role, patience)
+        finally:
+            patience.end()
+
+    # --- one attempt --------------------------------------------------------------------------------------------------
+
     async def _attempt(
-        self, exchange: Exchange, alias: Alias, target: Target, key: VendorKey | None, deadline: float
-    ) -> tuple[VendorAnswer | None, Stream | bytes]:
+        self,
+        exchange: Exchange,
+        alias: Alias,
+        target: Target,
+        key: VendorKey | None,
+        deadline: float,
+        role: Role,
+        patience: Patience,
+    ) -> Good:
         """One request to one target, unless its translator answers by itself.
 
         Raises VendorError; the attempt is noted whatever becomes of it.
         """
         call, request, limits = exchange.call, exchange.request, alias.timeouts
         translator = dialects.translator(call.dialect, target.provider.kind)
-        outgoing = translator.outgoing(request, target)
+        outgoing = _outgoing(translator, exchange, alias, target)
         if isinstance(outgoing, Answer):
-            exchange.target = target
-            note_answer(exchange, outgoing)
-            return None, outgoing.body
+            return Good(-1, target, None, outgoing.body, outgoing)
         stamp = Stamp("chatcmpl-" + call.event_id, int(call.received_at), target.model, request, target.name)
+        grant: Reservation | None = None
         if key is not None and key.quota != UNLIMITED:
             attempt_id = f"{call.event_id}:{len(exchange.attempts)}:{key.name}"
             tokens = exchange.input_tokens_estimate + exchange.output_tokens_estimate
-            exchange.grant = await self.limits.grant(key, attempt_id, tokens)
+            grant = await self.limits.grant(key, attempt_id, tokens)
         exchange.target = target
         self.spool.intend(intent_of(exchange))
         started = self.ambient.monotonic()
-        limit = limits.first_token if request.stream else limits.answer
+        place = len(exchange.attempts)
+        exchange.attempts.append(_begun(exchange, target, key, role, started))
+        self.cooldowns.asks(target)
+        held = request.stream and alias.cascade is not None
+        limit = limits.first_token if request.stream and not held else limits.answer
         answer: VendorAnswer | None = None
         request_id: str | None = None
-        outcome = "cancelled"
-        exchange.patience.limit(min(limit, deadline - started))
+        outcome = CANCELLED
+        patience.limit(min(limit, deadline - started))
         try:
             credential = await self._credential(target, key)
             signed = translator.sign(outgoing, credential, self.ambient.now())
             if target.provider.trace_context:
-                signed = traced(signed, call, len(exchange.attempts))
+                signed = traced(signed, call, place)
             answer = await self.upstream.open(signed, limits.connect)
             request_id = word(answer.headers.get(translator.request_id_header))
             if not 200 <= answer.status < 300:
                 raise translator.error(answer.status, answer.headers, await _error_body(answer))
-            exchange.vendor_request_id = request_id
             if request.stream:
                 stream = Stream(
                     translator.stream(stamp),
@@ -152,47 +414,63 @@ class Dialogue:
                     withhold_usage=not request.include_usage,
                 )
                 await stream.begin(answer)
-                exchange.first_token = self.ambient.monotonic()
-                exchange.model_resolved = word(stream.reader.model)
-                exchange.vendor_request_id = request_id = request_id or word(stream.reader.request_id)
-                outcome = "success"
-                return answer, stream
-            whole = translator.answer(await answer.read(MAX_ANSWER_BYTES), request, stamp, answer.headers)
-            note_answer(exchange, whole)
-            exchange.vendor_request_id = request_id = request_id or word(whole.request_id)
+                if held:
+                    await stream.hold(answer, HELD_BYTES)
+                request_id = request_id or word(stream.reader.request_id)
+                good = Good(place, target, answer, stream, None, request_id, self.ambient.monotonic(), grant)
+            else:
+                whole = translator.answer(await answer.read(MAX_ANSWER_BYTES), request, stamp, answer.headers)
+                request_id = request_id or word(whole.request_id)
+                good = Good(place, target, answer, whole.body, whole, request_id, 0.0, grant)
             outcome = "success"
-            return answer, whole.body
+            self.cooldowns.worked(target)
+            return good
         except asyncio.CancelledError:
-            if not exchange.patience.over():
+            if not patience.over():
+                self.cooldowns.given_up(target)
                 raise
             outcome = VendorTimeout.fault
-            raise VendorTimeout("the vendor did not answer in time") from None
+            error = VendorTimeout("the vendor did not answer in time")
+            self.failed(exchange, target, key, error)
+            raise error from None
         except VendorError as error:
             outcome = error.fault
             self.telemetry.vendor_error(target.provider.name, error)
+            self.failed(exchange, target, key, error)
             raise
         finally:
-            exchange.patience.lift()
+            patience.lift()
             ended = self.ambient.monotonic()
-            exchange.provider_seconds += ended - started
+            if patience is exchange.patience:  # in a race the time is that of the whole race
+                exchange.provider_seconds += ended - started
             if alias.order == "latency" and outcome in ("success", VendorTimeout.fault):
                 self.paces.took(target, request.stream, ended - started)
-            exchange.attempts.append(
-                Attempt(
-                    target=target.name,
-                    provider=target.provider.name,
-                    outcome=outcome,
-                    status=None if answer is None else answer.status,
-                    started_ms=ms(started - exchange.call.started),
-                    duration_ms=ms(ended - started),
-                    vendor_request_id=request_id,
-                    key=None if key is None else key.name,
-                )
+            exchange.attempts[place] = msgspec.structs.replace(
+                exchange.attempts[place],
+                outcome=outcome,
+                status=None if answer is None else answer.status,
+                duration_ms=ms(ended - started),
+                vendor_request_id=request_id,
             )
             if outcome != "success":
-                self.settle_grant(exchange, 0)
+                if grant is not None:  # what the vendor counts for its key: a request without tokens
+                    self.limits.settle(grant, 0, 0)
                 if answer is not None:
                     await answer.close()
+
+    def failed(self, exchange: Exchange, target: Target, key: VendorKey | None, error: VendorError) -> None:
+        """What a failure means for the calls after this one: who rests, who is told."""
+        settings = exchange.call.config.settings
+        if isinstance(error, VendorRefused):
+            self.cooldowns.worked(target)
+            return
+        if self.cooldowns.failed(target, error, settings.breaker):
+            self.telemetry.broke_off(target.name, error)
+        name, seconds = rests(error, target, key, settings.retry.cooldown_seconds)
+        if seconds:
+            self.cooldowns.rest(name, seconds, error.fault)
+        if isinstance(error, VendorMisconfigured):
+            self.telemetry.misconfigured(name, target.name, error)
 
     async def _credential(self, target: Target, key: VendorKey | None) -> Credential:
         """What signs the request. Waits only where it has to be fetched. Raises VendorError."""
@@ -202,7 +480,7 @@ class Dialogue:
         return target.provider.credential if account is None else await self.credentials.of(account)
 
     def settle_grant(self, exchange: Exchange, tokens: int) -> None:
-        """What the vendor counts for its key: an attempt that failed was a request without tokens."""
+        """What the vendor counts for its key, of the attempt that answers."""
         if exchange.grant is not None:
             self.limits.settle(exchange.grant, tokens, 0)
             exchange.grant = None
@@ -211,6 +489,35 @@ class Dialogue:
         """The vendor had read the prompt, and may charge for it; the tenant pays for the answer that it gets."""
         lost = charged(exchange, estimate(exchange.request.operation, exchange.input_tokens_estimate, 0))
         exchange.attempts[-1] = msgspec.structs.replace(exchange.attempts[-1], estimated_usd=usd(lost.total_nanos))
+
+
+CANCELLED = "cancelled"
+"""The outcome of an attempt that nobody waits for any more; and of one that is under way."""
+
+
+def _begun(exchange: Exchange, target: Target, key: VendorKey | None, role: Role, started: float) -> Attempt:
+    return Attempt(
+        target=target.name,
+        provider=target.provider.name,
+        outcome=CANCELLED,
+        status=None,
+        started_ms=ms(started - exchange.call.started),
+        duration_ms=0.0,
+        key=None if key is None else key.name,
+        role=role,
+    )
+
+
+def _outgoing(translator: Translator, exchange: Exchange, alias: Alias, target: Target) -> Outgoing | Answer:
+    """The request to a vendor; for a cascade with log probabilities, where the vendor has them. Raises VendorCannot."""
+    request = exchange.request
+    if alias.cascade is not None and unasked(alias.cascade, request, exchange.call.dialect.name == "chat"):
+        try:
+            return translator.outgoing(asking(request), target)
+        except VendorCannot as cannot:
+            if cannot.param != "logprobs":
+                raise
+    return translator.outgoing(request, target)
 
 
 def note_answer(exchange: Exchange, answer: Answer) -> None:

@@ -53,7 +53,15 @@ class Estimates:
         usage = estimate(exchange.request.operation, exchange.input_tokens_estimate, exchange.output_tokens_estimate)
         tenant_id, at = exchange.tenant.id, exchange.call.received_at
         nanos = max(charge(usage, target, tenant_id, None, at).total_nanos for target in alias.reach)
-        return max(usage.total, exchange.call.tokens_hint), nanos
+        tokens = usage.total
+        if alias.cascade is not None:  # the doubtful answer is paid for too,
+            nanos += max(charge(usage, target, tenant_id, None, at).total_nanos for target in alias.cascade.targets)
+            tokens += usage.total
+        if alias.hedge is not None:  # and so is the prompt of whoever is outrun
+            prompt = estimate(exchange.request.operation, exchange.input_tokens_estimate, 0)
+            nanos += max(charge(prompt, target, tenant_id, None, at).total_nanos for target in alias.targets)
+            tokens += prompt.total
+        return max(tokens, exchange.call.tokens_hint), nanos
 
     def learn(self, exchange: Exchange) -> None:
         """From a call that the vendor has counted, unless an image or a file was in it."""

@@ -223,6 +223,7 @@ class Gateway:
                 error = sum_up([VendorTimeout("the vendor fell silent in mid-stream")], False)
         except VendorError as fault:
             self.telemetry.vendor_error(exchange.target.provider.name, fault)
+            self.dialogue.failed(exchange, exchange.target, None, fault)
             error = sum_up([fault], False)
         except LedgerUnavailable as fault:
             error = fault
@@ -233,8 +234,8 @@ class Gateway:
         patience.lift()
         exchange.error = error
         exchange.done = False
-        last = exchange.attempts[-1]
-        exchange.attempts[-1] = msgspec.structs.replace(
+        last = exchange.attempts[exchange.served]
+        exchange.attempts[exchange.served] = msgspec.structs.replace(
             last,
             outcome=VendorBroke.fault if exchange.event is None else last.outcome,
             duration_ms=ms(self.ambient.monotonic() - exchange.call.started) - last.started_ms,
@@ -289,6 +290,10 @@ class Gateway:
                 (b"x-gateway-attempts", b"%d" % len(exchange.attempts)),
                 (b"x-gateway-fallback", b"true" if fell_back(exchange) else b"false"),
             ]
+        if exchange.escalated is not None:
+            headers.append((b"x-gateway-escalation", exchange.escalated.encode()))
+        if exchange.hedged:
+            headers.append((b"x-gateway-hedge", b"true"))
         if exchange.rule is not None:
             headers.append((b"x-gateway-rule", exchange.rule.encode()))
         if exchange.alias_requested is not None:
@@ -318,7 +323,8 @@ class Gateway:
             if exchange.reservation is not None:
                 self.limits.settle(exchange.reservation, event.usage.total_tokens, exchange.charged.total_nanos)
                 self.estimates.learn(exchange)
-            self.dialogue.settle_grant(exchange, event.usage.total_tokens)
+            also = sum(usage.total for usage, _ in exchange.beside)
+            self.dialogue.settle_grant(exchange, event.usage.total_tokens - also)
             self.telemetry.record(exchange, event, row)
         return event
 

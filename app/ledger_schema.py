@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
+from functools import cache
 from typing import Annotated, Any
 
 import msgspec
@@ -38,6 +39,7 @@ def ledger_schema() -> str:
     return msgspec.json.format(msgspec.json.encode(published), indent=2).decode() + "\n"
 
 
+@cache  # one class for each, or the schema has two of a name
 def _written(shape: Any) -> Any:
     """A type as it is written: no member is left out, and what is carried as `Raw` is an amount."""
     if shape is Raw:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from app.errors import VendorBroke, VendorError
 from app.providers.translator import Frame, Kind, StreamReader
 from app.upstream import VendorAnswer
+
+FILTERED = "content_filter"
+"""The finish reason that says why there may be no content."""
 
 KEPT_BYTES = 8_192
 """How much of a stream's frames is kept to estimate its tokens if the client hangs up; beyond it, extrapolated."""
@@ -37,7 +40,26 @@ class Stream:
             if self._fault and not self._started:
                 raise self._fault
             if self._done and not self._started:
-                raise VendorBroke("the vendor's stream is empty")
+                if self.reader.finish_reason != FILTERED:
+                    raise VendorBroke("the vendor's stream is empty")
+                return  # the vendor's filter left nothing of it, and says so
+
+    async def hold(self, answer: VendorAnswer, max_bytes: int) -> bool:
+        """Reads on and keeps it all. False where it is larger than that before its end. Raises VendorError."""
+        while not self._done and self._relayed_bytes <= max_bytes:
+            if self._fault is not None:
+                raise self._fault
+            await self.more(answer)
+        return self._done
+
+    def rewrite(self, change: Callable[[bytes], bytes]) -> None:
+        """Changes what has been taken and not sent."""
+        self._ready = [change(self.ready())]
+
+    @property
+    def held(self) -> bytes | None:
+        """The whole of a stream of which nothing was sent; None where its end is not there."""
+        return b"".join(self._ready) if self._done else None
 
     async def more(self, answer: VendorAnswer) -> None:
         """Waits for the next bytes and reads them."""

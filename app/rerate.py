@@ -46,9 +46,25 @@ class Charged(Struct, frozen=True):
     adjustments: int
 
 
-def adjustment(event: LedgerEvent, at: float, charged: Charged, target: Target, config: Config) -> LedgerEvent | None:
-    """The row that makes a call cost what the configuration's prices say; None where it does. `at`: unix seconds."""
-    now = charge(event.usage.classes, target, event.tenant_id, event.service_tier, at)
+def priced_now(event: LedgerEvent, at: float, config: Config) -> Cost | None:
+    """What a call costs by the configuration's prices, with all attempts that its tenant pays for; `at`: unix seconds.
+
+    None where a target is not known. Its `priced` is False where one has no price.
+    """
+    own, cost = event.usage.classes, Cost()
+    for attempt in event.attempts:
+        if attempt.usage is not None:
+            target = config.targets.get(attempt.target)
+            if target is None:
+                return None
+            own -= attempt.usage.classes
+            cost += charge(attempt.usage.classes, target, event.tenant_id, attempt.service_tier, at)
+    target = _target(event, config)
+    return None if target is None else cost + charge(own, target, event.tenant_id, event.service_tier, at)
+
+
+def adjustment(event: LedgerEvent, charged: Charged, now: Cost, config: Config) -> LedgerEvent | None:
+    """The row that makes a call cost what it costs now; None where it does."""
     difference = Cost(now.input_nanos - charged.cost.input_nanos, now.output_nanos - charged.cost.output_nanos)
     if difference == Cost() and not charged.unpriced:
         return None
@@ -81,9 +97,10 @@ def _id(event_id: str, adjustments: int) -> str:
 
 
 def _target(event: LedgerEvent, config: Config) -> Target | None:
-    """Where the call went: by its last attempt, else (it was interrupted) by provider and model."""
+    """Where the answer came from: by the attempt that answered, else (it was interrupted) by provider and model."""
     if event.attempts:
-        return config.targets.get(event.attempts[-1].target)
+        answered = (attempt for attempt in event.attempts if attempt.outcome == "success")
+        return config.targets.get(next(answered, event.attempts[-1]).target)
     found = (t for t in config.targets.values() if (t.provider.name, t.model) == (event.provider, event.model_resolved))
     return next(found, None)
 
@@ -124,16 +141,15 @@ async def rerate(
 
 def _rerated(event: LedgerEvent, at: float, charged: Charged, config: Config, result: Rerated) -> LedgerEvent | None:
     result.calls += 1
-    target = _target(event, config)
-    if target is None:
+    now = priced_now(event, at, config)
+    if now is None:
         result.unknown += 1
         return None
-    if not target.priced:
+    if not now.priced:
         result.unpriced += 1
         return None
-    made = adjustment(event, at, charged, target, config)
+    made = adjustment(event, charged, now, config)
     if made is not None:
         result.adjusted += 1
-        now = charge(event.usage.classes, target, event.tenant_id, event.service_tier, at)
         result.difference_nanos[event.tenant_id] += now.total_nanos - charged.cost.total_nanos
     return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime
 from zlib import crc32
 from zoneinfo import ZoneInfo
@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from app.config import Alias, Hours, Target, When, WrittenRetry
 from app.cooldowns import is_resting
-from app.core import charge, estimate
+from app.core import Role, charge, estimate
 from app.errors import (
     DeadlineExceeded,
     GatewayError,
@@ -23,6 +23,7 @@ from app.errors import (
     VendorError,
     VendorKeyFull,
     VendorMisconfigured,
+    VendorRefused,
     VendorThrottled,
 )
 
@@ -166,6 +167,7 @@ class Next(Struct, frozen=True):
 
     index: int
     wait_seconds: float
+    other_key: bool = False
 
 
 OF_A_KEY = (VendorThrottled, VendorMisconfigured, VendorKeyFull)
@@ -182,25 +184,49 @@ def after(
     retry: WrittenRetry,
     chance: float,
     other_key: bool = False,
+    rests: bool = False,
+    may_retry: bool = True,
 ) -> Next | None:
     """What to do after attempt number `attempts` of a call, the `tries_here`-th at the plan's target `index`.
 
     None: give up. A call makes at most `retry.max_attempts` vendor requests, and every target of a longer chain is
     still tried once: a retry here is spent only while an attempt is left for each target that was not tried yet.
+    A target that `rests` now is left if there is another; so is one that there is no retry budget for (`may_retry`).
     `chance` is uniform in [0, 1): the wait has full jitter (AWS Architecture Blog, "Exponential Backoff And Jitter").
     """
     if error.retry == "never":
         return None
     untried = targets - index - 1
     if other_key and isinstance(error, OF_A_KEY) and attempts + untried < retry.max_attempts:
-        return Next(index, 0.0)
+        return Next(index, 0.0, other_key=True)
+    if untried and (rests or not may_retry):
+        return Next(index + 1, 0.0)
     backoff = min(retry.backoff_cap_seconds, retry.backoff_base_seconds * 2 ** (tries_here - 1)) * chance
     asked = error.retry_after_seconds or 0.0
-    if error.retry == "here" and attempts + untried < retry.max_attempts and asked <= retry.backoff_cap_seconds:
+    if (
+        error.retry == "here"
+        and may_retry
+        and attempts + untried < retry.max_attempts
+        and asked <= retry.backoff_cap_seconds
+    ):
         return Next(index, max(backoff, asked))
     if untried:
         return Next(index + 1, 0.0)
     return None
+
+
+TOO_LONG = frozenset({"context_length_exceeded", "string_above_max_length"})
+FILTERED = frozenset({"content_filter", "content_policy_violation", "ResponsibleAIPolicyViolation"})
+"""Vendors' exact codes for prompts that another model may take: OpenAI's, and Azure's for its filter."""
+
+
+def detour(alias: Alias, refused: VendorRefused, asked: Collection[str]) -> tuple[Role, tuple[Target, ...]]:
+    """What kind of refusal it is that the alias has other targets for, and those of them that were not asked yet."""
+    kind: Role = "context_length" if refused.vendor_code in TOO_LONG else "content_filter"
+    others = alias.on_context_length if kind == "context_length" else alias.on_content_filter
+    if kind == "content_filter" and refused.vendor_code not in FILTERED:
+        return kind, ()
+    return kind, tuple(target for target in others if target.name not in asked)
 
 
 def sum_up(errors: list[VendorError], deadline_passed: bool) -> GatewayError:

@@ -33,7 +33,10 @@ def event_of(exchange: Exchange, now: float) -> LedgerEvent:
     else:
         status = _CUT_STATUS[exchange.cut]
     usage, source = usage_of(exchange)
-    exchange.charged = cost = charged(exchange, usage)
+    cost = charged(exchange, usage)
+    for also_used, also_cost in exchange.beside:
+        usage, cost, source = usage + also_used, cost + also_cost, "vendor" if source == "none" else source
+    exchange.charged = cost
     total = now - call.started
     return LedgerEvent(
         event_id=call.event_id,
@@ -81,7 +84,7 @@ def event_of(exchange: Exchange, now: float) -> LedgerEvent:
 
 
 def usage_of(exchange: Exchange) -> tuple[Usage, str]:
-    """The vendor's figures; else, where a vendor worked for this call, an estimate; else nothing.
+    """Of the attempt that answers: the vendor's figures; else, where a vendor worked, an estimate; else nothing.
 
     A vendor that answered with an error has charged nothing. One that was cut off had read the prompt, and had
     written what was relayed.
@@ -89,7 +92,8 @@ def usage_of(exchange: Exchange) -> tuple[Usage, str]:
     if exchange.usage is not None:
         return exchange.usage, "vendor"
     worked = exchange.first_token or (
-        exchange.attempts and exchange.attempts[-1].outcome in ("success", "cancelled", VendorTimeout.fault)
+        exchange.attempts
+        and exchange.attempts[exchange.served].outcome in ("success", "cancelled", VendorTimeout.fault)
     )
     if not worked:
         return Usage(), "none"
@@ -110,9 +114,12 @@ def charged(exchange: Exchange, usage: Usage) -> Cost:
 def intent_of(exchange: Exchange) -> Intent:
     """What a row is made of if this process dies before the call ends."""
     call, request, tenant, target = exchange.call, exchange.request, exchange.tenant, exchange.target
-    reserved = charged(
-        exchange, estimate(request.operation, exchange.input_tokens_estimate, exchange.output_tokens_estimate)
-    )
+    expected = estimate(request.operation, exchange.input_tokens_estimate, exchange.output_tokens_estimate)
+    reserved = charged(exchange, expected)
+    input_tokens, output_tokens = exchange.input_tokens_estimate, exchange.output_tokens_estimate
+    for used, cost in exchange.beside:
+        reserved += cost
+        input_tokens, output_tokens = input_tokens + used.total_input, output_tokens + used.total_output
     return Intent(
         event_id=call.event_id,
         timestamp=call.occurred_at,
@@ -131,8 +138,8 @@ def intent_of(exchange: Exchange) -> Intent:
         environment=call.config.environment,
         config_version=call.config.version,
         stream=request.stream,
-        input_tokens=exchange.input_tokens_estimate,
-        output_tokens=exchange.output_tokens_estimate,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
         input_nanos=reserved.input_nanos,
         output_nanos=reserved.output_nanos,
         priced=reserved.priced,

@@ -228,6 +228,15 @@ class KeptTelemetry:
     def fell_back(self, *_: object) -> None:
         pass
 
+    def escalated(self, *_: object) -> None:
+        pass
+
+    def hedged(self, *_: object) -> None:
+        pass
+
+    def broke_off(self, *_: object) -> None:
+        pass
+
 
 class FailingSpool(Spool):
     """A spool that takes calls and intents, and no row."""

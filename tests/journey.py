@@ -65,7 +65,8 @@ OVERLAY: dict[str, Any] = {
     "gateway": {
         "trace_sample_ratio": 1,
         "max_body_bytes": 8_000_000,
-        "retry": {"backoff_base_seconds": 0.02, "backoff_cap_seconds": 1, "cooldown_seconds": 1},
+        "retry": {"backoff_base_seconds": 0.02, "backoff_cap_seconds": 1, "cooldown_seconds": 1, "budget_percent": 100},
+        "breaker": {"failures": 1000},
         "redis": {"timeout_ms": 1000},  # on a busy machine it is slow, not away
         "drain": {"delay_seconds": 2.5, "limit_seconds": 60},
     },
@@ -96,6 +97,13 @@ OVERLAY: dict[str, Any] = {
                     "targets": ["openrouter/gpt-4o-mini", "openai/gpt-4o-mini"],
                 },
             },
+        },
+        "cascaded": {
+            "targets": ["openai/gpt-4o-mini"], "cascade": {"targets": ["openrouter/gpt-4o"], "mean_logprob_below": -9},
+        },
+        "hedged": {
+            "targets": ["openai/gpt-4o-mini", "openrouter/gpt-4o-mini"],
+            "hedge": {"after_seconds": 0.2, "percent": 100},
         },
         "hasty": {"targets": ["openai/gpt-4o-mini"], "timeouts": {"total_seconds": 0.6}},
         "unpriced": {"targets": ["openai/unpriced"]},

@@ -24,9 +24,9 @@ LAYERS = (
     ("providers", "dialects"),
     (
         "auth", "cache", "control", "cooldowns", "limits", "redis_pipe", "ledger", "credentials", "upstream", "http1",
-        "telemetry", "warnings", "paces", "modes", "overload",
+        "telemetry", "warnings", "paces", "allowance", "modes", "overload",
     ),
-    ("routing", "estimate", "settlement", "relay", "dialogue", "gateway", "server", "visits"),
+    ("routing", "estimate", "settlement", "relay", "confidence", "dialogue", "gateway", "server", "visits"),
     (
         "api", "admin", "status_page", "bodies", "keys", "ledger_shipper", "archive", "reports", "price_sync", "rerate",
         "usage_pages", "ledger_schema", "ledger_segment", "dead_letters", "lake",
@@ -52,6 +52,8 @@ WITHIN_A_LAYER = {
     ("warnings", "redis_pipe"): "who warns is decided in Redis",
     ("warnings", "limits"): "a warning is of a limit",
     ("upstream", "http1"): "the default engine of the upstream",
+    ("confidence", "relay"): "a finish reason has one name",
+    ("dialogue", "confidence"): "what is to be doubted",
     ("dialogue", "routing"): "what to try next",
     ("dialogue", "relay"): "a good answer may be a stream",
     ("dialogue", "settlement"): "an intent before each attempt",

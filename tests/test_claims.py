@@ -59,6 +59,9 @@ def test_request_headers_of_the_readme_are_those_that_are_read() -> None:
 def test_answer_headers_of_the_readme_are_those_that_are_sent(journey: Journey) -> None:
     answers = [journey.post(chat("tokens=2")), journey.post(chat(max_tokens=100_000), x_tenant_id="tenant-poor")]
     answers.append(journey.post(chat("tokens=2", "ruled"), x_feature_id="beta"))
+    answers.append(journey.post(chat("tokens=9", "cascaded", max_tokens=2)))
+    journey.fault("openai", kind="hang", times=1)
+    answers.append(journey.post(chat("tokens=2", "hedged")))
     with journey.stream(chat("tokens=2")) as streamed:
         events(streamed)
     big = chat("x" * 13_200, "azure", max_tokens=20)

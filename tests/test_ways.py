@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import httpx
 import pytest
 
-from tests.journey import Journey, chat
+from tests.journey import Journey, chat, events, text, until
 
 # --- rules ------------------------------------------------------------------------------------------------------------
 
@@ -36,3 +37,58 @@ def test_a_chain_that_a_rule_chose_falls_back_within_itself(journey: Journey) ->
     assert (answer.headers["x-gateway-rule"], answer.headers["x-gateway-provider"]) == ("beta", "openai")
     event = journey.row(answer.headers["x-request-id"])
     assert (event["fallback_used"], event["fallback_chain"][0]) == (True, "openrouter/gpt-4o-mini")
+
+
+# --- second thoughts --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_cut_answer_is_escalated_and_both_are_in_one_row(journey: Journey, streamed: bool) -> None:
+    body = chat("tokens=9", "cascaded", max_tokens=3)
+    if streamed:
+        with journey.stream(body) as answer:
+            chunks = events(answer)
+        assert len({chunk["id"] for chunk in chunks[:-1]}) == 1
+    else:
+        answer = journey.post(body)
+    assert answer.status_code == 200
+    assert (answer.headers["x-gateway-escalation"], answer.headers["x-gateway-provider"]) == ("length", "openrouter")
+    event = journey.row(answer.headers["x-request-id"])
+    first, second = event["attempts"]
+    assert (first["outcome"], first["doubt"], second["outcome"]) == ("doubtful", "length", "success")
+    assert event["usage"]["output_tokens"] == 6
+    assert event["cost_usd"]["total"] > first["cost_usd"]["total"] > 0
+    assert [len(journey.asked(vendor)) for vendor in ("openai", "openrouter")] == [1, 1]
+
+
+def test_an_answer_without_doubt_is_not_escalated_nor_told_of_its_judgement(journey: Journey) -> None:
+    answer = journey.post(chat("tokens=4", "cascaded"))
+    assert (answer.headers["x-gateway-provider"], answer.json()["choices"][0].get("logprobs")) == ("openai", None)
+    assert journey.asked("openrouter") == []
+
+
+def test_a_slow_first_word_is_outrun_and_its_vendor_cancelled(journey: Journey) -> None:
+    journey.fault("openai", kind="hang")
+    with journey.stream(chat("tokens=4", "hedged")) as answer:
+        chunks = events(answer)
+    assert (answer.headers["x-gateway-hedge"], answer.headers["x-gateway-provider"]) == ("true", "openrouter")
+    assert (text(chunks) != "", chunks[-1]) == (True, "[DONE]")
+    until(lambda: journey.counts()["aborted"] == 1, 5)
+    event = journey.row(answer.headers["x-request-id"])
+    assert [attempt["outcome"] for attempt in event["attempts"]] == ["outrun", "success"]
+    assert event["cost_usd"]["total"] > event["attempts"][0]["cost_usd"]["total"] > 0
+
+
+def test_a_hang_up_in_a_race_cancels_both_vendors_within_a_second(journey: Journey) -> None:
+    for vendor in ("openai", "openrouter"):
+        journey.fault(vendor, kind="hang")
+    headers = journey.headers()
+    with (
+        httpx.Client(base_url=journey.stack.url, verify=journey.stack.tls()) as client,
+        pytest.raises(httpx.ReadTimeout),
+    ):
+        client.post("/v1/chat/completions", json=chat(model="hedged"), headers=headers, timeout=1.5)
+    until(lambda: [journey.counts(vendor)["aborted"] for vendor in ("openai", "openrouter")] == [1, 1], 5)
+    event = journey.row(headers["x-request-id"])
+    assert (event["status"], event["usage_source"]) == ("client_closed", "estimated")
+    assert [attempt["outcome"] for attempt in event["attempts"]] == ["cancelled", "cancelled"]

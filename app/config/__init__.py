@@ -46,6 +46,7 @@ from app.config.written import (
     Mode,
     Written,
     WrittenAway,
+    WrittenBreaker,
     WrittenDiscount,
     WrittenDrain,
     WrittenLongContext,

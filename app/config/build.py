@@ -117,7 +117,7 @@ def build(
 
 
 def _settings(gateway: WrittenGateway, longest_seconds: float, secrets: Secrets, faults: Faults) -> Settings:
-    for name in ("retry", "redis", "drain", "spool", "overload"):
+    for name in ("retry", "breaker", "redis", "drain", "spool", "overload"):
         _in_range(getattr(gateway, name), f"gateway.{name}", faults)
     if gateway.max_bodies_bytes < gateway.max_body_bytes:
         faults.add("gateway.max_bodies_bytes", "must be at least gateway.max_body_bytes, or no such body is ever taken")
@@ -132,6 +132,12 @@ def _settings(gateway: WrittenGateway, longest_seconds: float, secrets: Secrets,
         faults.add("gateway.trace_sample_ratio", "must be from 0 to 1")
     if not 1 <= gateway.retry.max_attempts <= 10:
         faults.add("gateway.retry.max_attempts", "must be from 1 to 10")
+    if not 0 <= gateway.retry.budget_percent <= 100:
+        faults.add("gateway.retry.budget_percent", "must be from 0 to 100")
+    if not 0 <= gateway.breaker.failures <= 10_000:
+        faults.add("gateway.breaker.failures", "must be from 0, no breaker, to 10000")
+    if not 0 < gateway.breaker.percent <= 100:
+        faults.add("gateway.breaker.percent", "must be above 0 and at most 100")
     warnings = gateway.warnings
     if not 1 <= warnings.at_percent <= 99:
         faults.add("gateway.warnings.at_percent", "must be from 1 to 99; at 100 calls are refused")
@@ -141,6 +147,7 @@ def _settings(gateway: WrittenGateway, longest_seconds: float, secrets: Secrets,
         start_buffer_bytes=gateway.start_buffer_bytes,
         longest_seconds=longest_seconds,
         retry=gateway.retry,
+        breaker=gateway.breaker,
         redis=gateway.redis,
         drain=gateway.drain,
         spool=gateway.spool,

@@ -16,6 +16,7 @@ from app.config.written import (
     Doubt,
     Mode,
     Order,
+    WrittenBreaker,
     WrittenDrain,
     WrittenOverload,
     WrittenRedis,
@@ -396,6 +397,7 @@ class Settings(Struct, frozen=True):
     user_id_salt: Secret
     edge_secret: Secret | None = None
     max_bodies_bytes: int = 268_435_456
+    breaker: WrittenBreaker = WrittenBreaker()
     warn_at_percent: int = 80
     warnings_webhook: Secret | None = None
     overload: WrittenOverload = WrittenOverload()

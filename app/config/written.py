@@ -279,6 +279,15 @@ class WrittenRetry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     backoff_base_seconds: float = 0.2
     backoff_cap_seconds: float = 2.0
     cooldown_seconds: float = 30.0
+    budget_percent: float = 10.0
+
+
+class WrittenBreaker(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    failures: int = 5
+    percent: float = 50.0
+    within_seconds: float = 10.0
+    rest_seconds: float = 10.0
+    longest_rest_seconds: float = 120.0
 
 
 Away = Literal["local_share", "open", "closed"]
@@ -331,6 +340,7 @@ class WrittenGateway(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     start_buffer_bytes: int = 65_536
     timeouts: WrittenTimeouts = field(default_factory=WrittenTimeouts)
     retry: WrittenRetry = field(default_factory=WrittenRetry)
+    breaker: WrittenBreaker = field(default_factory=WrittenBreaker)
     redis: WrittenRedis = field(default_factory=WrittenRedis)
     drain: WrittenDrain = field(default_factory=WrittenDrain)
     spool: WrittenSpool = field(default_factory=WrittenSpool)

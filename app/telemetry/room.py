@@ -68,6 +68,13 @@ class Telemetry:
         self._fallback = Counter(
             "gateway_fallback", "Steps to the next target.", ("from", "to", "reason"), registry=registry
         )
+        self._escalations = Counter(
+            "gateway_escalations", "Answers not taken.", ("from", "to", "reason"), registry=registry
+        )
+        self._hedges = Counter("gateway_hedges", "Second targets asked.", ("from", "to"), registry=registry)
+        self._breakers = Counter(
+            "gateway_breaker_opened", "Rests after too many failures.", ("target",), registry=registry
+        )
         self._vendor_errors = Counter(
             "gateway_vendor_errors", "Failed attempts.", ("provider", "class"), registry=registry
         )
@@ -152,6 +159,19 @@ class Telemetry:
     def fell_back(self, exchange: Exchange, source: str, target: str, reason: str) -> None:
         self._fallback.labels(source, target, reason).inc()
         log.warning("fallback from %s to %s (%s) request %s", source, target, reason, exchange.call.request_id)
+
+    def escalated(self, exchange: Exchange, source: str, target: str, reason: str) -> None:
+        """An answer is not taken, and another target is asked for a better one."""
+        self._escalations.labels(source, target, reason).inc()
+
+    def hedged(self, exchange: Exchange, source: str, target: str) -> None:
+        """A second target is asked beside a first that says nothing."""
+        self._hedges.labels(source, target).inc()
+
+    def broke_off(self, target: str, error: VendorError) -> None:
+        """A target failed too often, and rests now."""
+        self._breakers.labels(target).inc()
+        log.error("%s has failed too often, the last time by %s; it rests now on every replica", target, error.fault)
 
     def vendor_error(self, provider: str, error: VendorError) -> None:
         self._vendor_errors.labels(provider, error.fault).inc()

@@ -109,7 +109,7 @@ class Spans:
             span("gateway.route", ROUTE, looked_up, started, route_attributes(event), inside)
         for place, attempt in enumerate(event.attempts, FIRST_ATTEMPT):
             start = call.started + attempt.started_ms / 1000
-            last = place - FIRST_ATTEMPT == len(event.attempts) - 1
+            last = place - FIRST_ATTEMPT == exchange.served % len(event.attempts)
             end = ended if last and exchange.first_token else start + attempt.duration_ms / 1000
             attributes = provider_attributes(self._names, exchange, event, attempt, last)
             span("gateway.provider", place, start, end, attributes, self._client)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import msgspec
@@ -36,6 +37,8 @@ CREDENTIAL = frozenset(
     }
 )
 """Our credential is at fault, whatever the status."""
+TOO_LONG = re.compile(r"Input is too long for requested model\.?")
+"""The vendor's whole sentence for a context that is full: it has no code for it, and apps act on OpenAI's."""
 
 
 def error(status: int, headers: Mapping[str, str], body: bytes) -> VendorError:
@@ -57,6 +60,8 @@ def classed(status: int, kind: str | None, message: str | None, wait_seconds: fl
         return VendorThrottled("the vendor throttled", retry_after_seconds=wait_seconds, **facts)
     if kind in FAILED or status in (408, 409, 424) or status >= 500 or status < 400:
         return VendorFailed(f"the vendor answered {status}", retry_after_seconds=wait_seconds, **facts)
+    if TOO_LONG.fullmatch(message or ""):
+        facts["vendor_code"] = "context_length_exceeded"
     return VendorRefused(message or f"The vendor refused the request with status {status}.", kind=kind, **facts)
 
 

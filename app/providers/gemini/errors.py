@@ -23,6 +23,8 @@ _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 BAD_KEYS = frozenset({"API_KEY_INVALID", "API_KEY_EXPIRED", "API_KEY_SERVICE_BLOCKED"})
 """Reasons that come with status 400."""
 _DELAY = re.compile(r"(\d{1,6}(?:\.\d{1,9})?)s")
+TOO_LONG = re.compile(r"The input token count \(?\d+\)? exceeds the maximum number of tokens allowed \(?\d+\)?\.?")
+"""The vendor's whole sentence for a context that is full: it has no code for it, and apps act on OpenAI's."""
 
 
 def error(status: int, headers: Mapping[str, str], body: bytes) -> VendorError:
@@ -45,6 +47,8 @@ def _by_status(status: int, written: ErrorBody, wait_seconds: float | None) -> V
         return VendorThrottled("the vendor throttled", retry_after_seconds=wait, **facts)
     if status in (408, 409, 499) or status >= 500 or status < 400:
         return VendorFailed(f"the vendor answered {status}", retry_after_seconds=wait, **facts)
+    if TOO_LONG.fullmatch(written.message or ""):
+        facts["vendor_code"] = "context_length_exceeded"
     return VendorRefused(written.message or f"The vendor refused the request with status {status}.", **facts)
 
 
