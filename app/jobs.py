@@ -61,11 +61,24 @@ class JobsProcess:
         for job in jobs:
             self._telemetry.gauge(
                 "gateway_job_missed", "1 when a job has not succeeded for twice its interval.",
-                lambda job=job: self._schedule.missed(job), job=job.name,
+                lambda job=job: self._schedule.missed(job), name=job.name,
             )  # fmt: skip
         self._telemetry.gauge(
             "gateway_spend_spikes", "Tenants whose spend today is above 120 % of the average of the days before.",
             lambda: sum(spend.spike for spend in self._spends.values()),
+        )  # fmt: skip
+        states = self._telemetry.states
+        states(
+            "gateway_tenant_spend_today_usd", "Spend since midnight UTC, as of the last rollup.", ("tenant",),
+            lambda: [((tenant,), spend.today / 1e9) for tenant, spend in self._spends.items()],
+        )  # fmt: skip
+        states(
+            "gateway_tenant_spend_average_usd", "Average spend of the seven days before; 0 without one.", ("tenant",),
+            lambda: [((tenant,), (spend.average or 0) / 1e9) for tenant, spend in self._spends.items()],
+        )  # fmt: skip
+        states(
+            "gateway_reconcile_drift_ratio", "Drift of the last reconciliation, as a share of the whole.", ("vendor",),
+            lambda: [((vendor,), ratio) for vendor, ratio in self._drifts.items()],
         )  # fmt: skip
         self._telemetry.gauge(
             "gateway_dependency_up", "1 when the dependency answers.", lambda: self._up, name="postgres"
@@ -105,6 +118,10 @@ class JobsProcess:
             await self.close()
             await port.close()
 
+    def scrape(self) -> bytes:
+        """Its metrics as Prometheus text."""
+        return self._telemetry.scrape()
+
     async def close(self) -> None:
         await self._archive.close()
         await self._lock.close()
@@ -121,24 +138,7 @@ class JobsProcess:
     async def _read_figures(self) -> None:
         today = datetime.fromtimestamp(self._ambient.now(), UTC).date()
         self._spends = {spend.tenant: spend for spend in await spending(self._archive, today, MAX_SPENDERS)}
-        for tenant in self._spends:
-            self._telemetry.gauge(
-                "gateway_tenant_spend_today_usd", "Spend since midnight UTC, as of the last rollup.",
-                lambda tenant=tenant: self._spend(tenant).today / 1e9, tenant=tenant,
-            )  # fmt: skip
-            self._telemetry.gauge(
-                "gateway_tenant_spend_average_usd", "Average spend of the seven days before; 0 without one.",
-                lambda tenant=tenant: (self._spend(tenant).average or 0) / 1e9, tenant=tenant,
-            )  # fmt: skip
         self._drifts = {vendor: ratio for vendor, (ratio, _) in (await latest(self._archive)).items()}
-        for vendor in self._drifts:
-            self._telemetry.gauge(
-                "gateway_reconcile_drift_ratio", "Drift of the last reconciliation, as a share of the whole.",
-                lambda vendor=vendor: self._drifts[vendor], vendor=vendor,
-            )  # fmt: skip
-
-    def _spend(self, tenant: str) -> Spend:
-        return self._spends.get(tenant) or Spend(tenant=tenant, today=0, average=None)
 
     def _status(self) -> dict[str, object]:
         return {

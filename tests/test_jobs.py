@@ -192,7 +192,7 @@ def process(url: str, postgres: Postgres, tmp_path: Path) -> Iterator[str]:
         )
     try:
         address = f"http://127.0.0.1:{port}"
-        wait_until(lambda: "gateway_tenant_spend_today_usd" in scrape(address), "the first round is over")
+        wait_until(lambda: "gateway_tenant_spend_today_usd{" in scrape(address), "the first round is over")
         yield address
     finally:
         running.send_signal(signal.SIGTERM)
@@ -206,14 +206,15 @@ def scrape(address: str) -> str:
         return ""
 
 
-def metric(text: str, name: str, **labels: str) -> float:
+def metric(text: str, family: str, **labels: str) -> float:
     written = ",".join(f'{label}="{value}"' for label, value in labels.items())
-    return float(re.search(rf"^{name}{{{re.escape(written)}}} (\S+)$" if labels else rf"^{name} (\S+)$", text, re.M)[1])
+    sample = rf"^{family}{{{re.escape(written)}}} (\S+)$" if labels else rf"^{family} (\S+)$"
+    return float(re.search(sample, text, re.M)[1])
 
 
 def test_the_process_tells_what_it_did_and_who_spends_more_than_usual(process: str) -> None:
     text = scrape(process)
-    assert metric(text, "gateway_job_missed", job="rollup") == 0
+    assert metric(text, "gateway_job_missed", name="rollup") == 0
     assert metric(text, "gateway_spend_spikes") == 1
     for tenant, today in (("steady", 1.0), ("jumps", 1.5)):
         assert metric(text, "gateway_tenant_spend_today_usd", tenant=tenant) == today

@@ -262,3 +262,58 @@ def test_runaway_spend_is_stopped(site: Site) -> None:
     undone = site.bash(commands(section("runaway-spend", "Undo")))
     assert undone.returncode == 0
     until(lambda: site.bash("code").stdout == "200")
+
+
+def test_refused_reload_is_mended(site: Site, tmp_path: Path) -> None:
+    good = shutil.copytree(site.config, tmp_path / "good")
+    with (site.config / "tenant_policy.yaml").open("a") as policy:
+        policy.write("tenats: {}\n")
+    until(lambda: site.bash("metric gateway_config_refused").stdout.count(" 1.0") == 2)
+    site.mend("reload-refused", LAST_GOOD=str(good))
+
+
+def test_too_low_limit_is_raised(site: Site) -> None:
+    policy = site.config / "tenant_policy.yaml"
+    row = "plan: standard"
+    before = policy.read_text()
+    policy.write_text(before.replace("standard: {rpm: 120", "standard: {rpm: 2"))
+    until(lambda: site.bash("code; code; code", TENANT="smoke-test").stdout.endswith("429"))
+    site.mend("too-many-429", TENANT="smoke-test", ROW=row, RPM="600")
+    assert site.bash(commands(section("too-many-429", "Undo")), TENANT="smoke-test", ROW=row, RPM="600").returncode == 0
+    assert "rpm: 600}" not in policy.read_text()
+    policy.write_text(before)
+
+
+def test_dead_vendor_key_is_replaced(site: Site, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text("bad-revoked")
+    models, settings = site.config / "gateway_models.yaml", site.config / "gateway.yaml"
+    before = models.read_text(), settings.read_text()
+    address = f"{site.stack.simulator_url}/keyed/v1"
+    written = before[0]
+    for here, added in {
+        "\nproviders:\n": f"  keyed: {{kind: openai_compatible, base_url: '{address}', api_key: 'file:{key}'}}\n",
+        "\ntargets:\n": "  keyed/mini: {provider: keyed, model: gpt-4o-mini}\n",
+        "targets: [": "keyed/mini, ",
+    }.items():
+        written = written.replace(here, here + added, 1)
+    models.write_text(written)
+    settings.write_text(before[1].replace("cooldown_seconds: 30", "cooldown_seconds: 1"))
+    refused = """call >/dev/null; metric gateway_target_misconfigured_total | grep '"keyed/mini".* [1-9]'"""
+    until(lambda: len(site.bash(refused).stdout.splitlines()) == 2)  # on both replicas
+    site.mend("vendor-key-dead", NEW_KEY="good-again", KEY_FILE=str(key))
+    models.write_text(before[0])
+    settings.write_text(before[1])
+    until(lambda: "x-gateway-provider: openai" in site.bash("call -o /dev/null -D -").stdout.lower())
+
+
+def test_alias_whose_vendors_all_fail_gets_another(site: Site) -> None:
+    for vendor in ("openai", "openrouter"):
+        site.fault(vendor, kind="status", status=503)
+    until(lambda: site.bash("code").stdout == "503")
+    facts = {"CHAIN": "openai/gpt-4o-mini, openrouter/gpt-4o-mini", "OTHER": "anthropic/claude-haiku-4-5"}
+    site.mend("error-budget", **facts)
+    assert site.bash(commands(section("error-budget", "Undo")), **facts).returncode == 0
+    assert (site.config / "gateway_models.yaml").read_text() == (ROOT / "config" / "gateway_models.yaml").read_text()
+    for vendor in ("openai", "openrouter"):
+        site.fault(vendor, kind="latency", latency_ms=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter as Tally
 from itertools import accumulate
 
 from app.core import GAP_SECONDS, LedgerEvent, Pace
@@ -52,11 +53,13 @@ class Timings:
 class Cells:
     """The figures of calls by tenant, alias, provider and status."""
 
-    __slots__ = ("cost_usd", "input_tokens", "output_tokens", "requests", "saved_usd", "timings")
+    __slots__ = ("cached", "cost_usd", "input_tokens", "output_tokens", "requests", "saved_usd", "timings")
 
     def __init__(self, timings: Timings) -> None:
         self.requests = self.input_tokens = self.output_tokens = 0
         self.cost_usd = self.saved_usd = 0.0
+        self.cached: Tally[str] = Tally()
+        """Calls by what the cache said: `miss`, or the kind of hit. Those that no cache was asked for are none."""
         self.timings = timings
 
     def count(self, event: LedgerEvent, pace: Pace | None) -> None:
@@ -74,6 +77,9 @@ class Cells:
         if event.ttft_ms is not None:
             timings.ttft.observe(event.ttft_ms / 1000)
         if event.cache_hit:
+            self.cached[event.cache_kind or "exact"] += 1
             self.saved_usd += float(bytes(event.saved_usd))
+        elif latency.cache_lookup:
+            self.cached["miss"] += 1
         if pace is not None:
             timings.interchunk.merge(pace.gaps, pace.gaps_seconds)

@@ -10,7 +10,7 @@ from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from app.ambient import Ambient, timestamp
@@ -61,6 +61,7 @@ class Telemetry:
         self._late = Histogram(_LATE_SECONDS)
         self.registry = registry = CollectorRegistry(auto_describe=False)
         registry.register(self)
+        ProcessCollector(registry=registry)
         self._unpriced = Counter("gateway_unpriced", "Calls at the ceiling price.", ("provider",), registry=registry)
         self._limited = Counter(
             "gateway_ratelimit_rejections", "Calls that a limit refused.", ("tenant", "limit"), registry=registry
@@ -231,16 +232,24 @@ class Telemetry:
         tokens = CounterMetricFamily("gateway_tokens", "Tokens.", labels=(*call, "direction"))
         cost = CounterMetricFamily("gateway_cost_usd", "Cost in USD.", labels=call)
         saved = CounterMetricFamily("gateway_saved_usd", "What cache hits saved, in USD.", labels=call[:2])
+        cached = CounterMetricFamily(
+            "gateway_cache_results", "Calls by what the cache said.", labels=(*call[:2], "result")
+        )
         savings: Tally[tuple[str, ...]] = Tally()
+        results: Tally[tuple[str, ...]] = Tally()
         for labels, cells in self._labelled.items():
             requests.add_metric(labels, cells.requests)
             tokens.add_metric((*labels, "input"), cells.input_tokens)
             tokens.add_metric((*labels, "output"), cells.output_tokens)
             cost.add_metric(labels, cells.cost_usd)
             savings[labels[:2]] += cells.saved_usd
+            for result, count in cells.cached.items():
+                results[*labels[:2], result] += count
         for labels, usd in savings.items():
             saved.add_metric(labels, usd)
-        yield from (requests, tokens, cost, saved)
+        for labels, count in results.items():
+            cached.add_metric(labels, count)
+        yield from (requests, tokens, cost, saved, cached)
         for part, help in _TIMINGS.items():
             family = HistogramMetricFamily(f"gateway_{part}_seconds", help, labels=call[1:])
             for labels, timings in self._timings.items():
