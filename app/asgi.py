@@ -16,7 +16,7 @@ import msgspec
 import uvloop
 from msgspec import Struct
 
-from app import admin, api, status_page, usage_pages
+from app import admin, api, guardrails, status_page, usage_pages
 from app.ambient import Ambient, timestamp
 from app.archive import ArchiveError
 from app.auth import Callers, KeySets, Tokens, jwks
@@ -26,6 +26,7 @@ from app.cooldowns import COOLDOWN, Cooldowns, is_resting
 from app.credentials import Credentials, client
 from app.dialogue import Dialogue
 from app.gateway import Gateway
+from app.guardrails import Guardrails
 from app.ledger import Spool
 from app.limits import Limits
 from app.limits.budgets import ReadSpent
@@ -189,9 +190,11 @@ class Replica:
         )
         self.modes = Modes(self.control, ambient)
         self.overload = Overload(lambda: source.current, ambient)
+        self.guardrails = Guardrails(guardrails.client, self.telemetry.guarded, ambient)
         self.gateway = Gateway(
             modes=self.modes,
             overload=self.overload,
+            guardrails=self.guardrails,
             dialogue=dialogue,
             limits=limits,
             spool=self.spool,
@@ -254,6 +257,7 @@ class Replica:
             await self.usage.close()
         await self.key_sets.close()
         await self.warnings.close()
+        await self.guardrails.close()
         await control.close()
         if self.spans:
             await asyncio.to_thread(self.spans.close)

@@ -12,6 +12,7 @@ GatewayError
 │   ├── RoleRequired                403 role_required
 │   ├── TenantRequired              401 tenant_required
 │   ├── TenantNotAllowed            403 tenant_not_allowed
+│   ├── GuardrailBlocked            400 guardrail_blocked
 │   ├── ModelNotFound               404 model_not_found
 │   └── ModelNotAllowed             403 model_not_allowed
 ├── LimitError                      a limit of ours tripped; `limit` names it
@@ -24,6 +25,7 @@ GatewayError
 │   ├── IssuerUnavailable           503 gateway_overloaded
 │   ├── Overloaded                  503 gateway_overloaded
 │   ├── ReadOnly                    503 gateway_read_only
+│   ├── GuardrailUnavailable        503 guardrail_unavailable
 │   ├── Draining                    503 gateway_overloaded
 │   └── InternalError               500 internal_error
 ├── VendorError                     what one attempt met; `retry` says what comes next
@@ -156,6 +158,13 @@ class TenantNotAllowed(RequestError):
     type = "permission_error"
 
 
+class GuardrailBlocked(RequestError):
+    """A guardrail says no to the prompt, or to the answer: `guardrails` of the alias and of the tenant."""
+
+    code = "guardrail_blocked"
+    outcome = "blocked"
+
+
 class ModelNotFound(RequestError):
     """No alias of that name: `GET /v1/models` lists those that the tenant may use."""
 
@@ -239,6 +248,12 @@ class ReadOnly(OwnFault):
 
     code = "gateway_read_only"
     outcome = "refused"
+
+
+class GuardrailUnavailable(OwnFault):
+    """A guardrail gave no answer in time, and `guardrails.<name>.away` says `closed`: see to it, or say `open`."""
+
+    code = "guardrail_unavailable"
 
 
 class Draining(OwnFault):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 
 import msgspec
 
@@ -16,6 +16,8 @@ from app.core import Exchange, LedgerEvent, Pace, Reply
 from app.dialogue import Dialogue
 from app.errors import (
     GatewayError,
+    GuardrailBlocked,
+    GuardrailUnavailable,
     InternalError,
     InvalidRequest,
     LedgerUnavailable,
@@ -27,6 +29,7 @@ from app.errors import (
     VendorTimeout,
 )
 from app.estimate import Estimates
+from app.guardrails import Guarding, Guardrails
 from app.ledger import Spool
 from app.limits import Limits
 from app.modes import Modes
@@ -47,6 +50,7 @@ class Gateway:
         *,
         modes: Modes,
         overload: Overload,
+        guardrails: Guardrails,
         dialogue: Dialogue,
         limits: Limits,
         spool: Spool,
@@ -55,6 +59,7 @@ class Gateway:
     ) -> None:
         self.modes = modes
         self.overload = overload
+        self.guardrails = guardrails
         self.dialogue = dialogue
         self.limits = limits
         self.spool = spool
@@ -103,12 +108,20 @@ class Gateway:
                 exchange.reservation = held = await self.limits.reserve(call, tenant, tokens, nanos)  # 3 budget
                 exchange.reserved = self.ambient.monotonic()
                 exchange.rates = held.rates
+                guarding: Guarding | None = None
+                if alias.guardrails or tenant.guardrails:
+                    guarding = self.guardrails.over(exchange, alias, tenant)
+                    await guarding.prompt()
                 if mode == "cache_only":  # what is cached has been answered by now
                     raise self.modes.refusal(call.config, tenant.id, mode)
                 answer, relay = await self.dialogue.first_good(exchange, alias)  # 5 plan, 6 dialogue
                 if request.stream:
-                    reply = self._streamed(exchange, alias, answer, relay)
+                    reply = self._streamed(exchange, alias, answer, relay, guarding)
+                    if guarding is not None and guarding.holds_streams:
+                        reply = msgspec.structs.replace(reply, frames=await _begun(reply.frames))
                 else:
+                    if guarding is not None:
+                        await self._judged(guarding, relay)
                     reply = self._unary(exchange, relay)
             except GatewayError as error:
                 if isinstance(error, TenantNotAllowed):
@@ -159,6 +172,13 @@ class Gateway:
         exchange.rule, way = choose(alias, facts, self.dialogue.paces.reader(exchange.request.stream))
         return way
 
+    async def _judged(self, guarding: Guarding, body: bytes) -> None:
+        """Lets a whole answer pass. Raises GuardrailBlocked, GuardrailUnavailable, UpstreamUnavailable."""
+        try:
+            await guarding.answer(body)
+        except VendorBroke as fault:
+            raise sum_up([fault], False) from None
+
     # --- 7 departure --------------------------------------------------------------------------------------------------
 
     def _unary(self, exchange: Exchange, body: bytes) -> Reply:
@@ -176,22 +196,33 @@ class Gateway:
         ]
         return Reply(200, headers, body)
 
-    def _streamed(self, exchange: Exchange, alias: Alias, answer: VendorAnswer, stream: Stream) -> Reply:
+    def _streamed(
+        self, exchange: Exchange, alias: Alias, answer: VendorAnswer, stream: Stream, guarding: Guarding | None
+    ) -> Reply:
         headers = self._headers(exchange, b"text/event-stream; charset=utf-8")
         overhead = exchange.first_token - exchange.call.started - exchange.provider_seconds
         headers += [
             (b"cache-control", b"no-cache"),
             (b"server-timing", b"gateway;dur=%.3f" % (overhead * 1000)),
         ]
-        return Reply(200, headers, b"", self._relay(exchange, alias, answer, stream))
+        return Reply(200, headers, b"", self._relay(exchange, alias, answer, stream, guarding))
 
     async def _relay(
-        self, exchange: Exchange, alias: Alias, answer: VendorAnswer, stream: Stream
+        self,
+        exchange: Exchange,
+        alias: Alias,
+        answer: VendorAnswer,
+        stream: Stream,
+        guarding: Guarding | None,
     ) -> AsyncGenerator[bytes, None]:
         """The stream's frames as the vendor sent them, each chunk at once; a failure is one error event.
 
-        The frames that end the stream are released after the row is in the spool.
+        The frames that end the stream are released after the row is in the spool. Where guardrails look at it, frames
+        wait until they have passed, and what goes wrong before the first of them is raised.
         """
+        sent = guards = False
+        if guarding is not None:
+            guards = guarding.holds_streams
         deadline = exchange.call.started + alias.timeouts.total
         relay_started = self.ambient.monotonic()
         exchange.pace = pace = Pace(relay_started)
@@ -199,6 +230,11 @@ class Gateway:
         try:
             while True:
                 ready, done = stream.take()
+                if guards:
+                    asked = self.ambient.monotonic()
+                    ready = await guarding.passed(ready, done)
+                    relay_started += self.ambient.monotonic() - asked  # no time of the vendor's
+                    sent = sent or done or bool(ready)
                 if done:
                     exchange.done = True
                     self._end_stream(exchange, stream, relay_started)
@@ -225,22 +261,25 @@ class Gateway:
             self.telemetry.vendor_error(exchange.target.provider.name, fault)
             self.dialogue.failed(exchange, exchange.target, None, fault)
             error = sum_up([fault], False)
-        except LedgerUnavailable as fault:
+        except (LedgerUnavailable, GuardrailBlocked, GuardrailUnavailable) as fault:
             error = fault
         except BaseException:  # a defect, or a reader that went away: what was relayed is charged
             if exchange.event is None:
                 self._note_stream(exchange, stream, relay_started)
             raise
         patience.lift()
+        if guards and not sent:
+            self._note_stream(exchange, stream, relay_started)
+            raise error
         exchange.error = error
         exchange.done = False
         last = exchange.attempts[exchange.served]
         exchange.attempts[exchange.served] = msgspec.structs.replace(
             last,
-            outcome=VendorBroke.fault if exchange.event is None else last.outcome,
+            outcome=VendorBroke.fault if exchange.event is None and not isinstance(error, _OURS) else last.outcome,
             duration_ms=ms(self.ambient.monotonic() - exchange.call.started) - last.started_ms,
         )
-        tail = stream.ready()
+        tail = b"" if guards else stream.ready()
         if exchange.event is None:
             with contextlib.suppress(LedgerUnavailable):  # the client gets its error event all the same
                 self._end_stream(exchange, stream, relay_started)
@@ -327,6 +366,23 @@ class Gateway:
             self.dialogue.settle_grant(exchange, event.usage.total_tokens - also)
             self.telemetry.record(exchange, event, row)
         return event
+
+
+_OURS = (GuardrailBlocked, GuardrailUnavailable)
+"""What ends a stream that its vendor sent well."""
+
+
+async def _begun(frames: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """The same frames, the first of them there: what keeps it from coming is raised here. Raises GatewayError."""
+    first = await anext(frames)
+
+    async def all_of_them() -> AsyncGenerator[bytes, None]:
+        async with aclosing(frames):
+            yield first
+            async for frame in frames:
+                yield frame
+
+    return all_of_them()
 
 
 def retry_headers(error: GatewayError, status: int) -> list[tuple[bytes, bytes]]:

@@ -16,7 +16,7 @@ from app.core import (
     event_cost,
     event_usage,
 )
-from app.errors import GatewayError, LimitError, VendorRefused, VendorTimeout
+from app.errors import GatewayError, GuardrailBlocked, LimitError, VendorRefused, VendorTimeout
 from app.prompt_size import BYTES_PER_TOKEN
 
 _CUT_STATUS = {"client_closed": "client_closed", "deadline": "timeout", "drain": "interrupted", None: "interrupted"}
@@ -63,6 +63,7 @@ def event_of(exchange: Exchange, now: float) -> LedgerEvent:
         fallback_used=fell_back(exchange),
         rate_limit_tier=None if tenant is None else tenant.tier,
         prompt_version=call.prompt_version,
+        guardrail_blocked=isinstance(error, GuardrailBlocked),
         tenant_claimed=call.tenant_claimed if tenant is None else None,
         key_id=call.key.id,
         environment=call.config.environment,

@@ -13,6 +13,7 @@ import hypothesis
 import pytest
 
 from loadtest.stack import Stack
+from tests.guard import Guard
 from tests.journey import OTHER_KEY, OVERLAY, VENDOR_KEY, Journey, jwks, pool_providers, until
 from tests.webhook import Webhook
 
@@ -29,7 +30,15 @@ def webhook() -> Iterator[Webhook]:
 
 
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory, webhook: Webhook) -> Iterator[Stack]:
+def suite_guard() -> Iterator[Guard]:
+    """The guardrail of the alias `guarded`."""
+    guard = Guard()
+    yield guard
+    guard.close()
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory, webhook: Webhook, suite_guard: Guard) -> Iterator[Stack]:
     """The stack with the suite's overlay: short limits, and aliases and tenants made for single tests."""
     environ = {name: value for name, value in os.environ.items() if not name.endswith(("_API_KEY", "_ACCESS_KEY"))}
     folder = tmp_path_factory.mktemp("stack")
@@ -45,7 +54,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory, webhook: Webhook) -> Iterato
 
     def overlay(simulator_url: str) -> dict[str, Any]:
         providers = keys | pool_providers(folder, simulator_url)
-        return OVERLAY | {"gateway": gateway, "providers": providers, "issuers": issuers}
+        guardrails = {"suite": {"url": suite_guard.url, "timeout_ms": 20_000}}
+        return OVERLAY | {"guardrails": guardrails, "gateway": gateway, "providers": providers, "issuers": issuers}
 
     with Stack(folder, overlay=overlay, environ=environ, report=lambda line: None) as stack:
         with Journey(stack) as journey:  # a Redis that was never used gets its budgets from the ledger first

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from app import guardrails
 from app.ambient import Ambient, timestamp
 from app.config import Alias, Config, ServiceKey, Tenant, Timeouts, WrittenRetry, WrittenSpool
 from app.control import Entry
@@ -20,6 +21,7 @@ from app.dialects import ROUTES
 from app.dialogue import Dialogue
 from app.errors import GatewayError, LedgerUnavailable, VendorBroke, VendorError
 from app.gateway import Gateway
+from app.guardrails import Guardrails
 from app.ledger import Spool, read_lines
 from app.modes import Modes
 from app.overload import Overload
@@ -207,6 +209,7 @@ class KeptTelemetry:
 
     def __init__(self) -> None:
         self.recorded: list[LedgerEvent] = []
+        self.checks: list[tuple[str, ...]] = []
         self.unidentified_codes: list[str] = []
         self.audited: list[tuple[str, str, dict[str, object]]] = []
 
@@ -237,6 +240,9 @@ class KeptTelemetry:
     def broke_off(self, *_: object) -> None:
         pass
 
+    def guarded(self, *what: str) -> None:
+        self.checks.append(what)
+
 
 class FailingSpool(Spool):
     """A spool that takes calls and intents, and no row."""
@@ -254,9 +260,10 @@ class Rooms:
         self.folder = folder
         self.ambient = ambient
         self.limits = KeptLimits()
+        self.telemetry = KeptTelemetry()
         self.control = KeptControl()
         self.overload = Overload(config, ambient)
-        self.telemetry = KeptTelemetry()
+        self.guardrails = Guardrails(guardrails.client, self.telemetry.guarded, ambient)
         self.spool = spool(folder, "r1", WrittenSpool(reserve_bytes=0), ambient)
         self.dialogue = Dialogue(
             limits=self.limits,
@@ -270,6 +277,7 @@ class Rooms:
         self.gateway = Gateway(
             modes=Modes(self.control, ambient),
             overload=self.overload,
+            guardrails=self.guardrails,
             dialogue=self.dialogue,
             limits=self.limits,
             spool=self.spool,

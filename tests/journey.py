@@ -79,6 +79,7 @@ OVERLAY: dict[str, Any] = {
         },
     },
     "aliases": {
+        "guarded": {"targets": ["openai/gpt-4o-mini"], "guardrails": ["suite"]},
         "pooled": {"targets": ["pooled/gpt-4o-mini"]},
         "half-bad": {"targets": ["half-bad/gpt-4o-mini"]},
         "granted": {"targets": ["granted/gpt-4o-mini"]},

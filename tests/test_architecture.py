@@ -24,7 +24,7 @@ LAYERS = (
     ("providers", "dialects"),
     (
         "auth", "cache", "control", "cooldowns", "limits", "redis_pipe", "ledger", "credentials", "upstream", "http1",
-        "telemetry", "warnings", "paces", "allowance", "modes", "overload",
+        "telemetry", "warnings", "paces", "allowance", "modes", "overload", "guardrails",
     ),
     ("routing", "estimate", "settlement", "relay", "confidence", "dialogue", "gateway", "server", "visits"),
     (
@@ -97,7 +97,7 @@ HOMES = {
     "yaml": {"config"},
     "redis": {"redis_pipe"},
     "hiredis": {"redis_pipe"},
-    "httpx": {"upstream", "auth", "credentials", "warnings"},
+    "httpx": {"upstream", "auth", "credentials", "warnings", "guardrails"},
     "httptools": {"http1", "server", "visits"},
     "opentelemetry": {"telemetry"},
     "prometheus_client": {"telemetry"},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +33,13 @@ def told(value: str | None, until: float | None = None) -> Entry:
 
 
 def answer(rooms: Rooms, **fields: Any) -> Reply:
-    """A call's reply, with the body in `first`."""
+    """A call's reply."""
 
     async def scenario() -> Reply:
         made = call(request(), rooms.ambient, **fields)
         async with rooms.gateway.serve(Exchange(call=made, patience=Patience())) as reply:
             if reply.frames is not None:
-                async with aclosing(reply.frames) as frames:
-                    reply.first = b"".join([frame async for frame in frames])
+                await reply.frames.aclose()
             return reply
 
     return asyncio.run(scenario())

@@ -7,17 +7,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import msgspec
 import pytest
 
-from app.ambient import Ambient
+from app.ambient import Ambient, Patience
 from app.api import FrontDoor, app
 from app.auth import Callers
 from app.config import PRIORITIES, WrittenOverload, load
+from app.core import Exchange, Reply
 from app.errors import Overloaded
 from app.overload import RETRY_SECONDS, WINDOW_TICKS, Overload
 from loadtest.processes import ROOT
-from tests.gateway_parts import Clock, Rooms, ScriptedAnswer, completion, config, request
+from tests.gateway_parts import Clock, Rooms, ScriptedAnswer, call, completion, config, request
 from tests.test_auth import NoTokens
 from tests.test_front_door import Client, Source, headers, visit
 
@@ -164,10 +166,15 @@ def rooms(tmp_path: Path) -> Iterator[Rooms]:
 
 def test_refused_call_is_told_when_to_retry_and_leaves_a_row(rooms: Rooms) -> None:
     rooms.overload.calls = 2000
-    client = Client(request(), headers())
-    visit(rooms, client)
-    assert (client.status, b'"code":"gateway_overloaded"' in client.body) == (503, True)
-    assert 1 <= int(dict(client.received[0]["headers"])[b"retry-after"]) <= RETRY_SECONDS
+
+    async def scenario() -> Reply:
+        exchange = Exchange(call=call(request(), rooms.ambient), patience=Patience())
+        async with rooms.gateway.serve(exchange) as reply:
+            return reply
+
+    reply = asyncio.run(scenario())
+    assert (reply.status, b'"code":"gateway_overloaded"' in reply.first) == (503, True)
+    assert 1 <= int(dict(reply.headers)[b"retry-after"]) <= RETRY_SECONDS
     row = rooms.row()
     assert (row["error_code"], row["attempts"], row["tenant_id"]) == ("gateway_overloaded", [], "acme-corp")
 
@@ -189,14 +196,9 @@ def test_health_stays_green(rooms: Rooms) -> None:
     door = FrontDoor(Source(config()), rooms.gateway, Callers(NoTokens()), rooms.ambient)
 
     async def ask() -> list[int]:
-        statuses = []
-        for path in ("/health", "/health/live", "/health/ready"):
-            client = Client(b"", [])
-            client.scope |= {"method": "GET", "path": path, "query_string": b"", "client": None, "server": None}
-            client.scope |= {"scheme": "http", "root_path": "", "raw_path": path.encode(), "http_version": "1.1"}
-            await app(door)(client.scope, client.receive, client.send)
-            statuses.append(client.status)
-        return statuses
+        transport = httpx.ASGITransport(app(door))
+        async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
+            return [(await client.get(path)).status_code for path in ("/health", "/health/live", "/health/ready")]
 
     assert asyncio.run(ask()) == [200, 200, 200]
 

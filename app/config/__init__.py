@@ -18,6 +18,7 @@ from app.config.running import (
     Cascade,
     Config,
     Credential,
+    Guardrail,
     Hedge,
     Hours,
     Issuer,

@@ -10,12 +10,14 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import msgspec
 
 from app.config.caching import alias_cache
+from app.config.guarding import named
 from app.config.pricing import second_of_day
 from app.config.reading import Faults, entries, known
 from app.config.running import (
     NAME,
     Alias,
     Cascade,
+    Guardrail,
     Hedge,
     Hours,
     Rule,
@@ -72,10 +74,16 @@ def check_zone(name: str, path: str, faults: Faults) -> None:
         faults.add(path, f"no time zone {name!r}; expected an IANA name such as Europe/Berlin or UTC")
 
 
-def build_aliases(written: Written, targets: Mapping[str, Target], base: Timeouts, faults: Faults) -> dict[str, Alias]:
+def build_aliases(
+    written: Written,
+    targets: Mapping[str, Target],
+    guardrails: Mapping[str, Guardrail],
+    base: Timeouts,
+    faults: Faults,
+) -> dict[str, Alias]:
     aliases: dict[str, Alias] = {}
     for name, alias in entries(written.aliases, NAME, "aliases", faults):
-        builder = _Builder(written, targets, faults)
+        builder = _Builder(written, targets, guardrails, faults)
         aliases[name] = builder.alias(name, alias, timeouts(alias.timeouts, base, f"aliases.{name}.timeouts", faults))
     return aliases
 
@@ -88,9 +96,16 @@ def routing_headers(aliases: Collection[Alias]) -> frozenset[bytes]:
 class _Builder:
     """What the parts of one alias are checked against."""
 
-    def __init__(self, written: Written, targets: Mapping[str, Target], faults: Faults) -> None:
+    def __init__(
+        self,
+        written: Written,
+        targets: Mapping[str, Target],
+        guardrails: Mapping[str, Guardrail],
+        faults: Faults,
+    ) -> None:
         self._written = written
         self._targets = targets
+        self._guardrails = guardrails
         self._faults = faults
 
     def alias(self, name: str, alias: WrittenAlias, alias_timeouts: Timeouts) -> Alias:
@@ -110,6 +125,7 @@ class _Builder:
             on_content_filter=self.chain(alias.on_content_filter, f"{path}.on_content_filter", needed=False),
             shadow=self.shadow(alias, path),
             hedge=self.hedge(alias, path),
+            guardrails=named(alias.guardrails, self._guardrails, f"{path}.guardrails", self._faults),
         )
         rules = []
         for rule_name, rule in entries(alias.rules, NAME, f"{path}.rules", self._faults):

@@ -14,6 +14,7 @@ from app.config.accounts import account, credential, pool
 from app.config.aliases import DEFAULT_TIMEOUTS, build_aliases, check_zone, named_targets, routing_headers, timeouts
 from app.config.caching import tenant_cache
 from app.config.callers import certificates, check_tenants, issuers, serves
+from app.config.guarding import guardrails, named
 from app.config.plans import inherited
 from app.config.pricing import ceiling, price_targets
 from app.config.reading import Faults, Secrets
@@ -28,6 +29,7 @@ from app.config.running import (
     NAME,
     TARGET_NAME,
     Config,
+    Guardrail,
     Provider,
     Quota,
     Secret,
@@ -84,7 +86,8 @@ def build(
     written = msgspec.structs.replace(written, plans=inherited(written.plans, faults))
     base = timeouts(written.gateway.timeouts, DEFAULT_TIMEOUTS, "gateway.timeouts", faults)
     targets = _targets(written, _providers(written, secrets, faults), faults)
-    aliases = build_aliases(written, targets, base, faults)
+    guarding = guardrails(written, secrets, faults)
+    aliases = build_aliases(written, targets, guarding, base, faults)
     return Config(
         version=version,
         environment=environment,
@@ -98,10 +101,10 @@ def build(
         aliases=aliases,
         tenants={
             name: tenant
-            for name, tenant in _tenants(written, faults).items()
+            for name, tenant in _tenants(written, guarding, faults).items()
             if serves(written.tenants[name], environment)
         },
-        plans=_plans(written),
+        plans=_plans(written, guarding),
         keys={
             digest: key
             for digest, key in _keys(written, faults).items()
@@ -294,12 +297,13 @@ def _check_policy(policy: WrittenPlan, written: Written, path: str, faults: Faul
         _known(region, regions, "provider's region", f"{path}.residency", faults)
 
 
-def _tenants(written: Written, faults: Faults) -> dict[str, Tenant]:
+def _tenants(written: Written, guarding: Mapping[str, Guardrail], faults: Faults) -> dict[str, Tenant]:
     quotas: dict[str, Quota] = {}
     for name, plan in _entries(written.plans, NAME, "plans", faults):
         _check_policy(plan, written, f"plans.{name}", faults)
         _check_downgrade(plan.downgrade or {}, plan.allowed_models or (), written, f"plans.{name}", faults)
         tenant_cache(plan.cache, None, f"plans.{name}.cache", faults)
+        named(plan.guardrails, guarding, f"plans.{name}.guardrails", faults)
         quotas[name] = _quota(plan, f"plans.{name}", faults)
     tenants: dict[str, Tenant] = {}
     for name, tenant in _entries(written.tenants, NAME, "tenants", faults):
@@ -320,6 +324,11 @@ def _tenants(written: Written, faults: Faults) -> dict[str, Tenant]:
             downgrade=downgrade,
             cache=tenant_cache(tenant.cache, plan.cache, f"tenants.{name}.cache", faults),
             priority=PRIORITIES.index(tenant.priority or plan.priority or "normal"),
+            guardrails=(
+                named(plan.guardrails, guarding, f"plans.{tenant.plan}.guardrails", Faults())
+                if tenant.guardrails is None
+                else named(tenant.guardrails, guarding, f"tenants.{name}.guardrails", faults)
+            ),
         )
     return tenants
 
@@ -351,10 +360,10 @@ def _residency(regions: list[str] | None) -> frozenset[str] | None:
     return None if regions is None else frozenset(regions)
 
 
-def _plans(written: Written) -> dict[str, Tenant]:
+def _plans(written: Written, guarding: Mapping[str, Guardrail]) -> dict[str, Tenant]:
     """What a tenant of each plan is, but for its name: for tenants that only a token names."""
     nameless = {name: WrittenTenant(plan=name) for name, plan in written.plans.items() if plan is not None}
-    return _tenants(msgspec.structs.replace(written, tenants=nameless), Faults())
+    return _tenants(msgspec.structs.replace(written, tenants=nameless), guarding, Faults())
 
 
 def _keys(written: Written, faults: Faults) -> dict[bytes, ServiceKey]:

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 FILES = {
     "gateway.yaml": {"gateway"},
-    "gateway_models.yaml": {"providers", "targets", "aliases"},
+    "gateway_models.yaml": {"providers", "targets", "aliases", "guardrails"},
     "tenant_policy.yaml": {"plans", "tenants", "global"},
     "service_keys.yaml": {"service_keys", "issuers", "certificates"},
 }

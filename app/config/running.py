@@ -196,6 +196,22 @@ class TenantCache(Struct, frozen=True):
 CACHED = TenantCache()
 
 
+class Guardrail(Struct, frozen=True):
+    """A service that is asked about texts. `checks`: prompts (`input`), answers (`output`).
+
+    `fails_open`: what it does not answer in time passes. A stream is checked at the ends of sentences, and at
+    `segment_characters` without one.
+    """
+
+    name: str
+    url: str
+    token: Secret | None
+    checks: frozenset[str]
+    timeout_seconds: float
+    fails_open: bool
+    segment_characters: int
+
+
 class Hours(Struct, frozen=True, gc=False):
     """From second `start` of the local day to before second `end`, past midnight where `end` is not larger.
 
@@ -273,6 +289,7 @@ class Alias(Struct, frozen=True):
     shadow: Shadow | None = None
     hedge: Hedge | None = None
     routed: bool = False
+    guardrails: tuple[Guardrail, ...] = ()
 
     @property
     def reach(self) -> tuple[Target, ...]:
@@ -327,6 +344,7 @@ class Tenant(Struct, frozen=True):
     downgrade: Mapping[str, str] = {}
     cache: TenantCache = CACHED
     priority: int = PRIORITIES.index("normal")
+    guardrails: tuple[Guardrail, ...] = ()
 
     def allows(self, alias: str) -> bool:
         return self.allowed_models is None or alias in self.allowed_models

@@ -127,8 +127,18 @@ class WrittenAlias(WrittenWay, frozen=True, forbid_unknown_fields=True, kw_only=
     rules: dict[str, WrittenRule] = {}
     on_context_length: list[str] = []
     on_content_filter: list[str] = []
+    guardrails: list[str] = []
     shadow: WrittenShadow | None = None
     hedge: WrittenHedge | None = None
+
+
+class WrittenGuardrail(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    url: str
+    token: str | None = None
+    checks: list[Literal["input", "output"]] = field(default_factory=lambda: ["input", "output"])
+    timeout_ms: int = 1000
+    away: Literal["open", "closed"] = "closed"
+    segment_characters: int = 400
 
 
 Priority = Literal["low", "normal", "high"]
@@ -160,6 +170,7 @@ class WrittenPlan(WrittenQuota, frozen=True, forbid_unknown_fields=True, kw_only
     residency: list[str] | None = None
     cache: WrittenTenantCache | None = None
     priority: Priority | None = None
+    guardrails: list[str] | None = None
 
 
 class WrittenExtendedPlan(WrittenPlan, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -361,6 +372,7 @@ class Written(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     providers: dict[str, WrittenProvider]
     targets: dict[str, WrittenTarget]
     aliases: dict[str, WrittenAlias]
+    guardrails: dict[str, WrittenGuardrail] = {}
     plans: dict[str, WrittenExtendedPlan]
     tenants: dict[str, WrittenTenant]
     global_: WrittenGlobal = field(default_factory=WrittenGlobal, name="global")

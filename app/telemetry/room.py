@@ -88,6 +88,9 @@ class Telemetry:
         self._downgraded = Counter(
             "gateway_downgrades", "Calls served by a cheaper alias.", ("tenant", "from", "to"), registry=registry
         )
+        self._guarded = Counter(
+            "gateway_guardrail_checks", "What guardrails said.", ("guardrail", "stage", "outcome"), registry=registry
+        )
         self._config = Gauge("gateway_config_info", "The snapshot in force.", ("version",), registry=registry)
         self._config_loaded = Gauge(
             "gateway_config_loaded_timestamp_seconds", "When it took effect, unix seconds.", registry=registry
@@ -184,6 +187,9 @@ class Telemetry:
             if sample.name.endswith("_total"):
                 found.setdefault(sample.labels["provider"], {})[sample.labels["class"]] = int(sample.value)
         return found
+
+    def guarded(self, guardrail: str, stage: str, outcome: str) -> None:
+        self._guarded.labels(guardrail, stage, outcome).inc()
 
     def misconfigured(self, what: str, target: str, error: VendorError) -> None:
         """`what` rests now: a target, or one of its provider's keys."""
