@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from app.config import Alias
-from app.core import Exchange, charge, estimate
+from app.core import Exchange, Usage, charge, estimate
 from app.prompt_size import BLOB_TOKENS, BYTES_PER_TOKEN, size
 
 FEWEST_BYTES, MOST_BYTES = 1.5, 6.0
@@ -15,15 +16,25 @@ WEIGHT = 0.05
 
 
 class _Learned(Struct):
-    """Bytes of a request per token of input: the mean, and how far calls are from it on average."""
+    """Of an alias's calls the mean, and how far they are from it on average.
+
+    Of bytes of a request per token of input, and of the share of the input that the vendor read from its cache.
+    """
 
     mean: float = BYTES_PER_TOKEN
     deviation: float = 0.0
+    cached_mean: float = 0.0
+    cached_deviation: float = 0.0
 
     @property
     def bytes_per_token(self) -> float:
         """Most calls have more bytes to a token than this, so most reservations are enough."""
         return min(MOST_BYTES, max(FEWEST_BYTES, self.mean - self.deviation))
+
+    @property
+    def cached(self) -> float:
+        """Most calls have a larger share in the vendor's cache than this."""
+        return max(0.0, self.cached_mean - self.cached_deviation)
 
 
 class Estimates:
@@ -51,6 +62,8 @@ class Estimates:
         if not exchange.input_tokens_estimate:
             self.size(exchange, alias)
         usage = estimate(exchange.request.operation, exchange.input_tokens_estimate, exchange.output_tokens_estimate)
+        if usage.input:
+            usage = self._split(usage, exchange.call.body, alias)
         tenant_id, at = exchange.tenant.id, exchange.call.received_at
         nanos = max(charge(usage, target, tenant_id, None, at).total_nanos for target in alias.reach)
         tokens = usage.total
@@ -58,10 +71,22 @@ class Estimates:
             nanos += max(charge(usage, target, tenant_id, None, at).total_nanos for target in alias.cascade.targets)
             tokens += usage.total
         if alias.hedge is not None:  # and so is the prompt of whoever is outrun
-            prompt = estimate(exchange.request.operation, exchange.input_tokens_estimate, 0)
+            prompt = replace(usage, output=0)
             nanos += max(charge(prompt, target, tenant_id, None, at).total_nanos for target in alias.targets)
             tokens += prompt.total
         return max(tokens, exchange.call.tokens_hint), nanos
+
+    def _split(self, usage: Usage, body: bytes, alias: Alias) -> Usage:
+        """The prompt by what it may cost: read from the vendor's cache, or written there if the call asks for that."""
+        learned = self._learned.get(alias.name)
+        cached = int(usage.input * learned.cached) if learned is not None and learned.cached_mean else 0
+        if b'"cache_control"' in body:
+            rest = {"cache_write_1h" if b'"1h"' in body else "cache_write": usage.input - cached}
+        elif cached:
+            rest = {"input": usage.input - cached}
+        else:
+            return usage
+        return Usage(cache_read=cached, output=usage.output, **rest)
 
     def learn(self, exchange: Exchange) -> None:
         """From a call that the vendor has counted, unless an image or a file was in it."""
@@ -78,3 +103,7 @@ class Estimates:
         learned = self._learned.setdefault(exchange.request.alias, _Learned())
         learned.deviation += WEIGHT * (abs(seen - learned.mean) - learned.deviation)
         learned.mean += WEIGHT * (seen - learned.mean)
+        share = usage.cache_read / tokens
+        if share or learned.cached_mean:
+            learned.cached_deviation += WEIGHT * (abs(share - learned.cached_mean) - learned.cached_deviation)
+            learned.cached_mean += WEIGHT * (share - learned.cached_mean)

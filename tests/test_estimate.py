@@ -139,3 +139,73 @@ def test_dollars_are_those_of_the_dearest_target_that_may_answer() -> None:
     tokens, nanos = Estimates().need(made, alias(cheap, dear))
     assert nanos == tokens * 10**6
     assert nanos > Estimates().need(made, alias(cheap))[1]
+
+
+# --- a prompt that the vendor has in its cache ---
+
+
+def nanos(estimates: Estimates, body: bytes, price: dict[str, int]) -> int:
+    """Dollars reserved at these prices of classes; the others cost nothing."""
+    made = target("openai")
+    priced = msgspec.structs.replace(
+        made, price=msgspec.structs.replace(made.price, **dict.fromkeys(made.price.__struct_fields__, 0) | price)
+    )
+    return estimates.need(exchange(body), alias(priced))[1]
+
+
+def shown_cached(share: float, times: int = 200) -> Estimates:
+    """After so many calls of whose prompts the vendor had this share in its cache."""
+    estimates = Estimates()
+    for _ in range(times):
+        made = exchange(LONG)
+        tokens = len(LONG) // 4
+        made.usage, made.done = Usage(input=tokens - int(tokens * share), cache_read=int(tokens * share)), True
+        estimates.learn(made)
+    return estimates
+
+
+READ, PLAIN, WRITE, WRITE_1H = ({name: 10**9} for name in ("cache_read", "input", "cache_write", "cache_write_1h"))
+
+
+def test_before_anything_is_learned_no_prompt_is_taken_to_be_cached() -> None:
+    assert (nanos(Estimates(), LONG, READ), nanos(Estimates(), LONG, PLAIN) > 0) == (0, True)
+
+
+def test_the_share_that_the_vendor_reads_from_its_cache_is_reserved_at_that_price() -> None:
+    estimates = shown_cached(0.9)
+    read, plain = nanos(estimates, LONG, READ), nanos(estimates, LONG, PLAIN)
+    assert read / (read + plain) == pytest.approx(0.9, abs=0.03)
+    assert estimates.need(exchange(LONG), alias())[0] == pytest.approx(
+        len(LONG) / 4 + 100, rel=0.01
+    )  # tokens are tokens
+
+
+def test_where_some_prompts_are_cached_and_some_are_not_little_is_taken_to_be() -> None:
+    estimates = Estimates()
+    for number in range(400):
+        made = exchange(LONG)
+        made.usage, made.done = Usage(input=100, cache_read=900) if number % 2 else Usage(input=1000), True
+        estimates.learn(made)
+    read, plain = nanos(estimates, LONG, READ), nanos(estimates, LONG, PLAIN)
+    assert read / (read + plain) < 0.1
+
+
+@pytest.mark.parametrize(("ttl", "price"), [({}, WRITE), ({"ttl": "1h"}, WRITE_1H)])
+def test_a_prompt_that_is_to_be_cached_is_reserved_at_what_writing_costs(ttl: dict[str, str], price: Any) -> None:
+    marked = {"type": "text", "text": "word " * 2000, "cache_control": {"type": "ephemeral"} | ttl}
+    body = request(messages=[{"role": "user", "content": [marked]}])
+    assert (nanos(Estimates(), body, price) > 0, nanos(Estimates(), body, PLAIN)) == (True, 0)
+
+
+@given(shares=st.lists(st.floats(0, 1), max_size=40))
+def test_a_prompt_s_parts_are_the_prompt(shares: list[float]) -> None:
+    estimates = Estimates()
+    for share in shares:
+        made = exchange(LONG)
+        made.usage, made.done = Usage(input=1000 - int(1000 * share), cache_read=int(1000 * share)), True
+        estimates.learn(made)
+    parts = [nanos(estimates, LONG, price) for price in (READ, PLAIN)]
+    made = exchange(LONG)
+    estimates.need(made, alias())
+    assert abs(sum(parts) - made.input_tokens_estimate * 1000) <= 2
+    assert min(parts) >= 0
