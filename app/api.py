@@ -19,6 +19,7 @@ from litestar.types import ASGIApp
 from app.ambient import Ambient, timestamp
 from app.auth import Callers, allow, allowed, authorize, header_map
 from app.bodies import Bodies
+from app.cache import wishes
 from app.config import NAME, Config, ConfigSource, ServiceKey, Tenant
 from app.core import Call, Cut, Dialect, Exchange
 from app.dialects import ROUTES, words_for
@@ -209,6 +210,12 @@ class FrontDoor:
         if (user := headers.get(b"x-user-id")) and user_hash is None:
             salt = config.settings.user_id_salt.reveal()
             user_hash = "sha256:" + hashlib.sha256(f"{salt}:{user}".encode()).hexdigest()
+        said = None
+        if not wishes.HEADERS.isdisjoint(headers):
+            try:
+                said = wishes.read(headers)
+            except InvalidRequest as error:
+                fault = fault or error
         parent = _TRACEPARENT.fullmatch(headers.get(b"traceparent", ""))
         return Call(
             event_id=event_id,
@@ -233,6 +240,7 @@ class FrontDoor:
                 bool(int(parent[3], 16) & 1) if parent else self.ambient.random() < config.settings.trace_sample_ratio
             ),
             relayed=tuple(relayed),
+            wishes=said,
             metadata=_picked(headers, config.routing_headers) if config.routing_headers else {},
         )
 
@@ -260,12 +268,17 @@ def _picked(headers: Mapping[bytes, str], names: frozenset[bytes]) -> dict[bytes
 
 
 def _cut(exchange: Exchange, task: asyncio.Task[None], why: Cut) -> bool:
-    """Ends a call, unless its row is written already or another has ended it.
+    """Ends a call, unless its row is written already, another has ended it, or others listen to its answer.
 
     Past the deadline the row is no reason to stay: the client does not read the end of its answer.
     """
     if exchange.cut is not None or (exchange.event is not None and why != "deadline"):
         return False
+    if why == "client_closed" and exchange.memory is not None:
+        flight = exchange.memory.flight
+        if flight is not None and flight.hold(partial(_cut, exchange, task, why)):
+            exchange.left = True
+            return False
     exchange.cut = why
     task.cancel()
     return True

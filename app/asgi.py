@@ -20,6 +20,7 @@ from app import admin, api, guardrails, status_page, usage_pages
 from app.ambient import Ambient, timestamp
 from app.archive import ArchiveError
 from app.auth import Callers, KeySets, Tokens, jwks
+from app.cache import INVALIDATED, Cache
 from app.config import PRIORITIES, Config, ConfigError, ConfigSource, Secret, utc_day
 from app.control import REVOKED, Control, Entry
 from app.cooldowns import COOLDOWN, Cooldowns, is_resting
@@ -191,12 +192,14 @@ class Replica:
         self.modes = Modes(self.control, ambient)
         self.overload = Overload(lambda: source.current, ambient)
         self.guardrails = Guardrails(guardrails.client, self.telemetry.guarded, ambient)
+        self.cache = Cache(self.pipe, self.control, ambient)
         self.gateway = Gateway(
             modes=self.modes,
             overload=self.overload,
             guardrails=self.guardrails,
             dialogue=dialogue,
             limits=limits,
+            cache=self.cache,
             spool=self.spool,
             telemetry=self.telemetry,
             ambient=ambient,
@@ -231,7 +234,7 @@ class Replica:
             asyncio.ensure_future(self._keep(run))
             for run in (
                 *(self.pipe.run, self.spool.run, self.reload, self.control.run, self.key_sets.run),
-                *(self.gateway.limits.run, self.gateway.limits.budgets.run),
+                *(self.gateway.limits.run, self.gateway.limits.budgets.run, self.cache.run),
                 *(self.warnings.run, self.telemetry.run, self.overload.run),
             )
         ]
@@ -362,6 +365,8 @@ class Replica:
         if kind == COOLDOWN:
             self.cooldowns.heard(name, entry)
             return
+        if kind == INVALIDATED:
+            self.cache.epochs.heard(entry)
         self.telemetry.audit(entry.by, f"control.{kind}", name=name, value=entry.value, at=entry.at, until=entry.until)
 
     def _audit_reload(self, before: Config, now: Config) -> None:

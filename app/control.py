@@ -61,6 +61,8 @@ class Control:
         self._in_force: dict[str, dict[str, Entry]] = {}
         self._version: bytes | None = None
         self._read_at = ambient.monotonic()
+        self.read = False
+        """Whether it was ever read: before that, nothing is known of what was told before this replica came."""
 
     @property
     def age_seconds(self) -> float:
@@ -87,7 +89,7 @@ class Control:
         except RedisRefused as error:
             log.error("the control channel cannot be read: %s", error)
             return 0
-        self._read_at = self._ambient.monotonic()
+        self._read_at, self.read = self._ambient.monotonic(), True
         read = dict(zip(fields[::2], fields[1::2], strict=True))
         self._version = read.pop(b"version", self._version)
         new = [field for field, content in read.items() if self._heard.get(field) != content]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import AsyncGenerator, Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from msgspec import Raw, Struct, field
 from msgspec.structs import astuple
@@ -370,17 +370,16 @@ class Wishes(Struct, frozen=True, gc=False):
 CacheKind = Literal["exact", "semantic", "coalesced", "idempotent"]
 
 
-class Recalled(Struct, frozen=True):
-    """An answer that no vendor was asked for: `body` as a whole, in the client's dialect, and whose it was.
+class Recalled(Struct, frozen=True, gc=False):
+    """Whose answer it was that a call got without a vendor's being asked: by which model, at which provider.
 
     `usage` is what it had cost, for what was saved; `age_seconds` since it was kept.
     """
 
     kind: CacheKind
-    body: bytes
-    provider: str | None
-    model: str | None
-    usage: Usage
+    provider: str | None = None
+    model: str | None = None
+    usage: Usage | None = None
     age_seconds: float = 0.0
     similarity: float | None = None
 
@@ -441,10 +440,26 @@ class Rates(Struct, frozen=True, gc=False):
     reset_tokens_seconds: float
 
 
+FETCH_LEASE_MS = 5_000
+"""How long a call may be the one that asks without a word from its replica: what a crash costs those that wait."""
+
+
+class Fetch(Struct, frozen=True, gc=False):
+    """What a reservation brings along: the answer from before, else a lease to ask for it. Redis's names of the three.
+
+    `used` has the tenant's answers by last use.
+    """
+
+    entry: str
+    lease: str
+    used: str
+
+
 class Reservation(Struct, frozen=True, gc=False):
     """What `limits.reserve` holds for a call until `limits.settle`.
 
-    `held` is False when Redis was away and this replica let the call pass by its own counts.
+    `held` is False when Redis was away and this replica let the call pass by its own counts. `fetched` is what it
+    brought along: bytes of an answer, else whether the lease is this call's. None: Redis was not asked.
     """
 
     call_id: str
@@ -452,6 +467,7 @@ class Reservation(Struct, frozen=True, gc=False):
     tokens: int
     held: bool = True
     rates: Rates | None = None
+    fetched: bytes | bool | None = None
 
 
 Cut = Literal["client_closed", "drain", "deadline"]
@@ -511,6 +527,9 @@ class Exchange(Struct, kw_only=True, eq=False):
     of the one that answers. `beside` is what the others cost the tenant. `escalated` is why another answer was sought
     than the first, `hedged` whether a second target was asked beside the first, `shadowed` whether a third got a copy.
     `grant` is what the call holds of its vendor's key, where the key's vendor grants so much and no more.
+    `left`: its client hung up, and it went on for others that listen.
+    `memory` is what the call has to do with answers from before, where anything (`recall.Memory`). `recalled` is set
+    where it was answered by one, at a target's price that was saved: `spared`.
     """
 
     call: Call
@@ -548,4 +567,9 @@ class Exchange(Struct, kw_only=True, eq=False):
     error: GatewayError | None = None
     done: bool = False
     cut: Cut | None = None
+    left: bool = False
+    memory: Any = None
+    recalled: Recalled | None = None
+    spared: Target | None = None
+    cache_seconds: float = 0.0
     event: LedgerEvent | None = None

@@ -14,7 +14,10 @@ GatewayError
 │   ├── TenantNotAllowed            403 tenant_not_allowed
 │   ├── GuardrailBlocked            400 guardrail_blocked
 │   ├── ModelNotFound               404 model_not_found
-│   └── ModelNotAllowed             403 model_not_allowed
+│   ├── ModelNotAllowed             403 model_not_allowed
+│   ├── IdempotencyMismatch         422 idempotency_mismatch
+│   ├── IdempotencyInProgress       409 idempotency_in_progress
+│   └── IdempotencyDone             409 idempotency_already_done
 ├── LimitError                      a limit of ours tripped; `limit` names it
 │   ├── RateLimitExceeded           429 rate_limit_exceeded
 │   └── BudgetExceeded              429 budget_exceeded
@@ -178,6 +181,27 @@ class ModelNotAllowed(RequestError):
     code = "model_not_allowed"
     status = 403
     type = "permission_error"
+
+
+class IdempotencyMismatch(RequestError):
+    """The Idempotency-Key came with another request before: a new request needs a new key."""
+
+    code = "idempotency_mismatch"
+    status = 422
+
+
+class IdempotencyInProgress(RequestError):
+    """The first call with this Idempotency-Key still ran when this one's deadline passed: send it again later."""
+
+    code = "idempotency_in_progress"
+    status = 409
+
+
+class IdempotencyDone(RequestError):
+    """The first call with this Idempotency-Key is done and its answer was not kept: a new key asks again."""
+
+    code = "idempotency_already_done"
+    status = 409
 
 
 class LimitError(GatewayError):

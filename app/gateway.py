@@ -11,6 +11,7 @@ import msgspec
 
 from app.ambient import TIMER_SECONDS, Ambient
 from app.auth import allow, authorize, require, substitute
+from app.cache import Cache, Flight
 from app.config import Alias, Tenant
 from app.core import Exchange, LedgerEvent, Pace, Reply
 from app.dialogue import Dialogue
@@ -35,11 +36,14 @@ from app.limits import Limits
 from app.modes import Modes
 from app.overload import Overload
 from app.providers import stored
+from app.recall import Recall, Said, cache_headers
 from app.relay import Stream
 from app.routing import Facts, choose, needs, place, sum_up
 from app.settlement import event_of, fell_back, ms, word
 from app.telemetry import Telemetry
 from app.upstream import VendorAnswer
+
+EVENT_STREAM = b"text/event-stream; charset=utf-8"
 
 
 class Gateway:
@@ -53,6 +57,7 @@ class Gateway:
         guardrails: Guardrails,
         dialogue: Dialogue,
         limits: Limits,
+        cache: Cache,
         spool: Spool,
         telemetry: Telemetry,
         ambient: Ambient,
@@ -61,6 +66,7 @@ class Gateway:
         self.overload = overload
         self.guardrails = guardrails
         self.dialogue = dialogue
+        self.recall = Recall(limits, cache, ambient)
         self.limits = limits
         self.spool = spool
         self.telemetry = telemetry
@@ -105,24 +111,31 @@ class Gateway:
                 if alias.routed:
                     alias = self._routed(exchange, tenant, alias)
                 tokens, nanos = self.estimates.need(exchange, alias)
-                exchange.reservation = held = await self.limits.reserve(call, tenant, tokens, nanos)  # 3 budget
-                exchange.reserved = self.ambient.monotonic()
-                exchange.rates = held.rates
+                before: Said | Flight | None = None
+                if alias.cache is None and call.wishes is None:
+                    exchange.reservation = held = await self.limits.reserve(call, tenant, tokens, nanos)  # 3 budget
+                    exchange.reserved = self.ambient.monotonic()
+                    exchange.rates = held.rates
+                else:
+                    before = await self.recall.look(exchange, alias, tokens, nanos)  # 3 budget, 4 memory
                 guarding: Guarding | None = None
                 if alias.guardrails or tenant.guardrails:
                     guarding = self.guardrails.over(exchange, alias, tenant)
                     await guarding.prompt()
-                if mode == "cache_only":  # what is cached has been answered by now
+                if before is not None:
+                    reply = self._recalled(exchange, alias, before)
+                elif mode == "cache_only":
                     raise self.modes.refusal(call.config, tenant.id, mode)
-                answer, relay = await self.dialogue.first_good(exchange, alias)  # 5 plan, 6 dialogue
-                if request.stream:
-                    reply = self._streamed(exchange, alias, answer, relay, guarding)
-                    if guarding is not None and guarding.holds_streams:
-                        reply = msgspec.structs.replace(reply, frames=await _begun(reply.frames))
                 else:
-                    if guarding is not None:
-                        await self._judged(guarding, relay)
-                    reply = self._unary(exchange, relay)
+                    answer, relay = await self.dialogue.first_good(exchange, alias)  # 5 plan, 6 dialogue
+                    if request.stream:
+                        reply = self._streamed(exchange, alias, answer, relay, guarding)
+                        if guarding is not None and guarding.holds_streams:
+                            reply = msgspec.structs.replace(reply, frames=await _begun(reply.frames))
+                    else:
+                        if guarding is not None:
+                            await self._judged(guarding, relay)
+                        reply = self._unary(exchange, relay)
             except GatewayError as error:
                 if isinstance(error, TenantNotAllowed):
                     self.telemetry.audit(call.key.id, "tenant.forge", tenant=call.tenant_claimed, call=call.request_id)
@@ -181,8 +194,31 @@ class Gateway:
 
     # --- 7 departure --------------------------------------------------------------------------------------------------
 
+    def _recalled(self, exchange: Exchange, alias: Alias, before: Said | Flight) -> Reply:
+        """An answer from before, its row first; or one that is on its way to another. Raises LedgerUnavailable."""
+        if isinstance(before, Flight):
+            headers = self._headers(exchange, EVENT_STREAM)
+            headers.append((b"cache-control", b"no-cache"))
+            return Reply(200, headers, b"", self.recall.follow(exchange, alias, before, self.settle))
+        if before.status == 200:
+            exchange.done, exchange.memory.said = True, before.body
+        else:
+            exchange.error = VendorRefused("", vendor_status=before.status, vendor_code=before.code)
+        event = self.settle(exchange)
+        headers = self._headers(exchange, EVENT_STREAM if before.stream else b"application/json")
+        headers.append((b"content-length", b"%d" % len(before.body)))
+        latency = b"gateway;dur=%.3f, cache;dur=%.3f" % (event.latency_ms.gateway, event.latency_ms.cache_lookup)
+        headers.append((b"server-timing", latency))
+        if before.stream:
+            headers.append((b"cache-control", b"no-cache"))
+        else:
+            headers += [(b"x-usage-total-tokens", b"0"), (b"x-gateway-cost-usd", b"0")]
+        return Reply(before.status, headers, before.body)
+
     def _unary(self, exchange: Exchange, body: bytes) -> Reply:
         """A whole answer: its row first, then its only frame. Raises LedgerUnavailable."""
+        if exchange.memory is not None and exchange.memory.flight is not None:
+            exchange.memory.flight.add(body)
         event = self.settle(exchange)
         headers = self._headers(exchange, b"application/json")
         headers += [
@@ -199,7 +235,7 @@ class Gateway:
     def _streamed(
         self, exchange: Exchange, alias: Alias, answer: VendorAnswer, stream: Stream, guarding: Guarding | None
     ) -> Reply:
-        headers = self._headers(exchange, b"text/event-stream; charset=utf-8")
+        headers = self._headers(exchange, EVENT_STREAM)
         overhead = exchange.first_token - exchange.call.started - exchange.provider_seconds
         headers += [
             (b"cache-control", b"no-cache"),
@@ -227,6 +263,7 @@ class Gateway:
         relay_started = self.ambient.monotonic()
         exchange.pace = pace = Pace(relay_started)
         patience = exchange.patience
+        flight: Flight | None = None if exchange.memory is None else exchange.memory.flight
         try:
             while True:
                 ready, done = stream.take()
@@ -235,6 +272,8 @@ class Gateway:
                     ready = await guarding.passed(ready, done)
                     relay_started += self.ambient.monotonic() - asked  # no time of the vendor's
                     sent = sent or done or bool(ready)
+                if flight is not None and ready:
+                    flight.add(ready)
                 if done:
                     exchange.done = True
                     self._end_stream(exchange, stream, relay_started)
@@ -329,6 +368,13 @@ class Gateway:
                 (b"x-gateway-attempts", b"%d" % len(exchange.attempts)),
                 (b"x-gateway-fallback", b"true" if fell_back(exchange) else b"false"),
             ]
+        elif exchange.recalled is not None and exchange.recalled.model is not None:
+            headers += [
+                (b"x-gateway-model-resolved", exchange.recalled.model.encode("latin-1", "replace")),
+                (b"x-gateway-provider", (exchange.recalled.provider or "").encode()),
+            ]
+        if exchange.memory is not None:
+            headers += cache_headers(exchange.memory, exchange.recalled)
         if exchange.escalated is not None:
             headers.append((b"x-gateway-escalation", exchange.escalated.encode()))
         if exchange.hedged:
@@ -364,6 +410,8 @@ class Gateway:
                 self.estimates.learn(exchange)
             also = sum(usage.total for usage, _ in exchange.beside)
             self.dialogue.settle_grant(exchange, event.usage.total_tokens - also)
+            if exchange.memory is not None:
+                self.recall.settled(exchange)
             self.telemetry.record(exchange, event, row)
         return event
 
@@ -388,7 +436,7 @@ async def _begun(frames: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, N
 def retry_headers(error: GatewayError, status: int) -> list[tuple[bytes, bytes]]:
     """When to try again, for the client's SDK: every 429 and 503 says so."""
     headers = []
-    if status in (429, 503):
+    if status in (429, 503) or (status == 409 and error.retry_after_seconds):
         wait = max(1, -int(-(error.retry_after_seconds or 1.0) // 1))
         headers.append((b"retry-after", b"%d" % wait))
     if error.should_retry is not None:

@@ -15,6 +15,8 @@ from app.core import (
     estimate,
     event_cost,
     event_usage,
+    saved_nanos,
+    usd,
 )
 from app.errors import GatewayError, GuardrailBlocked, LimitError, VendorRefused, VendorTimeout
 from app.prompt_size import BYTES_PER_TOKEN
@@ -25,11 +27,18 @@ _CUT_STATUS = {"client_closed": "client_closed", "deadline": "timeout", "drain":
 def event_of(exchange: Exchange, now: float) -> LedgerEvent:
     """What became of a call; `now` is the monotonic clock. Notes on the exchange what it is charged."""
     call, request, tenant, target = exchange.call, exchange.request, exchange.tenant, exchange.target
-    error = exchange.error
+    error, recalled = exchange.error, exchange.recalled
+    model, provider, saved = exchange.model_resolved, None, 0
+    if target is not None:
+        model, provider = model or target.model, target.provider.name
+    elif recalled is not None:
+        model, provider = recalled.model, recalled.provider
+        if recalled.usage is not None and exchange.spared is not None:
+            saved = saved_nanos(recalled.usage, exchange.spared, tenant.id, call.received_at)
     if error is not None:
         status = error.outcome
     elif exchange.done:
-        status = "success"
+        status = "client_closed" if exchange.left else "success"
     else:
         status = _CUT_STATUS[exchange.cut]
     usage, source = usage_of(exchange)
@@ -47,14 +56,18 @@ def event_of(exchange: Exchange, now: float) -> LedgerEvent:
         feature_id=call.feature_id,
         user_id_hash=call.user_id_hash,
         model_alias=None if request is None else request.alias,
-        model_resolved=None if target is None else exchange.model_resolved or target.model,
-        provider=None if target is None else target.provider.name,
+        model_resolved=model,
+        provider=provider,
         region=None if target is None else target.provider.region,
+        cache_hit=recalled is not None and error is None,
+        cache_kind=None if recalled is None else recalled.kind,
+        similarity=None if recalled is None else recalled.similarity,
+        saved_usd=usd(saved),
         usage=event_usage(usage),
         cost_usd=event_cost(cost, call.config.price_version),
         latency_ms=EventLatency(
-            gateway=ms(max(0.0, total - exchange.provider_seconds)),
-            cache_lookup=0.0,
+            gateway=ms(max(0.0, total - exchange.provider_seconds - exchange.cache_seconds)),
+            cache_lookup=ms(exchange.cache_seconds),
             provider=ms(exchange.provider_seconds),
             total=ms(total),
         ),
@@ -88,8 +101,10 @@ def usage_of(exchange: Exchange) -> tuple[Usage, str]:
     """Of the attempt that answers: the vendor's figures; else, where a vendor worked, an estimate; else nothing.
 
     A vendor that answered with an error has charged nothing. One that was cut off had read the prompt, and had
-    written what was relayed.
+    written what was relayed. An answer from before used nothing.
     """
+    if exchange.recalled is not None:
+        return Usage(), "none"
     if exchange.usage is not None:
         return exchange.usage, "vendor"
     worked = exchange.first_token or (

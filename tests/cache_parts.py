@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from app.cache.partition import Ask, ask
-from app.config import Alias, AliasCache, Config, Tenant
+from app.config import Alias, AliasCache, Config, Price, Tenant
 from app.core import Call, Wishes
 from app.dialects import ROUTES
 from tests import gateway_parts
@@ -16,12 +16,16 @@ from tests.redis_parts import AMBIENT
 
 ALIAS = gateway_parts.ALIAS
 POLICY = AliasCache("exact", 3600.0, 0.0, None, b"models")
+PRICE = Price(**dict.fromkeys(Price.__struct_fields__, 1_000_000_000))
+"""A dollar for a million tokens of any kind."""
 QUESTION = [{"role": "user", "content": "What is your refund policy?"}]
 
 
 def alias(mode: str = "exact", name: str = ALIAS, **policy: Any) -> Alias:
     kept = msgspec.structs.replace(POLICY, mode=mode, **policy)
-    return msgspec.structs.replace(gateway_parts.config().aliases[ALIAS], name=name, cache=kept)
+    plain = gateway_parts.config().aliases[ALIAS]
+    priced = msgspec.structs.replace(plain.targets[0], price=PRICE, priced=True)
+    return msgspec.structs.replace(plain, name=name, targets=(priced,), cache=kept)
 
 
 def tenant(name: str = "acme-corp", **cache: Any) -> Tenant:
@@ -44,8 +48,8 @@ def call(written: bytes | None = None, *, path: str = "/v1/chat/completions", **
 
 def asked(
     written: bytes | None = None, *, by: Tenant | None = None, of: Alias | None = None, epoch: str = "",
-    wishes: Wishes | None = None, path: str = "/v1/chat/completions", **fields: Any,
+    wishes: Wishes | None = None, rule: str | None = None, path: str = "/v1/chat/completions", **fields: Any,
 ) -> Ask:  # fmt: skip
     """What a call asks of the cache."""
     made = call(written, path=path, wishes=wishes, **fields)
-    return ask(made, made.dialect.read(made.body), by or tenant(), of or alias(), epoch, ())
+    return ask(made, made.dialect.read(made.body), by or tenant(), of or alias(), rule, epoch)

@@ -12,10 +12,11 @@ import msgspec
 
 from app import guardrails
 from app.ambient import Ambient, timestamp
+from app.cache import Cache
 from app.config import Alias, Config, ServiceKey, Tenant, Timeouts, WrittenRetry, WrittenSpool
-from app.control import Entry
+from app.control import Control, Entry
 from app.cooldowns import Cooldowns
-from app.core import Call, Exchange, LedgerEvent, Rates, Reservation
+from app.core import Call, Exchange, Fetch, LedgerEvent, Rates, Reservation
 from app.credentials import Credentials, client
 from app.dialects import ROUTES
 from app.dialogue import Dialogue
@@ -23,9 +24,11 @@ from app.errors import GatewayError, LedgerUnavailable, VendorBroke, VendorError
 from app.gateway import Gateway
 from app.guardrails import Guardrails
 from app.ledger import Spool, read_lines
+from app.limits import Limits
 from app.modes import Modes
 from app.overload import Overload
 from app.providers.translator import Outgoing
+from app.redis_pipe import RedisPipe
 from tests import test_auth
 from tests.ledger_parts import conforming
 from tests.translation import target
@@ -180,7 +183,9 @@ class KeptLimits:
         self.reserved: list[tuple[int, int]] = []
         self.settled: list[tuple[int, int]] = []
 
-    async def reserve(self, call: Call, tenant: Tenant, tokens: int, nanos: int) -> Reservation:
+    async def reserve(
+        self, call: Call, tenant: Tenant, tokens: int, nanos: int, fetch: Fetch | None = None
+    ) -> Reservation:
         self.reserved.append((tokens, nanos))
         return Reservation(call.event_id, tenant.id, tokens)
 
@@ -255,16 +260,27 @@ class Rooms:
     """A gateway in `folder` whose vendor speaks by `script`."""
 
     def __init__(
-        self, folder: Path, *script: ScriptedAnswer | VendorError, spool: type[Spool] = Spool, ambient: Ambient
+        self,
+        folder: Path,
+        *script: ScriptedAnswer | VendorError,
+        spool: type[Spool] = Spool,
+        ambient: Ambient,
+        pipe: RedisPipe | None = None,
+        limits: Limits | None = None,
+        replica: str = "r1",
     ) -> None:
+        """`pipe` leads to the Redis of answers from before; None: it is away."""
+        pipe = pipe or RedisPipe("redis://127.0.0.1:1", ambient)
         self.folder = folder
         self.ambient = ambient
-        self.limits = KeptLimits()
+        self.limits = limits or KeptLimits()
         self.telemetry = KeptTelemetry()
         self.control = KeptControl()
+        self.channel = Control(pipe, ambient)
+        self.cache = Cache(pipe, self.channel, ambient)
         self.overload = Overload(config, ambient)
         self.guardrails = Guardrails(guardrails.client, self.telemetry.guarded, ambient)
-        self.spool = spool(folder, "r1", WrittenSpool(reserve_bytes=0), ambient)
+        self.spool = spool(folder, replica, WrittenSpool(reserve_bytes=0), ambient)
         self.dialogue = Dialogue(
             limits=self.limits,
             spool=self.spool,
@@ -280,6 +296,7 @@ class Rooms:
             guardrails=self.guardrails,
             dialogue=self.dialogue,
             limits=self.limits,
+            cache=self.cache,
             spool=self.spool,
             telemetry=self.telemetry,
             ambient=ambient,

@@ -85,6 +85,7 @@ OVERLAY: dict[str, Any] = {
         "granted": {"targets": ["granted/gpt-4o-mini"]},
         "full": {"targets": ["full/gpt-4o-mini", "openai/gpt-4o-mini"]},
         "one-target": {"targets": ["openai/gpt-4o-mini"]},
+        "remembered": {"targets": ["openai/gpt-4o-mini"], "cache": {"mode": "exact", "max_temperature": 1}},
         "quick": {
             "targets": ["openai/gpt-4o-mini", "openrouter/gpt-4o-mini"],
             "timeouts": {"first_token_seconds": 0.5, "answer_seconds": 0.5, "idle_seconds": 0.5, "total_seconds": 5},

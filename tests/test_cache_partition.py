@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
 from app.cache.entry import Entry, opened, sealed
@@ -20,6 +21,8 @@ EMBEDDINGS = "/v1/embeddings"
 OTHERS: dict[str, Any] = {
     "tenant": asked(by=tenant("acme")),
     "alias": asked(of=alias(name="support-quality")),
+    "rule": asked(rule="night"),
+    "variant": asked(of=msgspec.structs.replace(alias(), weights=(1,))),
     "models": asked(of=alias(answers_by=b"others")),
     "system prompt": asked(body(messages=[SYSTEM, *QUESTION])),
     "tools": asked(body(tools=[TOOL])),
@@ -75,6 +78,7 @@ NOT_KEPT: list[tuple[str, Any]] = [
     ("sampling", asked(body(temperature=None))),
     ("sampling", asked(body(temperature="hot"))),
     ("not_replayable", asked(body(logprobs=True))),
+    ("stored", asked(body(input="x", store=True), path=RESPONSES)),
     ("not_replayable", asked(body(audio={"voice": "alloy"}))),
     ("tool_turn", asked(body(messages=[*QUESTION, {"role": "tool", "tool_call_id": "1", "content": "x"}]))),
     ("tool_turn", asked(body(messages=[{"role": "assistant", "tool_calls": []}, *QUESTION]))),

@@ -16,6 +16,7 @@ from msgspec import Struct
 
 from app import api
 from app.auth import callers
+from app.cache import wishes
 from app.config import FILES, Written
 from app.errors import GatewayError, VendorError
 from loadtest.services import SIMULATOR_LATENCY_MS
@@ -24,7 +25,7 @@ from tests.journey import Journey, chat, events
 from tests.test_readme import ENVIRONMENT, PROSE, README, ROOT
 
 SECTIONS = {field.encode_name for field in msgspec.structs.fields(Written)}
-OURS = re.compile(r"x-[a-z-]+|retry-after|server-timing")
+OURS = re.compile(r"x-[a-z-]+|retry-after|server-timing|age")
 
 
 def rows(heading: str) -> list[list[str]]:
@@ -47,11 +48,13 @@ def header_tables() -> tuple[set[str], set[str]]:
     answers = next(number for number, row in enumerate(table) if row[0] == "answer")
     asked = " ".join(" ".join(row) for row in table[:answers]).lower()
     said = {name for row in table[answers:] for name in coded(row[0])}
-    return set(re.findall(r"\bx-[a-z-]+|authorization|traceparent", asked)), said
+    return set(
+        re.findall(r"\bx-[a-z-]+|authorization|traceparent|tracestate|cache-control|idempotency-key", asked)
+    ), said
 
 
 def test_request_headers_of_the_readme_are_those_that_are_read() -> None:
-    sources = Path(api.__file__).read_text() + Path(callers.__file__).read_text()
+    sources = "".join(Path(module.__file__).read_text() for module in (api, callers, wishes))
     read = set(re.findall(r'headers\.get\(b"([a-z-]+)"', sources))
     assert header_tables()[0] == read - {"content-length"}
 
@@ -62,6 +65,7 @@ def test_answer_headers_of_the_readme_are_those_that_are_sent(journey: Journey) 
     answers.append(journey.post(chat("tokens=9", "cascaded", max_tokens=2)))
     journey.fault("openai", kind="hang", times=1)
     answers.append(journey.post(chat("tokens=2", "hedged")))
+    answers += [journey.post(chat("tokens=2", "remembered"), idempotency_key="claims") for _ in range(2)]
     with journey.stream(chat("tokens=2")) as streamed:
         events(streamed)
     big = chat("x" * 13_200, "azure", max_tokens=20)

@@ -9,6 +9,8 @@ from msgspec import Struct
 
 from app.core import Usage
 
+MAX_ENTRY_BYTES = 1_048_576
+"""An answer beyond this is not kept, and not followed by others: memory is bounded by the answers under way."""
 _SEAL_BYTES = 8
 _encode = msgspec.msgpack.encode
 

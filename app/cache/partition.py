@@ -7,7 +7,7 @@ last user turn: within one, and nowhere else, a question may be answered with th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import msgspec
 from msgspec import Raw, Struct
@@ -23,6 +23,7 @@ UNSAID_TEMPERATURE = 1.0
 FREE = frozenset({"model", "stream", "stream_options"})
 """Members that do not change an answer: the alias stands in the key, and an entry serves whole answers and streams."""
 NO_WISHES = Wishes()
+NO_TAGS: Mapping[str, str] = {}
 _ROLE_MEMBERS = ("role", "content", "type", "id", "status")
 _TOOL_TURN = (b'"tool_calls"', b'"tool_call_id"', b'"function_call"', b'"tool_use"', b'"tool_result"',
               b'"function_call_output"', b'"role":"tool"', b'"role": "tool"')  # fmt: skip
@@ -60,7 +61,7 @@ class Ask(Struct, frozen=True, kw_only=True):
     digest: str = ""
     partition: str = ""
     turn: Turn | None = None
-    epochs: tuple[str, ...] = ()
+    tags: Mapping[str, str] = NO_TAGS
 
     @property
     def look(self) -> bool:
@@ -84,8 +85,19 @@ def mode_of(alias: Alias, tenant: Tenant) -> CacheMode:
     return "exact" if alias.serves != "chat" and mode in SEMANTIC else mode
 
 
-def ask(call: Call, request: Request, tenant: Tenant, alias: Alias, epoch: str, epochs: tuple[str, ...]) -> Ask:
-    """`epoch` is what has been invalidated of the call's tenant, alias and revision so far; `epochs` of each tag."""
+def ask(
+    call: Call,
+    request: Request,
+    tenant: Tenant,
+    alias: Alias,
+    rule: str | None = None,
+    epoch: str = "",
+    tags: Mapping[str, str] = NO_TAGS,
+) -> Ask:
+    """`alias` is the way that the call goes, by which `rule`; where weights share out users, whose way comes first.
+
+    `epoch` is what has been invalidated of the call's tenant, alias and revision so far; `tags` the same by document.
+    """
     wishes, policy, mode = call.wishes or NO_WISHES, alias.cache, mode_of(alias, tenant)
     why_not = reason(request, wishes, policy, mode)
     if why_not is not None or policy is None:
@@ -96,11 +108,15 @@ def ask(call: Call, request: Request, tenant: Tenant, alias: Alias, epoch: str, 
     common = (
         call.dialect.name.encode(),
         policy.answers_by,
+        (rule or "").encode(),
+        alias.chain[0].encode() if alias.weights else b"",
         epoch.encode(),
         revision(wishes, policy).encode(),
         b"" if call.prompt_version is None else b"=" + call.prompt_version.encode(),
         *(f"{name}={value}".encode() for name, value in call.relayed),
     )
+    if alias.guardrails or tenant.guardrails:  # what others let through is not what these do
+        common += (repr((alias.guardrails, tenant.guardrails)).encode(),)
     fields = request.fields
     names = sorted(fields.keys() - FREE)
     key = digest((*common, *(part for name in names for part in (name.encode(), fields[name]))))
@@ -112,7 +128,7 @@ def ask(call: Call, request: Request, tenant: Tenant, alias: Alias, epoch: str, 
     return Ask(
         tenant_id=tenant.id, alias=alias.name, mode=mode, policy=policy, tenant=tenant.cache, wishes=wishes,
         dialect=call.dialect.name, key=prefix(tenant.id, alias.name) + "x:" + key, digest=key, partition=partition,
-        turn=turn, epochs=epochs,
+        turn=turn, tags=tags,
     )  # fmt: skip
 
 
@@ -141,6 +157,8 @@ def reason(request: Request, wishes: Wishes, policy: AliasCache | None, mode: Ca
     if request.operation == "embeddings":
         return None
     fields = request.fields
+    if request.stored:
+        return "stored"
     if request.choices != 1:
         return "choices"
     if _temperature(fields) > policy.max_temperature:

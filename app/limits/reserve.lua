@@ -2,11 +2,14 @@
 -- Takes what a call needs from every limit of one scope, or nothing from any.
 -- Runs when memory is full too: calls must not fail for want of a counter.
 --
--- KEYS  1 the call's record, then one key per limit, last the mark that daily and monthly counters are whole.
+-- KEYS  1 the call's record, then one key per limit, last the mark that daily and monthly counters are whole;
+--       where an answer from before will do, three more: its entry, its lease, its tenant's entries by last use.
 -- ARGV  1 call id, 2 seconds that the record lives, 3 milliseconds of a lease, 4 tokens, 5 nano-dollars,
 --       6 and 7 the unix seconds from and before which the keys of daily and monthly limits have the right name,
---       then kind and limit per limit. An empty call id only looks: nothing is taken, nothing refused.
--- Gives {1, now_ms, left, left, …}, when taken: what each limit had left before;
+--       then kind and limit per limit; with those three keys, the milliseconds of a lease.
+--       An empty call id only looks: nothing is taken, nothing refused.
+-- Gives {1, now_ms, left, left, …}, when taken: what each limit had left before; with those three keys, then the
+--       entry, or as look.lua gives them 1 or 0 for its lease. With an entry one request was taken, and no more.
 --       {0, now_ms, left, …, wait_ms, …} when refused: nothing was taken; of a `rpm` or `tpm` that is in the way, the
 --       milliseconds until enough of its window has left, else 0;
 --       {2, now_ms} when the names of keys are of another day than Redis's;
@@ -27,8 +30,13 @@ if second < number(ARGV[6]) or second >= number(ARGV[7]) then
 end
 
 local tokens, nanos = number(ARGV[4]), number(ARGV[5])
+local last, entry = #KEYS - 1, false
+if #ARGV % 2 == 0 then
+  last = last - 3
+  entry = call('GET', KEYS[last + 2])
+end
 local answer, sums, amounts, slots, refused = {1, now_ms}, {}, {}, {}, false
-for n = 2, #KEYS - 1 do
+for n = 2, last do
   local key, kind, limit = KEYS[n], ARGV[2 * n + 4], number(ARGV[2 * n + 5])
   local sum, amount = 0, 1
   if kind == 'rpm' or kind == 'tpm' then
@@ -65,14 +73,18 @@ for n = 2, #KEYS - 1 do
   else
     amount = kind == 'daily_tokens' and tokens or nanos
     local kept = call('GET', key)
-    if not kept and call('EXISTS', KEYS[#KEYS]) == 0 then
+    if not kept and call('EXISTS', KEYS[last + 1]) == 0 then
       return {3, now_ms}
     end
     slots[n] = kept
     sum = number(kept or 0)
   end
+  if entry and kind ~= 'rpm' then
+    amount = 0
+  else
+    refused = refused or sum + amount > limit
+  end
   sums[n], amounts[n], answer[n + 1] = sum, amount, limit - sum
-  refused = refused or sum + amount > limit
 end
 
 if ARGV[1] == '' then
@@ -81,7 +93,7 @@ end
 
 if refused then
   answer[1] = 0
-  for n = 2, #KEYS - 1 do
+  for n = 2, last do
     local kind, left, wait_ms = ARGV[2 * n + 4], answer[n + 1], 0
     if amounts[n] > left and (kind == 'rpm' or kind == 'tpm') then
       -- Until as much has left as this call lacks; the whole window where even that is too little.
@@ -98,14 +110,16 @@ if refused then
       end
       wait_ms = free_at * 1000 - now_ms
     end
-    answer[#KEYS + n - 1] = wait_ms
+    answer[last + n] = wait_ms
   end
   return answer
 end
 
-for n = 2, #KEYS - 1 do
+for n = 2, last do
   local key, kind = KEYS[n], ARGV[2 * n + 4]
-  if kind == 'rpm' or kind == 'tpm' then
+  if entry and kind ~= 'rpm' then
+    -- what was answered before costs nothing
+  elseif kind == 'rpm' or kind == 'tpm' then
     call('HSET', key, 'sum', sums[n] + amounts[n], time[1], slots[n] + amounts[n])
   elseif kind == 'concurrency' then
     call('ZADD', key, now_ms + ARGV[3], ARGV[1])
@@ -117,5 +131,11 @@ for n = 2, #KEYS - 1 do
     call('SET', key, amounts[n], 'EX', kind == 'monthly_usd' and 2937600 or 259200)
   end
 end
-call('SET', KEYS[1], time[1] .. ' ' .. ARGV[4] .. ' ' .. ARGV[5], 'EX', ARGV[2])
+call('SET', KEYS[1], time[1] .. (entry and ' 0 0' or ' ' .. ARGV[4] .. ' ' .. ARGV[5]), 'EX', ARGV[2])
+if entry then
+  call('ZADD', KEYS[#KEYS], 'XX', now_ms, KEYS[last + 2])
+  answer[last + 2] = entry
+elseif #ARGV % 2 == 0 then
+  answer[last + 2] = call('SET', KEYS[last + 3], ARGV[1], 'NX', 'PX', ARGV[8 + 2 * (last - 1)]) and 1 or 0
+end
 return answer

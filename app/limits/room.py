@@ -8,12 +8,14 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 from app.ambient import Ambient
 from app.config import Config, Quota, ServiceKey, Tenant, VendorKey
-from app.core import Call, Rates, Reservation
+from app.core import Call, Fetch, Rates, Reservation
 from app.errors import LimitsUnavailable, VendorKeyFull
 from app.limits.budgets import Budgets, ReadSpent
 from app.limits.scopes import LEASE_MS, MOST, Limit, Scope, grant_scope, make_scope, owner_of, rates, refusal
@@ -96,10 +98,13 @@ class Limits:
         self.budgets = Budgets(pipe, ambient, current, read_spent)
         self.budgets.on_whole.append(self._whole)
 
-    async def reserve(self, call: Call, tenant: Tenant, tokens: int, nanos: int) -> Reservation:
+    async def reserve(
+        self, call: Call, tenant: Tenant, tokens: int, nanos: int, fetch: Fetch | None = None
+    ) -> Reservation:
         """Takes one request, `tokens` and `nanos` (nano-dollars; both at least 0) from all limits of the call.
 
-        One round trip. Raises `RateLimitExceeded` or `BudgetExceeded` and takes nothing. With Redis away each limit's
+        One round trip, which brings an answer from before along where `fetch` says so: then one request is taken, and
+        nothing else. Raises `RateLimitExceeded` or `BudgetExceeded` and takes nothing. With Redis away each limit's
         policy holds: `LimitsUnavailable` where one of them says `closed`. A caller that is cancelled leaves nothing
         reserved.
         """
@@ -111,7 +116,7 @@ class Limits:
             if scope.budgets and not self.budgets.whole:
                 break
             try:
-                asked = self._pipe.execute(*scope.reserve(self._reserve, call.event_id, tokens, nanos))
+                asked = self._pipe.execute(*scope.reserve(self._reserve, call.event_id, tokens, nanos, fetch))
             except RedisAway:
                 break
             try:
@@ -126,6 +131,8 @@ class Limits:
                     self._complain("reserve", error)
                 break
             if status == _TAKEN:
+                if fetch is not None:
+                    return self._fetched(call, tenant, scope, tokens, nanos, left, now_ms)
                 return self._held(call, tenant, scope, tokens, nanos, left, now_ms)
             if status == _REFUSED:
                 half = len(scope.limits)
@@ -159,7 +166,7 @@ class Limits:
             half = len(scope.limits)
             full = refusal(scope, left[:half], left[half:], tokens, 0, now_ms)
             raise VendorKeyFull(full.message, retry_after_seconds=full.retry_after_seconds)
-        return Held(attempt_id, "", tokens, True, None, 0, scope)
+        return Held(attempt_id, "", tokens, True, None, None, 0, scope)
 
     def _held(
         self, call: Call, tenant: Tenant, scope: Scope, tokens: int, nanos: int, left: list[int], now_ms: int
@@ -168,7 +175,26 @@ class Limits:
             left[place] -= limit.amount(tokens, nanos)
         self._hear(scope, left)
         self._begin(scope, call.event_id)
-        return Held(call.event_id, tenant.id, tokens, True, rates(scope, left, now_ms), nanos, scope)
+        return Held(call.event_id, tenant.id, tokens, True, rates(scope, left, now_ms), None, nanos, scope)
+
+    def _fetched(
+        self, call: Call, tenant: Tenant, scope: Scope, tokens: int, nanos: int, left: list[Any], now_ms: int
+    ) -> Held:
+        fetched = left.pop()
+        if isinstance(fetched, int):
+            held = self._held(call, tenant, scope, tokens, nanos, left, now_ms)
+            return msgspec.structs.replace(held, fetched=fetched == 1)
+        for place, limit in enumerate(scope.limits):
+            left[place] -= limit.kind == "rpm"
+        self._hear(scope, left)
+        return Held(call.event_id, tenant.id, 0, True, rates(scope, left, now_ms), fetched, 0, scope)
+
+    def give_back(self, reservation: Reservation) -> None:
+        """Undoes a reservation, the request included. Never waits, never raises."""
+        if isinstance(reservation, Held) and reservation.scope is not None:
+            self._end(reservation.scope, reservation.call_id)
+            if reservation.held:
+                self._give_back(reservation.scope, reservation.call_id)
 
     async def look(self, config: Config, tenant: Tenant, key: ServiceKey) -> Rates | None:
         """How the limits stand that a call would take from, with nothing taken: for answers to what reserves nothing.
@@ -386,7 +412,7 @@ class Limits:
             for limit, remaining in zip(scope.limits, left, strict=True)
         ]
         shown = rates(scope, after, int(now * 1000))
-        return Held(call.event_id, tenant.id, tokens, False, shown, nanos, scope, second, began)
+        return Held(call.event_id, tenant.id, tokens, False, shown, None, nanos, scope, second, began)
 
     def _returned(self) -> None:
         self._send_settlements()

@@ -10,7 +10,7 @@ from zoneinfo import ZoneInfo
 from msgspec import Struct
 
 from app.config import Away, Config, Quota, ServiceKey, Tenant, VendorKey, WrittenAway
-from app.core import Rates, usd
+from app.core import FETCH_LEASE_MS, Fetch, Rates, usd
 from app.errors import BudgetExceeded, LimitError, RateLimitExceeded
 from app.redis_pipe import Argument
 
@@ -85,8 +85,17 @@ class Scope(Struct, frozen=True):
     budgets: bool
     """Whether a daily or monthly limit is among them."""
 
-    def reserve(self, sha: str, call_id: str, tokens: int, nanos: int) -> tuple[Argument, ...]:
+    def reserve(
+        self, sha: str, call_id: str, tokens: int, nanos: int, fetch: Fetch | None = None
+    ) -> tuple[Argument, ...]:
         """The command for reserve.lua."""
+        if fetch is not None:
+            return (
+                "EVALSHA", sha, len(self.keys) + 5, self.record + call_id, *self.keys, WHOLE,
+                fetch.entry, fetch.lease, fetch.used,
+                call_id, RECORD_SECONDS, LEASE_MS, tokens, nanos, self.starts, self.ends, *self.reserve_arguments,
+                FETCH_LEASE_MS,
+            )  # fmt: skip
         return (
             "EVALSHA", sha, len(self.keys) + 2, self.record + call_id, *self.keys, WHOLE,
             call_id, RECORD_SECONDS, LEASE_MS, tokens, nanos, self.starts, self.ends, *self.reserve_arguments,
