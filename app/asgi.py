@@ -222,14 +222,7 @@ class Replica:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
         self.spool.open()
-        token = self.options.admin_token
-        pages = usage_pages.tenant_routes(self.source, self.usage, self.ambient, self.door.callers, self.telemetry)
-        pages.append(status_page.route(token, self.status))
-        main = Server(api.app(self.door, pages), self.options.host, self.options.port, api.calls(self.door))
-        pages = usage_pages.admin_routes(self.source, self.usage, self.ambient, token, self.telemetry)
-        control = Server(
-            admin.app(token, self.telemetry, self.status, pages), self.options.host, self.options.admin_port
-        )
+        main, control = self.doors()
         loops = [
             asyncio.ensure_future(self._keep(run))
             for run in (
@@ -265,6 +258,16 @@ class Replica:
         if self.spans:
             await asyncio.to_thread(self.spans.close)
         log.info("stopped")
+
+    def doors(self) -> tuple[Server, Server]:
+        """The main port and the admin port, with all their routes."""
+        options, token = self.options, self.options.admin_token
+        pages = usage_pages.tenant_routes(self.source, self.usage, self.ambient, self.door.callers, self.telemetry)
+        pages.append(status_page.route(token, self.status))
+        for_admins = usage_pages.admin_routes(self.source, self.usage, self.ambient, token, self.telemetry)
+        main = Server(api.app(self.door, pages), options.host, options.port, api.calls(self.door))
+        control = admin.app(token, self.telemetry, self.status, for_admins)
+        return main, Server(control, options.host, options.admin_port)
 
     def _usage_reader(self) -> UsageReader | None:
         """Reads usage from PostgreSQL; None without one. A replica serves calls whatever DATABASE_URL says."""

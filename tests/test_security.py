@@ -18,13 +18,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from litestar import Litestar
 
-from app import admin, api, status_page, usage_pages
 from app.ambient import Ambient, Patience
 from app.api import FrontDoor
+from app.asgi import Options, Replica
 from app.auth import Callers
 from app.bodies import Bodies
+from app.config import ConfigSource
 from app.dialects import ROUTES
 from app.errors import InvalidRequest, Overloaded, RequestTooLarge
+from app.server import Server
+from app.telemetry.lines import Lines
+from loadtest.processes import ROOT
 from loadtest.stack import Stack
 from tests.gateway_parts import ALIAS, STREAM, Rooms, ScriptedAnswer, completion, config
 from tests.journey import KEY, OTHER_KEY, Journey, token
@@ -56,12 +60,21 @@ def table(port: str, app: Any) -> Iterator[tuple[str, str, str]]:
 
 
 def all_routes() -> list[tuple[str, str, str]]:
-    ambient, nothing = Ambient(), object()
-    callers = Callers(NoTokens())
-    pages = usage_pages.tenant_routes(nothing, None, ambient, callers, nothing)
-    main = api.app(nothing, [*pages, status_page.route(None, dict)])
-    second = admin.app(None, nothing, dict, usage_pages.admin_routes(nothing, None, ambient, None, nothing))
-    return [*(("main", "POST", path) for path in ROUTES), *table("main", main), *table("admin", second)]
+    """The routes of a replica as it is put together to run."""
+    options = Options(
+        host="127.0.0.1", port=0, admin_port=0, config=ROOT / "config", environment="ci", overlays=(),
+        spool_dir=Path("spool"), name="r", redis_url=None, database_url=None, admin_token=None,
+    )  # fmt: skip
+
+    async def doors() -> tuple[Server, Server]:
+        source = ConfigSource(
+            options.config, options.environment, (), {"SIMULATOR_API_KEY": "x", "GATEWAY_USER_SALT": "y"}
+        )
+        return Replica(options, source, Ambient(), Lines()).doors()
+
+    main, control = asyncio.run(doors())
+    calls = [(port, "POST", path.decode()) for port, at in (("main", main), ("admin", control)) for path in at._calls]
+    return [*calls, *table("main", main._app), *table("admin", control._app)]
 
 
 GUARDED = [route for route in all_routes() if route not in OPEN]
