@@ -240,6 +240,7 @@ class Replica:
         gc.set_threshold(20_000, 20, 50)  # calls make few cycles; at 700 looking for them was 6 % of the time
         await self.stop.wait()
         await self._drain(main)
+        await self.gateway.shadows.close()
         for task in loops:
             task.cancel()
         await asyncio.gather(*loops, return_exceptions=True)

@@ -169,8 +169,9 @@ class EventLatency(Struct, frozen=True, gc=False):
     total: float
 
 
-Role = Literal["chain", "escalation", "hedge", "context_length", "content_filter"]
-"""How an attempt came about: by the alias's chain; after a doubtful answer; beside a slow attempt; after a refusal."""
+Role = Literal["chain", "escalation", "hedge", "context_length", "content_filter", "shadow"]
+"""How an attempt came about: by the alias's chain; after a doubtful answer; beside a slow attempt; after a refusal; as
+a copy of another call."""
 
 
 class Attempt(Struct, frozen=True, gc=False):
@@ -285,6 +286,7 @@ class Intent(Struct, frozen=True, array_like=True, gc=False):
     chain: tuple[str, ...]
     operation: Operation = "chat"
     alias_requested: str | None = None
+    purpose: Purpose = "client"
 
 
 def interrupted(intent: Intent) -> LedgerEvent:
@@ -318,6 +320,7 @@ def interrupted(intent: Intent) -> LedgerEvent:
         error_code="process_died",
         operation=intent.operation,
         alias_requested=intent.alias_requested,
+        purpose=intent.purpose,
     )
 
 
@@ -534,6 +537,7 @@ class Exchange(Struct, kw_only=True, eq=False):
 
     call: Call
     patience: Patience
+    purpose: Purpose = "client"
     request: Request | None = None
     alias_requested: str | None = None
     tenant: Tenant | None = None

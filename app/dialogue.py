@@ -121,6 +121,20 @@ class Dialogue:
         good = await self._answered(exchange, alias)
         if alias.cascade is not None or alias.on_content_filter:
             good = await self._second_thoughts(exchange, alias, good)
+        return self._taken(exchange, good)
+
+    async def once(self, exchange: Exchange, alias: Alias, role: Role) -> tuple[VendorAnswer | None, Stream | bytes]:
+        """The answer of the alias's first target, asked once; raises its VendorError, or LedgerUnavailable."""
+        (target, *_) = alias.targets
+        exchange.chain = alias.chain
+        deadline = exchange.call.started + alias.timeouts.total
+        key = self._key(target, [])
+        return self._taken(
+            exchange, await self._attempt(exchange, alias, target, key, deadline, role, exchange.patience)
+        )
+
+    def _taken(self, exchange: Exchange, good: Good) -> tuple[VendorAnswer | None, Stream | bytes]:
+        """Notes whose answer it is that the call gets."""
         exchange.target, exchange.served, exchange.grant = good.target, good.place, good.grant
         exchange.vendor_request_id = good.request_id
         if good.whole is not None:

@@ -40,6 +40,7 @@ from app.recall import Recall, Said, cache_headers
 from app.relay import Stream
 from app.routing import Facts, choose, needs, place, sum_up
 from app.settlement import event_of, fell_back, ms, word
+from app.shadows import Shadows
 from app.telemetry import Telemetry
 from app.upstream import VendorAnswer
 
@@ -72,6 +73,7 @@ class Gateway:
         self.telemetry = telemetry
         self.ambient = ambient
         self.estimates = Estimates()
+        self.shadows = Shadows(self._mirror, telemetry, ambient)
 
     @asynccontextmanager
     async def serve(self, exchange: Exchange) -> AsyncIterator[Reply]:
@@ -128,6 +130,8 @@ class Gateway:
                     raise self.modes.refusal(call.config, tenant.id, mode)
                 else:
                     answer, relay = await self.dialogue.first_good(exchange, alias)  # 5 plan, 6 dialogue
+                    if alias.shadow is not None and request.operation != "count_tokens" and not request.stored:
+                        exchange.shadowed = self.shadows.picks(alias)
                     if request.stream:
                         reply = self._streamed(exchange, alias, answer, relay, guarding)
                         if guarding is not None and guarding.holds_streams:
@@ -158,6 +162,8 @@ class Gateway:
             finally:
                 with contextlib.suppress(LedgerUnavailable):  # counted; the intent stands for the row
                     self.settle(exchange)  # 8 settlement, where it has not been
+                    if exchange.shadowed:
+                        self.shadows.begin(exchange, alias)
 
     def _downgraded(self, exchange: Exchange, tenant: Tenant, alias: Alias) -> Alias:
         """What the tenant's policy has in the alias's place while a budget is nearly used up, noted; else the alias."""
@@ -191,6 +197,28 @@ class Gateway:
             await guarding.answer(body)
         except VendorBroke as fault:
             raise sum_up([fault], False) from None
+
+    async def _mirror(self, exchange: Exchange, alias: Alias) -> None:
+        """The journey of a shadow: nobody asks for it, waits for it or hears of it; its row is the gateway's own."""
+        answer: VendorAnswer | None = None
+        try:
+            answer, relay = await self.dialogue.once(exchange, alias, "shadow")
+            if exchange.request.stream:
+                async with contextlib.aclosing(self._relay(exchange, alias, answer, relay, None)) as frames:
+                    async for _ in frames:
+                        pass
+        except VendorError as error:
+            exchange.error = error if isinstance(error, VendorRefused) else sum_up([error], False)
+        except GatewayError as error:
+            exchange.error = error
+        except asyncio.CancelledError:
+            exchange.cut = "drain"
+            raise
+        finally:
+            if answer is not None:
+                await answer.close(ended=exchange.done)
+            with contextlib.suppress(LedgerUnavailable):
+                self.settle(exchange)
 
     # --- 7 departure --------------------------------------------------------------------------------------------------
 
@@ -377,6 +405,8 @@ class Gateway:
             headers += cache_headers(exchange.memory, exchange.recalled)
         if exchange.escalated is not None:
             headers.append((b"x-gateway-escalation", exchange.escalated.encode()))
+        if exchange.shadowed:
+            headers.append((b"x-gateway-shadow", b"true"))
         if exchange.hedged:
             headers.append((b"x-gateway-hedge", b"true"))
         if exchange.rule is not None:

@@ -94,6 +94,7 @@ def event_of(exchange: Exchange, now: float) -> LedgerEvent:
         operation="chat" if request is None else request.operation,
         alias_requested=exchange.alias_requested,
         rule=exchange.rule,
+        purpose=exchange.purpose,
     )
 
 
@@ -163,6 +164,7 @@ def intent_of(exchange: Exchange) -> Intent:
         chain=exchange.chain,
         operation=request.operation,
         alias_requested=exchange.alias_requested,
+        purpose=exchange.purpose,
     )
 
 

@@ -216,6 +216,7 @@ class KeptTelemetry:
         self.recorded: list[LedgerEvent] = []
         self.checks: list[tuple[str, ...]] = []
         self.unidentified_codes: list[str] = []
+        self.mirrored: list[tuple[object, ...]] = []
         self.audited: list[tuple[str, str, dict[str, object]]] = []
 
     def record(self, exchange: Exchange, event: LedgerEvent, row: bytes | None) -> None:
@@ -241,6 +242,9 @@ class KeptTelemetry:
 
     def hedged(self, *_: object) -> None:
         pass
+
+    def shadowed(self, *what: object) -> None:
+        self.mirrored.append(what)
 
     def broke_off(self, *_: object) -> None:
         pass

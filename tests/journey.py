@@ -103,6 +103,9 @@ OVERLAY: dict[str, Any] = {
         "cascaded": {
             "targets": ["openai/gpt-4o-mini"], "cascade": {"targets": ["openrouter/gpt-4o"], "mean_logprob_below": -9},
         },
+        "shadowed": {
+            "targets": ["openai/gpt-4o-mini"], "shadow": {"target": "openrouter/gpt-4o-mini", "percent": 100},
+        },
         "hedged": {
             "targets": ["openai/gpt-4o-mini", "openrouter/gpt-4o-mini"],
             "hedge": {"after_seconds": 0.2, "percent": 100},

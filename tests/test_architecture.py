@@ -26,7 +26,10 @@ LAYERS = (
         "auth", "cache", "control", "cooldowns", "limits", "redis_pipe", "ledger", "credentials", "upstream", "http1",
         "telemetry", "warnings", "paces", "allowance", "modes", "overload", "guardrails",
     ),
-    ("routing", "estimate", "settlement", "relay", "confidence", "recall", "dialogue", "gateway", "server", "visits"),
+    (
+        "routing", "estimate", "settlement", "relay", "confidence", "recall", "dialogue", "shadows", "gateway",
+        "server", "visits",
+    ),
     (
         "api", "admin", "status_page", "bodies", "keys", "ledger_shipper", "archive", "reports", "price_sync", "rerate",
         "usage_pages", "ledger_schema", "ledger_segment", "dead_letters", "lake",
@@ -66,6 +69,7 @@ WITHIN_A_LAYER = {
     ("cache", "control"): "what was invalidated is told to all replicas",
     ("gateway", "settlement"): "one event at the end",
     ("gateway", "routing"): "what a failure in mid-stream comes to",
+    ("gateway", "shadows"): "a copy is sent when its call is over",
     ("gateway", "estimate"): "the journey asks what a call may need",
     ("server", "visits"): "a port's connections",
     ("api", "bodies"): "the front door takes bodies in",

@@ -63,6 +63,7 @@ def test_answer_headers_of_the_readme_are_those_that_are_sent(journey: Journey) 
     answers = [journey.post(chat("tokens=2")), journey.post(chat(max_tokens=100_000), x_tenant_id="tenant-poor")]
     answers.append(journey.post(chat("tokens=2", "ruled"), x_feature_id="beta"))
     answers.append(journey.post(chat("tokens=9", "cascaded", max_tokens=2)))
+    answers.append(journey.post(chat("tokens=2", "shadowed")))
     journey.fault("openai", kind="hang", times=1)
     answers.append(journey.post(chat("tokens=2", "hedged")))
     answers += [journey.post(chat("tokens=2", "remembered"), idempotency_key="claims") for _ in range(2)]

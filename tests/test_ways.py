@@ -92,3 +92,17 @@ def test_a_hang_up_in_a_race_cancels_both_vendors_within_a_second(journey: Journ
     event = journey.row(headers["x-request-id"])
     assert (event["status"], event["usage_source"]) == ("client_closed", "estimated")
     assert [attempt["outcome"] for attempt in event["attempts"]] == ["cancelled", "cancelled"]
+
+
+# --- shadows ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_call_is_mirrored_for_the_gateway_s_account(journey: Journey) -> None:
+    answer = journey.post(chat("tokens=3", "shadowed"))
+    assert answer.headers["x-gateway-shadow"] == "true"
+    client, shadow = (journey.row(prefix + answer.headers["x-request-id"]) for prefix in ("", "shadow_"))
+    assert (client["tenant_id"], client["purpose"], client["provider"]) == ("tenant-a", "client", "openai")
+    assert (shadow["tenant_id"], shadow["purpose"], shadow["provider"]) == ("_gateway", "shadow", "openrouter")
+    assert shadow["cost_usd"]["total"] > 0
+    scrapes = journey.admin("/metrics", 0).text + journey.admin("/metrics", 1).text
+    assert 'gateway_shadows_total{alias="shadowed",outcome="sent",target="openrouter/gpt-4o-mini"}' in scrapes

@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from app.ambient import Ambient, timestamp
 from app.audit import audit_line
 from app.config import Config
-from app.core import Exchange, LedgerEvent
+from app.core import GATEWAY_TENANT, Exchange, LedgerEvent
 from app.errors import GatewayError, VendorError
 from app.telemetry.figures import Cells, Histogram, Timings
 from app.telemetry.lines import Lines
@@ -73,6 +73,9 @@ class Telemetry:
             "gateway_escalations", "Answers not taken.", ("from", "to", "reason"), registry=registry
         )
         self._hedges = Counter("gateway_hedges", "Second targets asked.", ("from", "to"), registry=registry)
+        self._shadows = Counter(
+            "gateway_shadows", "Copies of calls.", ("alias", "target", "outcome"), registry=registry
+        )
         self._breakers = Counter(
             "gateway_breaker_opened", "Rests after too many failures.", ("target",), registry=registry
         )
@@ -172,6 +175,10 @@ class Telemetry:
         """A second target is asked beside a first that says nothing."""
         self._hedges.labels(source, target).inc()
 
+    def shadowed(self, alias: str, target: str, outcome: str) -> None:
+        """A copy of a call was sent, or dropped because too many are under way."""
+        self._shadows.labels(alias, target, outcome).inc()
+
     def broke_off(self, target: str, error: VendorError) -> None:
         """A target failed too often, and rests now."""
         self._breakers.labels(target).inc()
@@ -206,7 +213,8 @@ class Telemetry:
 
         Without a row the spool could not take it; the line is written all the same.
         """
-        key = (event.tenant_id, event.model_alias if exchange.authorized else "", event.provider, event.status)
+        status = event.status if event.purpose == "client" else event.purpose
+        key = (event.tenant_id, event.model_alias if exchange.authorized else "", event.provider, status)
         cells = self._cells.get(key)
         if cells is None:
             cells = self._cells[key] = self._make_cells(*key)
@@ -281,6 +289,8 @@ class Telemetry:
 
     def _make_cells(self, tenant: str | None, alias: str | None, provider: str | None, status: str) -> Cells:
         timed = (alias or "", provider or "", status)
+        if tenant == GATEWAY_TENANT:  # what no client waits for is no latency of the alias
+            return self._labelled.setdefault((tenant, *timed), Cells(Timings()))
         timings = self._timings.setdefault(timed, Timings())
         return self._labelled.setdefault((self._tenant(tenant), *timed), Cells(timings))
 
