@@ -11,9 +11,9 @@ from msgspec import Raw, Struct, field
 from msgspec.structs import astuple
 
 from app.ambient import Patience
-from app.config import Config, Price, ServiceKey, Target, Tenant
+from app.config import UNKNOWN, Config, Price, ServiceKey, Target, Tenant
 from app.errors import GatewayError
-from app.wire import Operation, Request
+from app.wire import Operation, Request, Units
 
 Status = Literal["success", "error", "refused", "rate_limited", "blocked", "client_closed", "interrupted", "timeout"]
 Purpose = Literal["client", "shadow", "reverify", "judge", "embedding"]
@@ -22,9 +22,10 @@ GATEWAY_TENANT = "_gateway"
 
 
 class Usage(Struct, frozen=True, gc=False):
-    """Tokens of one call in disjoint classes; their sum is the vendor's total.
+    """Tokens of one call in disjoint classes; their sum is the vendor's total. Beside them other units.
 
     `cache_write_1h` are Anthropic's cache writes that live for an hour, which cost more than those of 5 minutes.
+    `images` made, `seconds` heard and `characters` spoken stand where the vendor is paid by those.
     """
 
     input: int = 0
@@ -37,6 +38,9 @@ class Usage(Struct, frozen=True, gc=False):
     reasoning: int = 0
     audio_output: int = 0
     embedding: int = 0
+    images: int = 0
+    seconds: int = 0
+    characters: int = 0
 
     @property
     def total_input(self) -> int:
@@ -59,10 +63,12 @@ class Usage(Struct, frozen=True, gc=False):
         return Usage(*(mine - its for mine, its in zip(astuple(self), astuple(other), strict=True)))
 
 
-def estimate(operation: Operation, input_tokens: int, output_tokens: int) -> Usage:
-    """What stands for the usage of a call that no vendor reported. Counting is free."""
-    if operation == "count_tokens":
+def estimate(operation: Operation, input_tokens: int, output_tokens: int, units: Units | None = None) -> Usage:
+    """What stands for the usage of a call that no vendor reported. Counting and moderations are free."""
+    if operation in ("count_tokens", "moderations"):
         return Usage()
+    if units is not None:
+        return Usage(images=units.images, seconds=units.seconds, characters=units.characters)
     if operation == "embeddings":
         return Usage(embedding=input_tokens)
     return Usage(input=input_tokens, output=output_tokens)
@@ -93,6 +99,13 @@ def _charge(tokens: int, nanos_per_million: int) -> int:
     return whole
 
 
+MOST_IMAGES = 250_000_000_000_000
+MOST_SECONDS = 1_000_000_000_000
+MOST_CHARACTERS = 100_000_000_000
+"""What a million of each costs whose price nobody wrote down: above the dearest of vendors' lists (2026-11: 0.25 USD an
+image, 0.0001 USD a second, 30 USD a million characters)."""
+
+
 def cost(usage: Usage, price: Price, priced: bool = True) -> Cost:
     """What `usage` costs by `price`: each class rounded once, the total is the sum of the classes."""
     input_nanos = _charge(usage.input, price.input)
@@ -107,6 +120,14 @@ def cost(usage: Usage, price: Price, priced: bool = True) -> Cost:
             + _charge(usage.embedding, price.embedding)
         )
         output_nanos += _charge(usage.reasoning, price.reasoning) + _charge(usage.audio_output, price.audio_output)
+    if usage.images or usage.seconds or usage.characters:
+        for units, nanos, most in (
+            (usage.images, price.images, MOST_IMAGES),
+            (usage.seconds, price.seconds, MOST_SECONDS),
+            (usage.characters, price.characters, MOST_CHARACTERS),
+        ):
+            priced = priced and (nanos != UNKNOWN or not units)
+            output_nanos += _charge(units, most if nanos == UNKNOWN else nanos)
     return Cost(input_nanos, output_nanos, priced)
 
 
@@ -544,6 +565,7 @@ class Exchange(Struct, kw_only=True, eq=False):
     reservation: Reservation | None = None
     grant: Reservation | None = None
     rates: Rates | None = None
+    content_type: bytes = b"application/json"
     input_tokens_estimate: int = 0
     output_tokens_estimate: int = 0
     target: Target | None = None

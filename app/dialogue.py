@@ -501,7 +501,8 @@ class Dialogue:
 
     def _note_lost(self, exchange: Exchange) -> None:
         """The vendor had read the prompt, and may charge for it; the tenant pays for the answer that it gets."""
-        lost = charged(exchange, estimate(exchange.request.operation, exchange.input_tokens_estimate, 0))
+        request = exchange.request
+        lost = charged(exchange, estimate(request.operation, exchange.input_tokens_estimate, 0, request.units))
         exchange.attempts[-1] = msgspec.structs.replace(exchange.attempts[-1], estimated_usd=usd(lost.total_nanos))
 
 
@@ -541,6 +542,7 @@ def note_answer(exchange: Exchange, answer: Answer) -> None:
     exchange.service_tier = word(answer.service_tier)
     exchange.usage = answer.usage
     exchange.text_bytes = answer.text_bytes
+    exchange.content_type = answer.content_type
 
 
 async def _error_body(answer: VendorAnswer) -> bytes:

@@ -46,6 +46,9 @@ class Estimates:
     def size(self, exchange: Exchange, alias: Alias) -> None:
         """Notes about how many tokens the call has: the request by its size, the answer by its limit."""
         request = exchange.request
+        if request.units is not None:
+            exchange.input_tokens_estimate, exchange.output_tokens_estimate = request.input_tokens, 0
+            return
         text_bytes, blobs = size(exchange.call.body)
         learned = self._learned.get(alias.name)
         bytes_per_token = BYTES_PER_TOKEN if learned is None else learned.bytes_per_token
@@ -61,12 +64,15 @@ class Estimates:
         """
         if not exchange.input_tokens_estimate:
             self.size(exchange, alias)
-        usage = estimate(exchange.request.operation, exchange.input_tokens_estimate, exchange.output_tokens_estimate)
+        request = exchange.request
+        usage = estimate(
+            request.operation, exchange.input_tokens_estimate, exchange.output_tokens_estimate, request.units
+        )
         if usage.input:
             usage = self._split(usage, exchange.call.body, alias)
         tenant_id, at = exchange.tenant.id, exchange.call.received_at
         nanos = max(charge(usage, target, tenant_id, None, at).total_nanos for target in alias.reach)
-        tokens = usage.total
+        tokens = usage.total if request.units is None else request.input_tokens
         if alias.cascade is not None:  # the doubtful answer is paid for too,
             nanos += max(charge(usage, target, tenant_id, None, at).total_nanos for target in alias.cascade.targets)
             tokens += usage.total
@@ -91,7 +97,7 @@ class Estimates:
     def learn(self, exchange: Exchange) -> None:
         """From a call that the vendor has counted, unless an image or a file was in it."""
         usage = exchange.usage
-        if usage is None or not exchange.done:
+        if usage is None or not exchange.done or exchange.request.units is not None:
             return
         tokens = usage.total_input + usage.embedding
         if tokens <= 0:

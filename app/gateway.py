@@ -248,7 +248,7 @@ class Gateway:
         if exchange.memory is not None and exchange.memory.flight is not None:
             exchange.memory.flight.add(body)
         event = self.settle(exchange)
-        headers = self._headers(exchange, b"application/json")
+        headers = self._headers(exchange, exchange.content_type)
         headers += [
             (b"content-length", b"%d" % len(body)),
             (b"x-usage-total-tokens", b"%d" % event.usage.total_tokens),

@@ -11,6 +11,7 @@ from decimal import Decimal
 from importlib.metadata import version
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 from app.config import CLASSES, PriceTable, WrittenLongContext, WrittenPrice, WrittenRate, WrittenWindow, usd
@@ -28,6 +29,7 @@ _PRICE_KEYS = {
     "reasoning": "output_reasoning_mtok",
     "audio_output": "output_audio_mtok",
 }
+_UNITS = ("images", "seconds", "characters")
 _TIERS = {
     "batch": {"processing": "batch"},
     "flex": {"service_tier": "flex"},
@@ -74,6 +76,8 @@ def sync(old: PriceTable, wanted: Sequence[Wanted], day: date) -> Synced:
         before = old.prices.get(provider, {}).get(model)
         found = library.price(provider, addresses.get(provider), model)
         if found is not None:
+            if before is not None:  # the library knows tokens alone
+                found = msgspec.structs.replace(found, **{unit: getattr(before, unit) for unit in _UNITS})
             prices.setdefault(provider, {})[model] = found
             changes += [f"{provider} {model}: {change}" for change in _differences(before, found)]
         elif before is not None:

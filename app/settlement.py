@@ -117,7 +117,8 @@ def usage_of(exchange: Exchange) -> tuple[Usage, str]:
     written = -(-exchange.text_bytes // BYTES_PER_TOKEN)
     if exchange.prompt is not None:
         return msgspec.structs.replace(exchange.prompt, output=written), "estimated"
-    return estimate(exchange.request.operation, exchange.input_tokens_estimate, written), "estimated"
+    request = exchange.request
+    return estimate(request.operation, exchange.input_tokens_estimate, written, request.units), "estimated"
 
 
 def charged(exchange: Exchange, usage: Usage) -> Cost:
@@ -131,7 +132,9 @@ def charged(exchange: Exchange, usage: Usage) -> Cost:
 def intent_of(exchange: Exchange) -> Intent:
     """What a row is made of if this process dies before the call ends."""
     call, request, tenant, target = exchange.call, exchange.request, exchange.tenant, exchange.target
-    expected = estimate(request.operation, exchange.input_tokens_estimate, exchange.output_tokens_estimate)
+    expected = estimate(
+        request.operation, exchange.input_tokens_estimate, exchange.output_tokens_estimate, request.units
+    )
     reserved = charged(exchange, expected)
     input_tokens, output_tokens = exchange.input_tokens_estimate, exchange.output_tokens_estimate
     for used, cost in exchange.beside:

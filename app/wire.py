@@ -12,12 +12,23 @@ from msgspec import Raw, Struct
 ABSENT = Raw()
 """A member that was not there; one that was null reads `null`."""
 
-Service = Literal["chat", "embeddings"]
+Service = Literal["chat", "embeddings", "completions", "moderations", "speech", "transcriptions", "images"]
 """What a target's model is for."""
 Need = Literal["vision", "audio", "tools", "json_schema"]
 """What a request may want of a model beyond text, and a model may not have."""
-Operation = Literal["chat", "embeddings", "count_tokens"]
+Operation = Literal[
+    "chat", "embeddings", "count_tokens", "completions", "moderations", "speech", "transcriptions", "translations",
+    "images", "image_edits",
+]  # fmt: skip
 """What a call wants of a model."""
+
+
+class Units(Struct, frozen=True):
+    """What a vendor is paid by that does not count tokens: images made, seconds heard, characters spoken."""
+
+    images: int = 0
+    seconds: int = 0
+    characters: int = 0
 
 
 class ChatRequest(Struct, frozen=True):
@@ -30,6 +41,7 @@ class ChatRequest(Struct, frozen=True):
     operation: ClassVar[Operation] = "chat"
     serves: ClassVar[Service] = "chat"
     input_tokens: ClassVar[int] = 0
+    units: ClassVar[None] = None
 
     body: bytes
     alias: str
@@ -53,6 +65,7 @@ class EmbedRequest(Struct, frozen=True):
     max_output_tokens: ClassVar[int] = 0
     choices: ClassVar[int] = 1
     stored: ClassVar[bool] = False
+    units: ClassVar[None] = None
 
     body: bytes
     alias: str
@@ -74,6 +87,7 @@ class CountRequest(Struct, frozen=True):
     max_output_tokens: ClassVar[int] = 0
     choices: ClassVar[int] = 1
     stored: ClassVar[bool] = False
+    units: ClassVar[None] = None
 
     body: bytes
     alias: str
@@ -81,7 +95,41 @@ class CountRequest(Struct, frozen=True):
     headers: tuple[tuple[str, str], ...] = ()
 
 
-Request = ChatRequest | EmbedRequest | CountRequest
+class Field(Struct, frozen=True):
+    """A field of a form, as it was sent. A file has a `file_name`: what is said of it behind the field's own name."""
+
+    name: str
+    value: bytes
+    file_name: bytes = b""
+    content_type: bytes = b""
+
+
+class PassedRequest(Struct, frozen=True, kw_only=True):
+    """A request that is passed on as it came, to `path` at the vendor: JSON (`fields`) or a form.
+
+    With `units` the vendor may count those and no tokens, and the size of the body says nothing: `input_tokens` is what
+    the prompt is taken to be.
+    """
+
+    stored: ClassVar[bool] = False
+
+    body: bytes
+    alias: str
+    path: str
+    operation: Operation
+    serves: Service
+    fields: dict[str, Raw] = {}
+    form: tuple[Field, ...] = ()
+    stream: bool = False
+    include_usage: bool = False
+    max_output_tokens: int | None = 0
+    choices: int = 1
+    input_tokens: int = 0
+    units: Units | None = None
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+Request = ChatRequest | EmbedRequest | CountRequest | PassedRequest
 
 
 class StreamOptions(Struct):

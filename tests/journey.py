@@ -61,7 +61,30 @@ def pool_providers(folder: Path, simulator_url: str) -> dict[str, Any]:
     }
 
 
+PASSED = {
+    "gpt-3.5-turbo-instruct": "completions",
+    "omni-moderation-latest": "moderations",
+    "tts-1": "speech",
+    "whisper-1": "transcriptions",
+    "gpt-4o-mini-transcribe": "transcriptions",
+    "dall-e-3": "images",
+    "gpt-image-1": "images",
+}
+"""Models of what OpenAI has beside chat and embeddings: each an alias of its own."""
 OVERLAY: dict[str, Any] = {
+    "prices": {
+        "openai": {
+            name: {"source": "the suite", "checked_on": "2026-11-01", **prices}
+            for name, prices in {
+                "gpt-3.5-turbo-instruct": {"input": 1.5, "output": 2},
+                "omni-moderation-latest": {"input": 0},
+                "tts-1": {"input": 0, "characters": 15},
+                "whisper-1": {"input": 0, "seconds": 100},
+                "gpt-4o-mini-transcribe": {"input": 1.25, "audio_input": 1.25, "output": 5},
+                "gpt-image-1": {"input": 5, "image_input": 10, "output": 40},
+            }.items()
+        },
+    },
     "gateway": {
         "trace_sample_ratio": 1,
         "max_body_bytes": 8_000_000,
@@ -73,6 +96,11 @@ OVERLAY: dict[str, Any] = {
     "targets": {
         "gemini/gemini-3-pro": {"provider": "gemini", "model": "gemini-3-pro"},
         **{f"{name}/gpt-4o-mini": SIMULATED | {"provider": name} for name in POOLS},
+        **{
+            f"openai/{model}": {"provider": "openai", "model": model, "serves": serves}
+            for model, serves in PASSED.items()
+        },
+        "azure/whisper-1": {"provider": "azure", "model": "whisper-1", "serves": "transcriptions"},
         "openai/unpriced": {"provider": "openai", "model": "gpt-4.1-nano"},
         "openrouter/text-embedding-3-small": {
             "provider": "openrouter", "model": "openai/text-embedding-3-small", "serves": "embeddings",
@@ -84,6 +112,8 @@ OVERLAY: dict[str, Any] = {
         "half-bad": {"targets": ["half-bad/gpt-4o-mini"]},
         "granted": {"targets": ["granted/gpt-4o-mini"]},
         "full": {"targets": ["full/gpt-4o-mini", "openai/gpt-4o-mini"]},
+        **{model: {"targets": [f"openai/{model}"]} for model in PASSED},
+        "whisper-chain": {"targets": ["azure/whisper-1", "openai/whisper-1"]},
         "one-target": {"targets": ["openai/gpt-4o-mini"]},
         "remembered": {"targets": ["openai/gpt-4o-mini"], "cache": {"mode": "exact", "max_temperature": 1}},
         "quick": {

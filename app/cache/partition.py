@@ -152,10 +152,10 @@ def reason(request: Request, wishes: Wishes, policy: AliasCache | None, mode: Ca
         return "off"
     if not wishes.store:
         return "no_store"
-    if request.operation == "count_tokens":
-        return "operation"
     if request.operation == "embeddings":
         return None
+    if request.operation != "chat":
+        return "operation"
     fields = request.fields
     if request.stored:
         return "stored"

@@ -38,7 +38,7 @@ from app.config.running import (
     When,
 )
 from app.config.source import ConfigSource, load, utc_day
-from app.config.tariff import Price, Rate, Tariff, Window
+from app.config.tariff import UNKNOWN, Price, Rate, Tariff, Window
 from app.config.written import (
     PRIORITIES,
     Away,

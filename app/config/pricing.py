@@ -33,7 +33,7 @@ _PLAIN_CLASS = {
     "reasoning": "output",
     "audio_output": "output",
 }
-"""What a class costs that has no price of its own; in an order in which the plain one is known first."""
+"""What a class of tokens costs that has no price of its own; in an order in which the plain one is known first."""
 _TIME = re.compile(r"([01]\d|2[0-3]):([0-5]\d)")
 
 

@@ -8,10 +8,12 @@ import msgspec
 from msgspec import Struct
 
 DAY_SECONDS = 86_400
+UNKNOWN = -1
+"""Stands for a price that nobody wrote down, where no other class says it."""
 
 
 class Price(Struct, frozen=True, gc=False, kw_only=True):
-    """Nano-dollars per million tokens, by usage class."""
+    """Nano-dollars per million tokens, by usage class; per million of other units, UNKNOWN where none is written."""
 
     input: int
     cache_read: int
@@ -23,12 +25,15 @@ class Price(Struct, frozen=True, gc=False, kw_only=True):
     reasoning: int
     audio_output: int
     embedding: int
+    images: int = UNKNOWN
+    seconds: int = UNKNOWN
+    characters: int = UNKNOWN
 
     def less(self, hundredths_of_percent: int) -> Price:
         """With a discount. Rounded half to even to nano-dollars per million tokens, a millionth of what is charged."""
         return Price(
             **{
-                name: _round(nanos * (10_000 - hundredths_of_percent), 10_000)
+                name: nanos if nanos == UNKNOWN else _round(nanos * (10_000 - hundredths_of_percent), 10_000)
                 for name, nanos in msgspec.structs.asdict(self).items()
             }
         )

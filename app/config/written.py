@@ -232,7 +232,7 @@ class WrittenCertificate(Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 class WrittenClasses(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """USD per million tokens, by usage class."""
+    """USD per million tokens, by usage class; of images, seconds and characters, per million of them."""
 
     input: Decimal | None = None
     cache_read: Decimal | None = None
@@ -244,6 +244,9 @@ class WrittenClasses(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     reasoning: Decimal | None = None
     audio_output: Decimal | None = None
     embedding: Decimal | None = None
+    images: Decimal | None = None
+    seconds: Decimal | None = None
+    characters: Decimal | None = None
 
 
 class WrittenLongContext(WrittenClasses, frozen=True, forbid_unknown_fields=True, kw_only=True):

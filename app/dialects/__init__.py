@@ -13,7 +13,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from app.core import Dialect, Rates
-from app.dialects import anthropic_messages, openai_chat, openai_embeddings, openai_responses
+from app.dialects import anthropic_messages, openai_chat, openai_embeddings, openai_responses, passed
 from app.errors import GatewayError
 from app.providers import NATIVE, PROVIDERS
 from app.providers.translator import Translator
@@ -36,6 +36,7 @@ ROUTES: dict[str, Dialect] = {
     "/v1/responses": replace(
         _CHAT, name="responses", read=openai_responses.read, error_frames=openai_responses.error_frames
     ),
+    **{path: replace(_CHAT, name="passed", read=read) for path, read in passed.READERS.items()},
 }
 """By path; each takes POST."""
 

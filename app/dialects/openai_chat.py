@@ -72,9 +72,13 @@ def members(body: bytes) -> dict[str, Raw]:
 
 def alias_of(fields: dict[str, Raw]) -> str:
     """The alias that `model` names. Raises InvalidRequest."""
-    if "model" not in fields:
+    return named_alias(member(fields, "model", _text))
+
+
+def named_alias(alias: str | None) -> str:
+    """The same where `model` has been read. Raises InvalidRequest."""
+    if alias is None:
         raise InvalidRequest("`model` is required: the name of an alias from GET /v1/models.", param="model")
-    alias = member(fields, "model", _text)
     if not NAME.fullmatch(alias):
         raise InvalidRequest(f"`model` must name an alias: {NAME.pattern}.", param="model")
     return alias

@@ -9,6 +9,7 @@ from app.providers.gemini import GEMINI, VERTEX
 from app.providers.openai import OPENAI
 from app.providers.openai_compatible import compatible
 from app.providers.openai_responses import RESPONSES
+from app.providers.passed import passing
 from app.providers.translator import Translator
 from app.vendors import COMPATIBLE, KINDS
 
@@ -24,7 +25,14 @@ PROVIDERS: dict[str, Translator] = {
 }
 """By `Provider.kind`."""
 
-NATIVE: dict[tuple[str, str], Translator] = {("messages", "anthropic"): RELAYED, **RESPONSES}
+NATIVE: dict[tuple[str, str], Translator] = {
+    ("messages", "anthropic"): RELAYED,
+    **RESPONSES,
+    **{
+        ("passed", kind): passing(kind, PROVIDERS[kind])
+        for kind in ("openai", "azure", "openai_compatible", *COMPATIBLE)
+    },
+}
 """By dialect and kind, for vendors that speak a dialect other than the internal form themselves: requests and answers
 are relayed as they are.
 """

@@ -24,14 +24,14 @@ from app.wire import ChatRequest, EmbedRequest
 
 
 def chat(request: ChatRequest, target: Target) -> Outgoing:
-    return replace(openai.chat(request, target), url=_url(target, "/chat/completions"))
+    return replace(openai.chat(request, target), url=url(target, "/chat/completions"))
 
 
 def embed(request: EmbedRequest, target: Target) -> Outgoing:
-    return replace(openai.embed(request, target), url=_url(target, "/embeddings"))
+    return replace(openai.embed(request, target), url=url(target, "/embeddings"))
 
 
-def _url(target: Target, path: str) -> str:
+def url(target: Target, path: str) -> str:
     provider = target.provider
     if provider.api_version is None:
         return f"{provider.base_url}/openai/v1{path}"

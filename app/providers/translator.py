@@ -16,7 +16,7 @@ from app.config import Credential, Target
 from app.core import Usage
 from app.errors import VendorBroke, VendorCannot, VendorError
 from app.sse import DONE, FrameSplitter
-from app.wire import ChatRequest, CountRequest, EmbedRequest, Request
+from app.wire import ChatRequest, CountRequest, EmbedRequest, PassedRequest, Request
 
 MAX_FRAME_BYTES = 4_194_304
 """One event of a stream beyond this is broken. Images come as one event of a few MB at most."""
@@ -52,7 +52,7 @@ class Answer(Struct, frozen=True):
 
     `usage` is None where the vendor reported none; `text_bytes` is then the size of the text, for an
     estimate. `service_tier` is the vendor's word for how it answered (`priority`, `flex`, `batch`), which prices tell
-    apart. `request_id` is the vendor's own where it stands in the body, not in a header.
+    apart. `request_id` is the vendor's own where it stands in the body, not in a header. `content_type` is the body's.
     """
 
     body: bytes
@@ -62,6 +62,7 @@ class Answer(Struct, frozen=True):
     text_bytes: int
     service_tier: str | None = None
     request_id: str | None = None
+    content_type: bytes = b"application/json"
 
 
 class Kind(IntEnum):
@@ -137,6 +138,8 @@ class Translator(Struct, frozen=True):
     embedded   reads the answer to it, whose tokens a vendor may count in a header; raises VendorError
     count      the vendor's request for the number of a prompt's tokens, or the answer where the vendor has none
     counted    reads the answer to it; raises VendorError
+    passed     the vendor's request for one of its other routes; None where it has none; raises VendorCannot
+    answered   reads the answer to it; raises VendorError
     request_id_header   where the vendor puts its own request id
     extras     members of `EXTRAS` that the vendor takes; a dialect that wraps this one writes no others
     """
@@ -151,6 +154,8 @@ class Translator(Struct, frozen=True):
     embedded: Callable[[bytes, EmbedRequest, Stamp, Mapping[str, str]], Answer] | None = None
     count: Callable[[CountRequest, Target], Outgoing | Answer] | None = None
     counted: Callable[[bytes, Stamp], Answer] | None = None
+    passed: Callable[[PassedRequest, Target], Outgoing] | None = None
+    answered: Callable[[bytes, PassedRequest, Stamp, Mapping[str, str]], Answer] | None = None
     extras: frozenset[str] = EXTRAS
 
     def outgoing(self, request: Request, target: Target) -> Outgoing | Answer:
@@ -159,9 +164,11 @@ class Translator(Struct, frozen=True):
             return self.chat(request, target)
         if request.operation == "count_tokens":
             return self.count(request, target)
-        if self.embed is None:
-            raise VendorCannot(f"{target.name} has no embeddings; use another model.", param="model")
-        return self.embed(request, target)
+        if request.operation == "embeddings" and self.embed is not None:
+            return self.embed(request, target)
+        if request.operation != "embeddings" and self.passed is not None:
+            return self.passed(request, target)
+        raise VendorCannot(f"{target.name} has no {request.serves}; use another model.", param="model")
 
     def answer(self, body: bytes, request: Request, stamp: Stamp, headers: Mapping[str, str] = NO_HEADERS) -> Answer:
         """Reads a whole answer to `request`. Raises VendorError."""
@@ -169,4 +176,6 @@ class Translator(Struct, frozen=True):
             return self.response(body, stamp)
         if request.operation == "count_tokens":
             return self.counted(body, stamp)
-        return self.embedded(body, request, stamp, headers)
+        if request.operation == "embeddings":
+            return self.embedded(body, request, stamp, headers)
+        return self.answered(body, request, stamp, headers)

@@ -178,7 +178,7 @@ def _images(asked: Members, model: str, created: int) -> Other:
     drawn = base64.b64encode(b"\x89PNG" + prompt.encode()).decode()
     if "gpt" not in asked["model"]:
         return Other({"created": created, "data": [{"url": "https://images.example/1.png"}] * count})
-    seen = 300 if "image" in asked else 0
+    seen = 300 if any(name.startswith("image") for name in asked) else 0
     said = text_tokens(prompt)
     usage = {
         "input_tokens": said + seen, "input_tokens_details": {"text_tokens": said, "image_tokens": seen},
