@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 
+import msgspec
 from litestar import Litestar, MediaType, Request, Response, get
 from litestar.exceptions import HTTPException
 from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp
 
+from app import openapi
 from app.ambient import Ambient, timestamp
 from app.auth import Callers, allow, allowed, authorize, header_map
 from app.bodies import Bodies
@@ -335,8 +337,15 @@ def app(door: FrontDoor, more: Sequence[HTTPRouteHandler] = ()) -> ASGIApp:
             return Response("draining", status_code=503)
         return Response("ok")
 
+    described = msgspec.json.encode(openapi.document())
+
+    @get("/schema", media_type=MediaType.JSON, sync_to_thread=False)
+    def schema() -> Response[bytes]:
+        """What the routes are, for machines."""
+        return Response(described, media_type=MediaType.JSON)
+
     return Litestar(
-        [models, model, health, ready, *more],
+        [models, model, health, ready, schema, *more],
         exception_handlers={GatewayError: answer_error, HTTPException: answer_http_error, Exception: _defect},
         openapi_config=None,
         logging_config=None,

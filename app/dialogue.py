@@ -268,7 +268,8 @@ class Dialogue:
         usage, text_bytes = told.usage, good.relay.text_bytes() if good.whole is None else good.whole.text_bytes
         if usage is None:
             written = -(-text_bytes // BYTES_PER_TOKEN)
-            usage = estimate(exchange.request.operation, exchange.input_tokens_estimate, written)
+            request = exchange.request
+            usage = estimate(request.operation, exchange.input_tokens_estimate, written, request.units)
         if good.grant is not None:
             self.limits.settle(good.grant, usage.total, 0)
         facts = {"doubt": why, "model": word(told.model), "service_tier": word(told.service_tier)}
@@ -355,7 +356,8 @@ class Dialogue:
                 self._put_aside(exchange, late, "outrun")
                 if late.answer is not None:
                     await late.answer.close()
-        prompt = estimate(exchange.request.operation, exchange.input_tokens_estimate, 0)
+        request = exchange.request
+        prompt = estimate(request.operation, exchange.input_tokens_estimate, 0, request.units)
         own = len(exchange.attempts) - 1 if good is None else -1
         for place in range(before, len(exchange.attempts)):
             attempt = exchange.attempts[place]

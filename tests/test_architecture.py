@@ -31,8 +31,8 @@ LAYERS = (
         "server", "visits",
     ),
     (
-        "api", "admin", "status_page", "bodies", "keys", "ledger_shipper", "archive", "reports", "price_sync", "rerate",
-        "usage_pages", "ledger_schema", "ledger_segment", "dead_letters", "lake",
+        "api", "openapi", "admin", "status_page", "bodies", "keys", "ledger_shipper", "archive", "reports",
+        "price_sync", "rerate", "usage_pages", "ledger_schema", "ledger_segment", "dead_letters", "lake",
     ),
     (
         "asgi", "cli", "operator", "lint_apps", "jobs", "explain",
@@ -73,6 +73,7 @@ WITHIN_A_LAYER = {
     ("gateway", "estimate"): "the journey asks what a call may need",
     ("server", "visits"): "a port's connections",
     ("api", "bodies"): "the front door takes bodies in",
+    ("api", "openapi"): "the front door says what it is",
     ("admin", "api"): "both doors answer errors alike",
     ("status_page", "admin"): "who is an administrator",
     ("status_page", "reports"): "HTML is written alike",

@@ -42,6 +42,7 @@ OPEN = {
     ("main", "GET", "/health/live"): "the same",
     ("main", "GET", "/health/ready"): "Traefik asks it",
     ("main", "GET", "/status"): "mode and health, without names",
+    ("main", "GET", "/schema"): "says what the routes are",
     ("main", "GET", "/usage/usage.css"): "a style sheet",
     ("main", "POST", "/usage/sign-out"): "ends a session, or none",
     ("admin", "GET", "/health"): "says only that the process lives",
