@@ -108,7 +108,7 @@ def read(answer: bytes) -> list[Told]:
             one.refused = one.refused or bool(said.refusal)
             one.called = one.called or bool(said.tool_calls)
             if choice.logprobs is not None:
-                one.logprobs = one.logprobs + [token.logprob for token in choice.logprobs.content or ()]
+                one.logprobs.extend(token.logprob for token in choice.logprobs.content or ())
     return list(told.values())
 
 

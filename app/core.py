@@ -550,6 +550,7 @@ class Exchange(Struct, kw_only=True, eq=False):
     `rule` names the routing rule that won. `attempts` are in the order in which they began, and `served` is the place
     of the one that answers. `beside` is what the others cost the tenant. `escalated` is why another answer was sought
     than the first, `hedged` whether a second target was asked beside the first, `shadowed` whether a third got a copy.
+    `doubted`: the answer is doubtful, and served for want of a better one.
     `grant` is what the call holds of its vendor's key, where the key's vendor grants so much and no more.
     `left`: its client hung up, and it went on for others that listen.
     `memory` is what the call has to do with answers from before, where anything (`recall.Memory`). `recalled` is set
@@ -576,6 +577,7 @@ class Exchange(Struct, kw_only=True, eq=False):
     escalated: str | None = None
     hedged: bool = False
     shadowed: bool = False
+    doubted: bool = False
     chain: tuple[str, ...] = ()
     authorized: float = 0.0
     reserved: float = 0.0

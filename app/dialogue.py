@@ -245,7 +245,7 @@ class Dialogue:
         except GatewayError as error:
             if isinstance(error, OwnFault):
                 raise
-        exchange.escalated = None
+        exchange.escalated, exchange.doubted = None, True
         exchange.beside.remove((usage, cost))
         kept = exchange.attempts[first.place]
         exchange.attempts[first.place] = msgspec.structs.replace(kept, outcome="success", usage=None, cost_usd=None)
@@ -406,7 +406,7 @@ class Dialogue:
         self.spool.intend(intent_of(exchange))
         started = self.ambient.monotonic()
         place = len(exchange.attempts)
-        exchange.attempts.append(_begun(exchange, target, key, role, started))
+        exchange.attempts.append(UNDER_WAY)
         self.cooldowns.asks(target)
         held = request.stream and alias.cascade is not None
         limit = limits.first_token if request.stream and not held else limits.answer
@@ -461,12 +461,16 @@ class Dialogue:
                 exchange.provider_seconds += ended - started
             if alias.order == "latency" and outcome in ("success", VendorTimeout.fault):
                 self.paces.took(target, request.stream, ended - started)
-            exchange.attempts[place] = msgspec.structs.replace(
-                exchange.attempts[place],
+            exchange.attempts[place] = Attempt(
+                target=target.name,
+                provider=target.provider.name,
                 outcome=outcome,
                 status=None if answer is None else answer.status,
+                started_ms=ms(started - exchange.call.started),
                 duration_ms=ms(ended - started),
                 vendor_request_id=request_id,
+                key=None if key is None else key.name,
+                role=role,
             )
             if outcome != "success":
                 if grant is not None:  # what the vendor counts for its key: a request without tokens
@@ -509,20 +513,9 @@ class Dialogue:
 
 
 CANCELLED = "cancelled"
-"""The outcome of an attempt that nobody waits for any more; and of one that is under way."""
-
-
-def _begun(exchange: Exchange, target: Target, key: VendorKey | None, role: Role, started: float) -> Attempt:
-    return Attempt(
-        target=target.name,
-        provider=target.provider.name,
-        outcome=CANCELLED,
-        status=None,
-        started_ms=ms(started - exchange.call.started),
-        duration_ms=0.0,
-        key=None if key is None else key.name,
-        role=role,
-    )
+"""The outcome of an attempt that nobody waits for any more."""
+UNDER_WAY = Attempt("", "", CANCELLED, None, 0.0, 0.0)
+"""Holds the place of an attempt until it has ended: they stand in the order in which they began."""
 
 
 def _outgoing(translator: Translator, exchange: Exchange, alias: Alias, target: Target) -> Outgoing | Answer:

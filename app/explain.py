@@ -50,6 +50,7 @@ class Explanation(Struct, frozen=True):
     on_context_length: tuple[str, ...] = ()
     on_content_filter: tuple[str, ...] = ()
     shadow: str | None = None
+    hedge: str | None = None
     left_out: tuple[str, ...] = ()
     refused: str | None = None
     notes: tuple[str, ...] = ()
@@ -79,6 +80,7 @@ def explain(config: Config, tenant: Tenant, alias_name: str, facts: Facts) -> Ex
         on_context_length=_names(way.on_context_length),
         on_content_filter=_names(way.on_content_filter),
         shadow=way.shadow.target.name if way.shadow else None,
+        hedge=way.targets[1].name if way.hedge and len(way.targets) > 1 else None,
         left_out=_left_out(written, alias, tenant),
         notes=_notes(way, tenant, alias_name),
     )
@@ -140,6 +142,7 @@ def text(explained: Explanation) -> str:
         ("a doubtful answer is taken to", e.escalation),
         ("a prompt too long is taken to", e.on_context_length),
         ("a filtered prompt is taken to", e.on_content_filter),
+        ("beside a slow first is asked", (e.hedge,) if e.hedge else ()),
         ("a share is mirrored to", (e.shadow,) if e.shadow else ()),
         ("kept out by the tenant's residency", e.left_out),
     ):

@@ -330,7 +330,7 @@ class Recall:
             if memory.way is not None and self.cache.flights.get(memory.way) is flight:
                 del self.cache.flights[memory.way]
             flight.end(error if isinstance(error, OF_VENDORS) else None, over=good and exchange.recalled is None)
-        keeps = good and memory.ask.keep and exchange.recalled is None and flight is not None
+        keeps = good and memory.ask.keep and exchange.recalled is None and flight is not None and not exchange.doubted
         if keeps or memory.once is not None:
             heard = memory.follows or flight
             said = memory.said

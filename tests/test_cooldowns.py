@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from app.ambient import Ambient
-from app.config import UNLIMITED, Credential, Secret, Target, VendorKey
-from app.control import Entry
-from app.cooldowns import MAX_SECONDS, Cooldowns, another, is_resting, pick, rests
-from app.errors import VendorError, VendorFailed, VendorMisconfigured, VendorThrottled, VendorTimeout
+from app.config import UNLIMITED, Credential, Secret, Target, VendorKey, WrittenBreaker
+from app.control import Control, Entry
+from app.cooldowns import BREAKER, FORGOTTEN_SECONDS, MAX_SECONDS, Cooldowns, another, is_resting, pick, rests
+from app.errors import VendorError, VendorFailed, VendorMisconfigured, VendorRefused, VendorThrottled, VendorTimeout
+from app.redis_pipe import RedisPipe
+from tests.redis_parts import AMBIENT, RedisServer, redis_server, run, running, until
 from tests.translation import target
 
 
@@ -161,3 +165,114 @@ def test_a_pool_always_gives_a_key(chance: float, weights: list[int]) -> None:
 )
 def test_another_key_is_one_that_neither_rests_nor_was_tried(resting: set[str], tried: list[str], left: bool) -> None:
     assert another(POOL, frozenset(resting), tried) is left
+
+
+# --- the circuit breaker ----------------------------------------------------------------------------------------------
+
+GPT = target("openai", "gpt")
+THREE = WrittenBreaker(failures=3, percent=50, within_seconds=10, rest_seconds=10, longest_rest_seconds=35)
+
+
+def failing(cooldowns: Cooldowns, times: int, breaker: WrittenBreaker = THREE) -> list[bool]:
+    return [cooldowns.failed(GPT, VendorFailed("x"), breaker) for _ in range(times)]
+
+
+def test_a_target_rests_after_so_many_failures(cooldowns: Cooldowns) -> None:
+    assert failing(cooldowns, 3) == [False, False, True]
+    assert cooldowns.resting() == {f"target:{AT}"}
+    assert cooldowns.is_broken(GPT)
+
+
+def test_failures_that_are_few_among_what_was_asked_are_none(cooldowns: Cooldowns) -> None:
+    failing(cooldowns, 2)
+    for _ in range(10):
+        cooldowns.worked(GPT)
+    assert failing(cooldowns, 7) == [False] * 7
+    assert failing(cooldowns, 1) == [True]
+
+
+def test_failures_long_ago_do_not_count(cooldowns: Cooldowns, clock: Clock) -> None:
+    failing(cooldowns, 2)
+    clock.at += 10.1
+    assert failing(cooldowns, 2) == [False, False]
+
+
+@pytest.mark.parametrize("error", [VendorThrottled("x"), VendorMisconfigured("x"), VendorRefused("x")])
+def test_what_says_that_a_target_works_does_not_break_it(cooldowns: Cooldowns, error: VendorError) -> None:
+    assert [cooldowns.failed(GPT, error, THREE) for _ in range(9)] == [False] * 9
+
+
+def test_without_failures_in_the_configuration_nothing_breaks(cooldowns: Cooldowns) -> None:
+    assert failing(cooldowns, 99, WrittenBreaker(failures=0)) == [False] * 99
+
+
+def test_after_its_rest_one_call_finds_out_and_the_others_pass_it_over(cooldowns: Cooldowns, clock: Clock) -> None:
+    failing(cooldowns, 3)
+    clock.at += 10
+    assert cooldowns.resting() == frozenset()
+    cooldowns.asks(GPT)
+    assert cooldowns.resting() == {f"target:{AT}"}
+    cooldowns.worked(GPT)
+    assert cooldowns.resting() == frozenset()
+    assert failing(cooldowns, 2) == [False, False]
+
+
+def test_a_call_that_ends_without_finding_out_leaves_it_to_the_next(cooldowns: Cooldowns, clock: Clock) -> None:
+    failing(cooldowns, 3)
+    clock.at += 10
+    cooldowns.resting()
+    cooldowns.asks(GPT)
+    cooldowns.given_up(GPT)
+    assert cooldowns.resting() == frozenset()
+
+
+def test_one_more_failure_after_a_rest_is_a_rest_of_twice_the_time(cooldowns: Cooldowns, clock: Clock) -> None:
+    failing(cooldowns, 3)
+    lasted = []
+    for _ in range(4):
+        began = clock.at
+        while cooldowns.resting():
+            clock.at += 1
+        lasted.append(clock.at - began)
+        cooldowns.asks(GPT)
+        assert failing(cooldowns, 1) == [True]
+    assert lasted == [10, 20, 35, 35]
+
+
+def test_a_replica_that_hears_of_a_rest_finds_out_for_itself_too(cooldowns: Cooldowns, clock: Clock) -> None:
+    cooldowns.heard(f"target:{AT}", Entry(value=BREAKER, by="other", at="", until=clock.at + 10))
+    assert cooldowns.resting() == {f"target:{AT}"}
+    clock.at += 10
+    assert cooldowns.resting() == frozenset()
+    cooldowns.asks(GPT)
+    assert cooldowns.resting() == {f"target:{AT}"}
+    assert failing(cooldowns, 1) == [True]
+
+
+def test_an_operator_who_takes_a_rest_back_closes_the_breaker(cooldowns: Cooldowns) -> None:
+    failing(cooldowns, 3)
+    cooldowns.heard(f"target:{AT}", Entry(value=None, by="operator", at=""))
+    assert (cooldowns.resting(), cooldowns.is_broken(GPT)) == (frozenset(), False)
+    assert failing(cooldowns, 2) == [False, False]
+
+
+def test_a_target_that_is_well_for_a_while_is_forgotten(cooldowns: Cooldowns, clock: Clock) -> None:
+    failing(cooldowns, 1)
+    clock.at += FORGOTTEN_SECONDS + 1
+    cooldowns.worked(GPT)
+    assert cooldowns._troubled == {}
+
+
+def test_the_other_replica_hears_of_it_over_redis(tmp_path: Path) -> None:
+    async def scenario(server: RedisServer) -> bool:
+        pipes = [RedisPipe(server.url, AMBIENT, probe_seconds=0.02) for _ in range(2)]
+        async with running(pipes[0]), running(pipes[1]):
+            first, second = Cooldowns(AMBIENT, Control(pipes[0], AMBIENT), "r1"), Cooldowns(AMBIENT)
+            there = Control(pipes[1], AMBIENT, lambda kind, name, entry: second.heard(name, entry))
+            failing(first, 3)
+            await until(lambda: not first._telling)
+            await there.run_once()
+            return second.is_broken(GPT) and is_resting(GPT, second.resting())
+
+    with redis_server(tmp_path) as server:
+        assert run(scenario(server))
