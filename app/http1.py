@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 import httptools
@@ -110,8 +111,9 @@ class Http1:
         tls = self._tls if scheme == "https" else None
         try:
             async with asyncio.timeout(connect_seconds):
-                _, connection = await asyncio.get_running_loop().create_connection(
-                    lambda: _Connection(self, origin), host, port, ssl=tls, server_hostname=host if tls else None
+                loop = asyncio.get_running_loop()
+                _, connection = await loop.create_connection(
+                    lambda: _Connection(self, origin, loop), host, port, ssl=tls, server_hostname=host if tls else None
                 )
         except TimeoutError:
             raise VendorUnreachable(f"no connection within {connect_seconds:g} s") from None
@@ -130,14 +132,17 @@ class _Stale(Exception):
 
 
 class _Connection(asyncio.Protocol):
-    """One connection. It carries one answer at a time, or rests in the pool."""
+    """One connection. It carries one answer at a time, or rests in the pool; `on_*` are httptools' calls."""
 
-    def __init__(self, engine: Http1, origin: Origin) -> None:
+    def __init__(self, engine: Http1, origin: Origin, loop: asyncio.AbstractEventLoop) -> None:
         self.engine = engine
         self.origin = origin
+        self.loop = loop
         self.idle_since = 0.0
         self.closed = False
         self.transport: asyncio.Transport | None = None
+        self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
+        """For all its answers, one after the other: making one looks for eight methods."""
         self._answer: _Answer | None = None
 
     async def exchange(self, message: bytes) -> _Answer:
@@ -165,47 +170,81 @@ class _Connection(asyncio.Protocol):
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:
-        if self._answer is None:  # bytes that nobody asked for
+        answer = self._answer
+        if answer is None:  # bytes that nobody asked for
             self.abort()
         elif not self.closed:
-            self._answer.feed(data)
+            answer.count(len(data))
+            try:
+                self._parser.feed_data(data)
+            except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+                answer.fail("the vendor's answer is not HTTP")
+            answer.fed()
 
     def eof_received(self) -> bool:
         return False
 
     def connection_lost(self, error: Exception | None) -> None:
         self.closed = True
+        self._parser = None  # it refers back to us: without this, each connection would wait for the garbage collector
         if self._answer is None:
             self.engine.forget(self)
         else:
             self._answer.lost(error)
 
+    # --- from the parser ---
+
+    def on_message_begin(self) -> None:
+        self._answer.begun()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._answer.header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._answer.headed(self._parser.get_status_code())
+
+    def on_body(self, body: bytes) -> None:
+        self._answer.body(body)
+
+    def on_message_complete(self) -> None:
+        self._answer.ended(self._parser.should_keep_alive())
+
 
 class _Answer:
-    """Implements `upstream.VendorAnswer`; the methods `on_*` are httptools' calls."""
+    """Implements `upstream.VendorAnswer`."""
 
     def __init__(self, connection: _Connection) -> None:
         self.status = 0
-        self.headers: dict[str, str] = {}
         self._connection = connection
-        self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
         self._waiter: asyncio.Future[None] | None = None
+        self._raw_headers: list[tuple[bytes, bytes]] = []
+        self._headers: dict[str, str] | None = None
         self._head_bytes = 0
         self._head_done = False
         self._complete = False
         self._keep = False
-        self._released = self._lingers = False
+        self._released = self._lingers = self._over = False
         self._failure: VendorError | _Stale | None = None
         self._body: list[bytes] = []
         self._body_bytes = 0
         self._paused = False
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """Read when they are asked for: an answer has thirty, of which one or two are."""
+        if self._headers is None:
+            self._headers = {
+                name.decode("latin-1").lower(): value.decode("latin-1") for name, value in self._raw_headers
+            }
+        return self._headers
 
     async def head(self) -> None:
         """Waits for status and headers. Raises VendorBroke, `_Stale`."""
         while not self._head_done:
             if self._failure is not None:
                 raise self._failure
-            await self._wait()
+            self._waiter = self._connection.loop.create_future()
+            await self._waiter
 
     async def chunk(self) -> bytes | None:
         """The bytes that have arrived, at least one; None at the end. Raises VendorBroke when the answer was cut."""
@@ -214,7 +253,8 @@ class _Answer:
                 return None
             if self._failure is not None:
                 raise self._failure
-            await self._wait()
+            self._waiter = self._connection.loop.create_future()
+            await self._waiter
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         self._body.clear()
         self._body_bytes = 0
@@ -245,15 +285,15 @@ class _Answer:
         if ended and not self._complete and self._failure is None and not self._connection.closed:
             self._released = self._lingers = True
             self._body.clear()
-            asyncio.get_running_loop().call_later(LINGER_SECONDS, self._let_go)
+            self._connection.loop.call_later(LINGER_SECONDS, self._let_go)
             return
         self._let_go()
 
     def _let_go(self) -> None:
-        if self._parser is None:
+        if self._over:
             return
-        self._released, self._lingers = True, False
-        self._parser = None  # it refers back to us: without this, each answer would wait for the garbage collector
+        self._released = self._over = True
+        self._lingers = False
         connection = self._connection
         sent = not connection.closed and connection.transport.get_write_buffer_size() == 0
         if sent and self._complete and self._keep and not self._body:
@@ -261,28 +301,21 @@ class _Answer:
         else:
             connection.abort()
 
-    async def _wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     # --- from the connection ------------------------------------------------------------------------------------------
 
-    def feed(self, data: bytes) -> None:
+    def count(self, size: int) -> None:
+        """So many bytes are about to be parsed."""
         if not self._head_done:
-            self._head_bytes += len(data)
-        try:
-            self._parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self._fail("the vendor's answer is not HTTP")
+            self._head_bytes += size
+
+    def fed(self) -> None:
+        """What has arrived is parsed."""
         if not self._head_done and self._head_bytes > HEAD_BYTES:
-            self._fail("the head of the vendor's answer is too large")
+            self.fail("the head of the vendor's answer is too large")
         if self._body_bytes > HIGH_WATER_BYTES and not self._paused and not self._connection.closed:
             self._paused = True
             self._connection.transport.pause_reading()
@@ -299,42 +332,39 @@ class _Answer:
             self._failure = VendorBroke("the vendor cut its answer") if self._head_bytes else _Stale()
         self._wake()
 
-    def _fail(self, reason: str) -> None:
+    def fail(self, reason: str) -> None:
         self._keep = False
         if not self._complete and self._failure is None:
             self._failure = VendorBroke(reason)
         self._connection.abort()
 
-    # --- from httptools -----------------------------------------------------------------------------------------------
-
-    def on_message_begin(self) -> None:
+    def begun(self) -> None:
         if self._complete:  # a second answer to one request: whose is it?
             self._keep = False
 
-    def on_header(self, name: bytes, value: bytes) -> None:
+    def header(self, name: bytes, value: bytes) -> None:
         if not self._head_done:  # trailers are left out
-            self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+            self._raw_headers.append((name, value))
 
-    def on_headers_complete(self) -> None:
+    def headed(self, status: int) -> None:
         if self._head_done:
             return
-        status = self._parser.get_status_code()
         if status < 200:  # 100 Continue, 103 Early Hints: the answer is yet to come
-            self.headers = {}
+            self._raw_headers.clear()
             return
         self.status = status
         self._head_done = True
 
-    def on_body(self, body: bytes) -> None:
+    def body(self, body: bytes) -> None:
         if not self._complete:
             self._body.append(body)
             self._body_bytes += len(body)
 
-    def on_message_complete(self) -> None:
+    def ended(self, keep: bool) -> None:
         if self._head_done and not self._complete:
             self._complete = True
-            self._keep = self._parser.should_keep_alive()
+            self._keep = keep
 
 
-def _framed(headers: dict[str, str]) -> bool:
+def _framed(headers: Mapping[str, str]) -> bool:
     return "content-length" in headers or "chunked" in headers.get("transfer-encoding", "")

@@ -70,7 +70,7 @@ class _Line(asyncio.Protocol):
         self._pipe = pipe
         self._transport = transport
         self._timeout_seconds = pipe.timeout_ms / 1000
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._reader = Reader(replyError=RedisRefused, notEnoughData=_INCOMPLETE)
         self._unsent: list[bytes] = []
         self._watch: asyncio.TimerHandle | None = None
@@ -81,15 +81,15 @@ class _Line(asyncio.Protocol):
     ) -> None:
         packed = pack_command(arguments)
         if not self._unsent:
-            self._loop.call_soon(self._flush)
+            self.loop.call_soon(self._flush)
         self._unsent.append(packed)
-        self.waiting.append(_Waiting(self._loop.time(), arguments, future, on_error))
+        self.waiting.append(_Waiting(self.loop.time(), arguments, future, on_error))
 
     def _flush(self) -> None:
         if not self.gone.is_set():
             self._transport.write(b"".join(self._unsent))
             if self._watch is None:
-                self._watch = self._loop.call_later(self._timeout_seconds, self._look)
+                self._watch = self.loop.call_later(self._timeout_seconds, self._look)
         self._unsent.clear()
 
     def _look(self) -> None:
@@ -98,13 +98,13 @@ class _Line(asyncio.Protocol):
         if not self.waiting:
             return
         oldest = self.waiting[0]
-        left = oldest.since + self._timeout_seconds - self._loop.time()
+        left = oldest.since + self._timeout_seconds - self.loop.time()
         if left <= 0:
             if oldest is self._overdue:
                 self.lose(f"no answer within {self._timeout_seconds * 1000:g} ms")
                 return
             self._overdue, left = oldest, _GRACE_SECONDS
-        self._watch = self._loop.call_later(left, self._look)
+        self._watch = self.loop.call_later(left, self._look)
 
     def data_received(self, data: bytes) -> None:
         self._reader.feed(data)
@@ -187,8 +187,9 @@ class RedisPipe:
         Raises `RedisAway` at once when Redis is away or too much waits. A cancelled future changes nothing for the
         commands after it; its own is executed all the same.
         """
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._ready().write(arguments, future, None)
+        line = self._ready()
+        future: asyncio.Future[Any] = line.loop.create_future()  # asking for the running loop is a system call
+        line.write(arguments, future, None)
         return future
 
     def send(self, *arguments: Argument, on_error: OnError | None = None) -> None:
