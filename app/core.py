@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from msgspec import Raw, Struct, field
@@ -41,6 +41,14 @@ class Usage(Struct, frozen=True, gc=False):
     images: int = 0
     seconds: int = 0
     characters: int = 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is text in and text out, and nothing else."""
+        return not (
+            self.cache_read or self.cache_write or self.cache_write_1h or self.audio_input or self.image_input
+            or self.reasoning or self.audio_output or self.embedding or self.images or self.seconds or self.characters
+        )  # fmt: skip
 
     @property
     def total_input(self) -> int:
@@ -110,7 +118,7 @@ def cost(usage: Usage, price: Price, priced: bool = True) -> Cost:
     """What `usage` costs by `price`: each class rounded once, the total is the sum of the classes."""
     input_nanos = _charge(usage.input, price.input)
     output_nanos = _charge(usage.output, price.output)
-    if usage.total != usage.input + usage.output:
+    if not usage.plain:
         input_nanos += (
             _charge(usage.cache_read, price.cache_read)
             + _charge(usage.cache_write, price.cache_write)
@@ -134,6 +142,18 @@ def cost(usage: Usage, price: Price, priced: bool = True) -> Cost:
 def charge(usage: Usage, target: Target, tenant_id: str | None, service_tier: str | None, at: float) -> Cost:
     """What `usage` costs a tenant at a target; `service_tier` as the vendor names it, `at` the call's arrival."""
     return cost(usage, target.price_for(tenant_id, usage.total_input, service_tier, at), target.priced)
+
+
+def dearest_nanos(usage: Usage, targets: Iterable[Target], tenant_id: str | None, at: float) -> int:
+    """What `usage` costs a tenant at the dearest of `targets`."""
+    total_input = usage.total_input
+    most, dearest = -1, None
+    for target in targets:
+        price = target.price_for(tenant_id, total_input, None, at)
+        about = usage.input * price.input + usage.output * price.output + usage.embedding * price.embedding
+        if about > most:
+            most, dearest = about, price
+    return cost(usage, dearest).total_nanos
 
 
 def saved_nanos(usage: Usage, target: Target, tenant_id: str | None, at: float) -> int:

@@ -6,7 +6,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from app.config import Alias
-from app.core import Exchange, Usage, charge, estimate
+from app.core import Exchange, Usage, charge, dearest_nanos, estimate
 from app.prompt_size import BLOB_TOKENS, BYTES_PER_TOKEN, size
 
 FEWEST_BYTES, MOST_BYTES = 1.5, 6.0
@@ -71,7 +71,7 @@ class Estimates:
         if usage.input:
             usage = self._split(usage, exchange.call.body, alias)
         tenant_id, at = exchange.tenant.id, exchange.call.received_at
-        nanos = max(charge(usage, target, tenant_id, None, at).total_nanos for target in alias.reach)
+        nanos = dearest_nanos(usage, alias.reach, tenant_id, at)
         tokens = usage.total if request.units is None else request.input_tokens
         if alias.cascade is not None:  # the doubtful answer is paid for too,
             nanos += max(charge(usage, target, tenant_id, None, at).total_nanos for target in alias.cascade.targets)

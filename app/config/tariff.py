@@ -51,6 +51,7 @@ class Rate(Struct, frozen=True):
     long_context: tuple[tuple[int, Price], ...] = ()
 
     def at(self, input_tokens: int) -> Price:
+        """The price of a call with that much input."""
         for above, price in self.long_context:
             if input_tokens > above:
                 return price
@@ -89,7 +90,9 @@ class Tariff(Struct, frozen=True):
     def price(self, input_tokens: int, service_tier: str | None, at: float) -> Price:
         """`at` is when the call arrived, unix seconds. A tier that is not listed costs what calls cost without one."""
         rate = self.service_tiers.get(service_tier) if service_tier else None
-        if rate is None:
+        if rate is None and not self.windows:
+            rate = self.rate
+        elif rate is None:
             second = at % DAY_SECONDS
             rate = next((window.rate for window in self.windows if window.holds(second)), self.rate)
         return rate.at(input_tokens)
