@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import logging
 import re
@@ -23,7 +22,7 @@ from app.auth import Callers, allow, allowed, authorize, header_map
 from app.bodies import Bodies
 from app.cache import wishes
 from app.config import NAME, Config, ConfigSource, ServiceKey, Tenant
-from app.core import Call, Cut, Dialect, Exchange
+from app.core import Call, Cut, Dialect, Exchange, Reply
 from app.dialects import ROUTES, words_for
 from app.errors import (
     Draining,
@@ -32,7 +31,6 @@ from app.errors import (
     InvalidApiKey,
     InvalidRequest,
     IssuerUnavailable,
-    LedgerUnavailable,
     MethodNotAllowed,
     NotFound,
     Overloaded,
@@ -101,16 +99,15 @@ class FrontDoor:
         exchange = Exchange(call=call, patience=patience)
         if body is None:
             exchange.cut = "client_closed"
-            with contextlib.suppress(LedgerUnavailable):
-                self.gateway.settle(exchange)
+            self.gateway.close(exchange)
             return
         try:
-            await self._send(exchange, visit)
+            await self._serve(exchange, visit)
         finally:
             self.bodies.held -= len(body)
 
-    async def _send(self, exchange: Exchange, visit: Visit) -> None:
-        """The sending loop. A hang-up or the drain's limit cancels this task; `exchange.cut` says which."""
+    async def _serve(self, exchange: Exchange, visit: Visit) -> None:
+        """The call's journey. A hang-up or the drain's limit cancels this task; `exchange.cut` says which."""
         task = visit.task
         self.in_flight[task] = exchange
         visit.on_hang_up = hang_up = partial(_cut, exchange, task, "client_closed")
@@ -119,21 +116,7 @@ class FrontDoor:
         longest = exchange.call.config.settings.longest_seconds + STALLED_SECONDS
         visit.patience.last(longest, partial(_cut, exchange, task, "deadline"))
         try:
-            async with self.gateway.serve(exchange) as reply:
-                if self.draining or isinstance(exchange.call.fault, RequestTooLarge | Overloaded):
-                    reply.headers.append((b"connection", b"close"))
-                if reply.status >= 400:
-                    await self._not_too_soon(exchange.call.started)
-                if reply.frames is None:
-                    visit.whole(reply.status, reply.headers, reply.first)
-                    return
-                visit.start(reply.status, reply.headers)
-                async with aclosing(reply.frames) as frames:
-                    async for frame in frames:
-                        visit.write(frame)
-                        if visit.blocked:
-                            await visit.drained()
-                visit.end()
+            await self.gateway.serve(exchange, partial(self._depart, exchange, visit))
         except asyncio.CancelledError:
             if exchange.cut is None:
                 raise
@@ -150,6 +133,23 @@ class FrontDoor:
         finally:
             visit.on_hang_up = None
             del self.in_flight[task]
+
+    async def _depart(self, exchange: Exchange, visit: Visit, reply: Reply) -> None:
+        """Sends a reply as fast as it comes and the client reads."""
+        if self.draining or isinstance(exchange.call.fault, RequestTooLarge | Overloaded):
+            reply.headers.append((b"connection", b"close"))
+        if reply.status >= 400:
+            await self._not_too_soon(exchange.call.started)
+        if reply.frames is None:
+            visit.whole(reply.status, reply.headers, reply.first)
+            return
+        visit.start(reply.status, reply.headers)
+        async with aclosing(reply.frames) as frames:
+            async for frame in frames:
+                visit.write(frame)
+                if visit.blocked:
+                    await visit.drained()
+        visit.end()
 
     async def _not_too_soon(self, started: float) -> None:
         wait = started + REFUSAL_SECONDS - self.ambient.monotonic()

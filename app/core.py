@@ -146,11 +146,13 @@ def charge(usage: Usage, target: Target, tenant_id: str | None, service_tier: st
 
 def dearest_nanos(usage: Usage, targets: Iterable[Target], tenant_id: str | None, at: float) -> int:
     """What `usage` costs a tenant at the dearest of `targets`."""
-    total_input = usage.total_input
-    most, dearest = -1, None
+    if not usage.plain:
+        return max(charge(usage, target, tenant_id, None, at).total_nanos for target in targets)
+    given, made = usage.input, usage.output
+    most = -1
     for target in targets:
-        price = target.price_for(tenant_id, total_input, None, at)
-        about = usage.input * price.input + usage.output * price.output + usage.embedding * price.embedding
+        price = target.price_for(tenant_id, given, None, at)
+        about = given * price.input + made * price.output
         if about > most:
             most, dearest = about, price
     return cost(usage, dearest).total_nanos
@@ -565,7 +567,8 @@ class Exchange(Struct, kw_only=True, eq=False):
     too, where a vendor does not answer in time.
     `text_bytes` is the size of the answer's text, for an estimate where the vendor reported no usage; `prompt` what it
     told of the prompt before the answer was cut.
-    `rates` is what the answer says of limits. `charged` is what the row says that the call cost.
+    `rates` is what the answer says of limits. `charged` is what the row says that the call cost; `row` is the event
+    as the spool has it.
     `authorized` and `reserved` are when the call had passed those rooms, on the monotonic clock; 0 where it has not.
     `rule` names the routing rule that won. `attempts` are in the order in which they began, and `served` is the place
     of the one that answers. `beside` is what the others cost the tenant. `escalated` is why another answer was sought
@@ -621,3 +624,4 @@ class Exchange(Struct, kw_only=True, eq=False):
     spared: Target | None = None
     cache_seconds: float = 0.0
     event: LedgerEvent | None = None
+    row: bytes | None = None

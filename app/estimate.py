@@ -6,7 +6,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from app.config import Alias
-from app.core import Exchange, Usage, charge, dearest_nanos, estimate
+from app.core import Exchange, Usage, dearest_nanos, estimate
 from app.prompt_size import BLOB_TOKENS, BYTES_PER_TOKEN, size
 
 FEWEST_BYTES, MOST_BYTES = 1.5, 6.0
@@ -74,11 +74,11 @@ class Estimates:
         nanos = dearest_nanos(usage, alias.reach, tenant_id, at)
         tokens = usage.total if request.units is None else request.input_tokens
         if alias.cascade is not None:  # the doubtful answer is paid for too,
-            nanos += max(charge(usage, target, tenant_id, None, at).total_nanos for target in alias.cascade.targets)
+            nanos += dearest_nanos(usage, alias.cascade.targets, tenant_id, at)
             tokens += usage.total
         if alias.hedge is not None:  # and so is the prompt of whoever is outrun
             prompt = replace(usage, output=0)
-            nanos += max(charge(prompt, target, tenant_id, None, at).total_nanos for target in alias.targets)
+            nanos += dearest_nanos(prompt, alias.targets, tenant_id, at)
             tokens += prompt.total
         return max(tokens, exchange.call.tokens_hint), nanos
 

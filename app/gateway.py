@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 
 import msgspec
 
@@ -45,6 +45,7 @@ from app.telemetry import Telemetry
 from app.upstream import VendorAnswer
 
 EVENT_STREAM = b"text/event-stream; charset=utf-8"
+Departure = Callable[[Reply], Awaitable[None]]
 
 
 class Gateway:
@@ -75,12 +76,12 @@ class Gateway:
         self.estimates = Estimates()
         self.shadows = Shadows(self._mirror, telemetry, ambient)
 
-    @asynccontextmanager
-    async def serve(self, exchange: Exchange) -> AsyncIterator[Reply]:
-        """One call from its authorisation to its row. The body is sent inside the context.
+    async def serve(self, exchange: Exchange, depart: Departure) -> None:
+        """One call from its authorisation to its row. `depart` sends the reply, to its last frame.
 
         Success, refusal, vendor failure, hang-up and drain all reach `settle`, which never waits and so cannot be
-        cancelled. The last frame of an answer is released only after its row is in the spool.
+        cancelled. The last frame of an answer is released only after its row is in the spool; what else reads the
+        event, limits and telemetry, does so when the answer is away.
         """
         call = exchange.call
         answer: VendorAnswer | None = None
@@ -149,7 +150,7 @@ class Gateway:
                     exchange.error = error  # a hang-up meanwhile changes nothing of it
                     exchange.rates = await self.limits.look(call.config, exchange.tenant, call.key)
                 reply = self._refused(exchange, error)
-            yield reply  # 7 departure
+            await depart(reply)  # 7 departure
         except Exception as defect:
             exchange.error = exchange.error or InternalError("The gateway has a defect.")
             raise defect
@@ -160,10 +161,9 @@ class Gateway:
                 if answer is not None:
                     await answer.close(ended=exchange.done)
             finally:
-                with contextlib.suppress(LedgerUnavailable):  # counted; the intent stands for the row
-                    self.settle(exchange)  # 8 settlement, where it has not been
-                    if exchange.shadowed:
-                        self.shadows.begin(exchange, alias)
+                self.close(exchange)  # 8 settlement, as far as it has not been
+                if exchange.shadowed and exchange.row is not None:
+                    self.shadows.begin(exchange, alias)
 
     def _downgraded(self, exchange: Exchange, tenant: Tenant, alias: Alias) -> Alias:
         """What the tenant's policy has in the alias's place while a budget is nearly used up, noted; else the alias."""
@@ -217,8 +217,7 @@ class Gateway:
         finally:
             if answer is not None:
                 await answer.close(ended=exchange.done)
-            with contextlib.suppress(LedgerUnavailable):
-                self.settle(exchange)
+            self.close(exchange)
 
     # --- 7 departure --------------------------------------------------------------------------------------------------
 
@@ -420,30 +419,35 @@ class Gateway:
     # --- 8 settlement -------------------------------------------------------------------------------------------------
 
     def settle(self, exchange: Exchange) -> LedgerEvent:
-        """The one place that builds a ledger event: spool, limits and telemetry read the same. Never waits.
+        """The one place that builds a ledger event, and writes the row. Never waits.
 
         Raises LedgerUnavailable when the spool cannot take the row; the intent then stands for it.
         """
         if exchange.event is not None:
             return exchange.event
         exchange.event = event = event_of(exchange, self.ambient.monotonic())
-        row: bytes | None = None
         try:
-            row = self.spool.append(event)  # → 9 archive: ledger_shipper.py
+            exchange.row = self.spool.append(event)  # → 9 archive: ledger_shipper.py
         except LedgerUnavailable as fault:
             exchange.error, exchange.done = fault, False
-            exchange.event = event = event_of(exchange, self.ambient.monotonic())
+            exchange.event = event_of(exchange, self.ambient.monotonic())
             raise
         finally:
-            if exchange.reservation is not None:
-                self.limits.settle(exchange.reservation, event.usage.total_tokens, exchange.charged.total_nanos)
-                self.estimates.learn(exchange)
-            also = sum(usage.total for usage, _ in exchange.beside)
-            self.dialogue.settle_grant(exchange, event.usage.total_tokens - also)
             if exchange.memory is not None:
                 self.recall.settled(exchange)
-            self.telemetry.record(exchange, event, row)
         return event
+
+    def close(self, exchange: Exchange) -> None:
+        """A call is over: limits and telemetry read the event that the row was made of. Once a call; never waits."""
+        with contextlib.suppress(LedgerUnavailable):  # counted; the intent stands for the row
+            self.settle(exchange)
+        event = exchange.event
+        if exchange.reservation is not None:
+            self.limits.settle(exchange.reservation, event.usage.total_tokens, exchange.charged.total_nanos)
+            self.estimates.learn(exchange)
+        also = sum(usage.total for usage, _ in exchange.beside)
+        self.dialogue.settle_grant(exchange, event.usage.total_tokens - also)
+        self.telemetry.record(exchange, event, exchange.row)
 
 
 _OURS = (GuardrailBlocked, GuardrailUnavailable)

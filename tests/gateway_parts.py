@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from app.cache import Cache
 from app.config import Alias, Config, ServiceKey, Tenant, Timeouts, WrittenRetry, WrittenSpool
 from app.control import Control, Entry
 from app.cooldowns import Cooldowns
-from app.core import Call, Exchange, Fetch, LedgerEvent, Rates, Reservation
+from app.core import Call, Exchange, Fetch, LedgerEvent, Rates, Reply, Reservation
 from app.credentials import Credentials, client
 from app.dialects import ROUTES
 from app.dialogue import Dialogue
@@ -319,3 +320,20 @@ class Rooms:
     def _lines(self) -> Iterable[Any]:
         for path in sorted(self.folder.glob("*.spool")):
             yield from read_lines(path.read_bytes())
+
+
+async def departed(gateway: Gateway, exchange: Exchange, sent: Callable[[bytes], object] = lambda part: None) -> Reply:
+    """Serves a call as the front door does, and returns its reply; `sent` gets each part of the body."""
+    replies: list[Reply] = []
+
+    async def depart(reply: Reply) -> None:
+        replies.append(reply)
+        if reply.frames is None:
+            sent(reply.first)
+            return
+        async with aclosing(reply.frames) as frames:
+            async for part in frames:
+                sent(part)
+
+    await gateway.serve(exchange, depart)
+    return replies[0]

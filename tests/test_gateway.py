@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from tests.gateway_parts import (
     chunk,
     completion,
     config,
+    departed,
     frame,
     request,
 )
@@ -58,14 +58,7 @@ def rooms(tmp_path: Path) -> Iterator[Make]:
 async def sent(rooms: Rooms, call: Call, out: list[bytes], why: Cut | None = None) -> Reply:
     """Serves a call as the front door does; `out` gets each part of the body. `why` is who would cancel it."""
     exchange = Exchange(call=call, patience=Patience(), cut=why)
-    async with rooms.gateway.serve(exchange) as reply:
-        if reply.frames is None:
-            out.append(reply.first)
-        else:
-            async with aclosing(reply.frames) as frames:
-                async for part in frames:
-                    out.append(part)
-    return reply
+    return await departed(rooms.gateway, exchange, out.append)
 
 
 def serve(rooms: Rooms, body: bytes, **fields: Any) -> tuple[Reply, bytes]:
@@ -120,9 +113,11 @@ def test_a_defect_in_mid_stream_leaves_one_row_that_says_so(rooms: Make) -> None
 def test_a_defect_in_what_sends_the_reply_leaves_one_row_that_says_so(rooms: Make) -> None:
     at = rooms(ScriptedAnswer(STREAM[0], UNENDED))
 
+    async def depart(reply: Reply) -> None:
+        raise TypeError("defect")
+
     async def scenario() -> None:
-        async with at.gateway.serve(Exchange(call=call(STREAMED, at.ambient), patience=Patience())):
-            raise TypeError("defect")
+        await at.gateway.serve(Exchange(call=call(STREAMED, at.ambient), patience=Patience()), depart)
 
     with pytest.raises(TypeError, match="defect"):
         asyncio.run(scenario())

@@ -6,7 +6,6 @@ import asyncio
 import json
 import socket
 from collections.abc import Iterator
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from tests.gateway_parts import (
     chunk,
     completion,
     config,
+    departed,
     frame,
     request,
 )
@@ -100,12 +100,7 @@ def send(tmp_path: Path, at: Config, *script: Any, body: bytes | None = None, **
 
     async def scenario() -> Reply:
         made = call(request() if body is None else body, rooms.ambient, config=at, **fields)
-        async with rooms.gateway.serve(Exchange(call=made, patience=Patience())) as reply:
-            if reply.frames is None:
-                parts.append(reply.first)
-            else:
-                async with aclosing(reply.frames) as frames:
-                    parts.extend([frame async for frame in frames])
+        reply = await departed(rooms.gateway, Exchange(call=made, patience=Patience()), parts.append)
         await rooms.guardrails.close()
         return reply
 

@@ -22,6 +22,7 @@ from tests.gateway_parts import (
     call,
     completion,
     config,
+    departed,
     request,
 )
 from tests.journey import Journey, chat, until
@@ -57,10 +58,12 @@ class Told:
     def serve(self, *, stream: bool = False) -> Exchange:
         async def served() -> Exchange:
             exchange = Exchange(call=call(request(stream=stream), self.rooms.ambient), patience=Patience())
-            async with self.rooms.gateway.serve(exchange) as reply:
-                if reply.frames is not None:
-                    async for _ in reply.frames:
-                        self.rooms.ambient.ahead += 0.02
+
+            def sent(_: bytes) -> None:
+                if stream:
+                    self.rooms.ambient.ahead += 0.02
+
+            await departed(self.rooms.gateway, exchange, sent)
             return exchange
 
         return asyncio.run(served())

@@ -17,7 +17,7 @@ from app.config import Mode
 from app.control import Entry
 from app.core import Exchange, Reply
 from app.modes import EVERYBODY, MODE, TENANT_MODE, Modes
-from tests.gateway_parts import Clock, Rooms, ScriptedAnswer, call, completion, config, request
+from tests.gateway_parts import Clock, Rooms, ScriptedAnswer, call, completion, config, departed, request
 from tests.journey import Journey, chat, until
 
 
@@ -37,10 +37,9 @@ def answer(rooms: Rooms, **fields: Any) -> Reply:
 
     async def scenario() -> Reply:
         made = call(request(), rooms.ambient, **fields)
-        async with rooms.gateway.serve(Exchange(call=made, patience=Patience())) as reply:
-            if reply.frames is not None:
-                await reply.frames.aclose()
-            return reply
+        parts: list[bytes] = []
+        reply = await departed(rooms.gateway, Exchange(call=made, patience=Patience()), parts.append)
+        return msgspec.structs.replace(reply, first=b"".join(parts))
 
     return asyncio.run(scenario())
 

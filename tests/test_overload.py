@@ -19,7 +19,7 @@ from app.core import Exchange, Reply
 from app.errors import Overloaded
 from app.overload import RETRY_SECONDS, WINDOW_TICKS, Overload
 from loadtest.processes import ROOT
-from tests.gateway_parts import Clock, Rooms, ScriptedAnswer, call, completion, config, request
+from tests.gateway_parts import Clock, Rooms, ScriptedAnswer, call, completion, config, departed, request
 from tests.test_auth import NoTokens
 from tests.test_front_door import Client, Source, headers, visit
 
@@ -169,8 +169,7 @@ def test_refused_call_is_told_when_to_retry_and_leaves_a_row(rooms: Rooms) -> No
 
     async def scenario() -> Reply:
         exchange = Exchange(call=call(request(), rooms.ambient), patience=Patience())
-        async with rooms.gateway.serve(exchange) as reply:
-            return reply
+        return await departed(rooms.gateway, exchange)
 
     reply = asyncio.run(scenario())
     assert (reply.status, b'"code":"gateway_overloaded"' in reply.first) == (503, True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from app.errors import VendorFailed, VendorRefused
 from app.limits import Limits
 from tests import cache_parts
 from tests.cache_parts import ALIAS, body, call
-from tests.gateway_parts import DONE, UNENDED, USAGE_FRAME, Rooms, ScriptedAnswer, chunk, completion
+from tests.gateway_parts import DONE, UNENDED, USAGE_FRAME, Rooms, ScriptedAnswer, chunk, completion, departed
 from tests.limits_parts import Counters, pipe_to, whole
 from tests.redis_parts import AMBIENT, RedisServer, redis_server, run, running, until
 
@@ -64,12 +64,7 @@ class Client:
         exchange = Exchange(call=made, patience=Patience())
         self.exchanges.append(exchange)
         try:
-            async with self.rooms.gateway.serve(exchange) as reply:
-                out.append(reply.first)
-                if reply.frames is not None:
-                    async with aclosing(reply.frames) as frames:
-                        async for frame in frames:
-                            out.append(frame)
+            reply = await departed(self.rooms.gateway, exchange, out.append)
         finally:
             exchange.patience.end()
         await asyncio.sleep(0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterator
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from tests.gateway_parts import (
     chunk,
     completion,
     config,
+    departed,
     request,
 )
 from tests.translation import PRICE, target
@@ -100,11 +100,9 @@ class Table:
 
     async def sent(self, body: bytes) -> tuple[Reply, bytes]:
         exchange = Exchange(call=self.call(body), patience=Patience())
-        async with self.rooms.gateway.serve(exchange) as reply:
-            if reply.frames is None:
-                return reply, reply.first
-            async with aclosing(reply.frames) as frames:
-                return reply, b"".join([part async for part in frames])
+        parts: list[bytes] = []
+        reply = await departed(self.rooms.gateway, exchange, parts.append)
+        return reply, b"".join(parts)
 
     def serve(self, body: bytes) -> tuple[Reply, bytes]:
         return asyncio.run(self.sent(body))
@@ -298,9 +296,7 @@ def hang_up(at: Table, body: bytes, when: Callable[[], bool]) -> None:
 
         async def serve() -> None:
             exchange.patience = Patience()
-            async with at.rooms.gateway.serve(exchange) as reply:
-                async for _ in reply.frames or ():
-                    pass
+            await departed(at.rooms.gateway, exchange)
 
         task = asyncio.ensure_future(serve())
         await until(when)

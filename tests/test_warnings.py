@@ -360,15 +360,11 @@ def served(rooms: Rooms, config: Config, **fields: object) -> dict[bytes, bytes]
         call = gateway_parts.call(request(model="support-quality", **fields), rooms.ambient, config=config)
         patience = Patience()
         try:
-            async with rooms.gateway.serve(Exchange(call=call, patience=patience)) as reply:
-                if reply.frames is not None:
-                    async with contextlib.aclosing(reply.frames) as frames:
-                        async for _ in frames:
-                            pass
-                return dict(reply.headers)
+            reply = await gateway_parts.departed(rooms.gateway, Exchange(call=call, patience=patience))
         finally:
-            patience.end()
+            patience.close()
             rooms.spool.close()
+        return dict(reply.headers)
 
     return asyncio.run(main())
 
