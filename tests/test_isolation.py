@@ -1,7 +1,8 @@
 """What one tenant or service key does changes nothing for another: against a model of each owner by itself.
 
-A case is one reservation or settlement, or one call with what becomes of it in the ledger and in what each key is shown
-of usage, compared with what its own owners' history alone says. `make drills` runs ten times as many as `make test`.
+A case is one reservation or settlement, or one call with its answer, from before or not, and with what becomes of it in
+the ledger and in what each key is shown of usage: compared with what its own owners' history alone says. `make drills`
+runs ten times as many as `make test`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import json
 import os
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator
 from datetime import date
@@ -29,14 +31,15 @@ from app.ambient import Ambient
 from app.api import FrontDoor
 from app.archive import Archive
 from app.auth import Callers
-from app.config import NAME, Config, Price, Quota, ServiceKey, Tenant
+from app.config import NAME, Config, Quota, ServiceKey, Tenant
 from app.core import Rates, Reservation
 from app.errors import LimitError
 from app.ledger import read_lines
 from app.limits import Limits
 from app.limits.scopes import WHOLE
 from app.reports.period import UsageReader
-from tests.gateway_parts import ALIAS, Rooms, ScriptedAnswer, completion, config
+from tests.cache_parts import alias as cached_alias
+from tests.gateway_parts import ALIAS, DONE, USAGE_FRAME, Rooms, ScriptedAnswer, chunk, completion, config
 from tests.ledger_parts import query, running_postgres
 from tests.limits_parts import SHARE, Caller, Counters, not_just_before_midnight, pipe_to, whole
 from tests.redis_parts import AMBIENT, RedisServer, redis_server, running
@@ -271,7 +274,7 @@ class Made(Struct):
     allowed: bool
 
 
-def a_config(chance: random.Random) -> Config:
+def a_config(chance: random.Random, cache: str = "off") -> Config:
     """Tenants whose names are alike, and keys for some of them each; one is for all."""
     keys = {}
     for number, (secret, id) in enumerate(KEYS.items()):
@@ -280,10 +283,9 @@ def a_config(chance: random.Random) -> Config:
         keys[hashlib.sha256(secret.encode()).digest()] = entry
     tenants = {name: Tenant(name, "p", "p", None) for name in ALIKE}
     base = config(total_seconds=FOREVER_SECONDS)
-    alias = base.aliases[ALIAS]
-    priced = msgspec.structs.replace(alias.targets[0], price=Price(**dict.fromkeys(Price.__struct_fields__, 10**9)))
-    aliases = {ALIAS: msgspec.structs.replace(alias, targets=(priced,))}
-    return msgspec.structs.replace(base, aliases=aliases, tenants=tenants, keys=keys)
+    alias = cached_alias(cache) if cache != "off" else msgspec.structs.replace(cached_alias(), cache=None)
+    patient = msgspec.structs.replace(alias, timeouts=base.aliases[ALIAS].timeouts)
+    return msgspec.structs.replace(base, aliases={ALIAS: patient}, tenants=tenants, keys=keys)
 
 
 async def calls(door: FrontDoor, chance: random.Random) -> dict[str, Made]:
@@ -305,7 +307,7 @@ async def calls(door: FrontDoor, chance: random.Random) -> dict[str, Made]:
         }
         body = {"model": ALIAS, "messages": [], "user": f"{read} {written}"}
         client = Client(json.dumps(body).encode(), [(name.encode(), value.encode()) for name, value in sent.items()])
-        await door.serve(api.ROUTES[client.scope["path"]], client.scope, client.receive, client.send)
+        await client.visit(door)
         assert client.status == (200 if made[id].allowed else 403), (id, client.body)
 
     for start in range(0, CASES, AT_ONCE):
@@ -392,3 +394,90 @@ def test_each_call_is_its_tenant_s_in_the_ledger_and_in_usage_and_nobody_else_s(
         assert roll(url) == sorted({date.fromisoformat(row["timestamp"][:10]) for row in rows.values()})
         query(url, "TRUNCATE ledger")
         asyncio.run(everyone(url))  # from the rollups
+
+
+# --- answers from before ----------------------------------------------------------------------------------------------
+
+CACHED_CASES = CASES // 4
+PROMPTS = ["What is the refund policy?", "Who am I?", "Say hello.", "What did I ask before?"]
+ONCE = [f"key-{number}" for number in range(12)]
+NUMBERED = re.compile(rb"answer-(\d+)-")
+
+
+class Reader(Client):
+    """A client that reads the head of its answer too."""
+
+    def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        self.told = dict(headers)
+        super().start(status, headers)
+
+
+class Numbering:
+    """Implements `upstream.Engine`: no two of its answers are the same."""
+
+    def __init__(self) -> None:
+        self.given = 0
+
+    async def open(self, outgoing: Any, connect_seconds: float) -> ScriptedAnswer:
+        self.given += 1
+        text = f"answer-{self.given}-"
+        await asyncio.sleep(0)
+        if msgspec.json.decode(outgoing.body, type=dict).get("stream"):
+            return ScriptedAnswer(chunk(text), chunk(finish_reason="stop"), USAGE_FRAME, DONE)
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        return ScriptedAnswer(completion(choices=[choice]))
+
+    async def close(self) -> None:
+        pass
+
+
+@pytest.mark.timeout(3600)
+def test_an_answer_from_before_is_nobody_s_but_its_tenant_s(server: RedisServer, tmp_path: Path) -> None:
+    """The same few prompts, and the same few idempotency keys, from all tenants through two replicas."""
+    seed = random.randrange(2**32)
+    chance = random.Random(seed)
+    current, vendor = a_config(chance, "exact"), Numbering()
+    may = {key.id: key for key in current.keys.values()}
+    owners: dict[bytes, set[str]] = {}
+    answered = Counter[str]()
+
+    async def one(door: FrontDoor) -> None:
+        secret, claimed = chance.choice(SECRETS), chance.choice(ALIKE)
+        messages = [{"role": "user", "content": chance.choice(PROMPTS)}]
+        body = {"model": ALIAS, "messages": messages, "temperature": 0, "stream": chance.random() < 0.3}
+        sent = {"authorization": f"Bearer {secret}", "x-tenant-id": claimed}
+        if chance.random() < 0.3:
+            sent["idempotency-key"] = chance.choice(ONCE)
+        client = Reader(json.dumps(body).encode(), [(name.encode(), value.encode()) for name, value in sent.items()])
+        await client.visit(door)
+        allowed = may[KEYS[secret]].may_act_for(claimed)
+        assert client.status in ((200, 409, 422) if allowed else (403,)), client.body
+        numbers = set(NUMBERED.findall(client.body))
+        assert len(numbers) == (client.status == 200)
+        for number in numbers:
+            owners.setdefault(number, set()).add(claimed)
+            answered[client.told.get(b"x-cache", b"").decode()] += 1
+
+    async def main() -> None:
+        async with running(pipe_to(server)) as first, running(pipe_to(server)) as second:
+            doors, channels = [], []
+            for name, pipe in (("r1", first), ("r2", second)):
+                rooms = Rooms(tmp_path / name, ambient=AMBIENT, pipe=pipe, replica=name)
+                rooms.dialogue.upstream = vendor
+                await rooms.channel.run_once()
+                channels.append(rooms.channel)
+                doors.append(FrontDoor(Source(current), rooms.gateway, Callers(NoTokens()), AMBIENT))
+            for _ in range(0, CACHED_CASES, AT_ONCE):
+                await asyncio.gather(*(one(chance.choice(doors)) for _ in range(AT_ONCE)))
+            for door in doors:
+                door.gateway.spool.close()
+
+    server.client.flushall()
+    whole(server)
+    try:
+        asyncio.run(main())
+        assert {number: seen for number, seen in owners.items() if len(seen) > 1} == {}
+    except AssertionError as error:
+        raise AssertionError(f"seed {seed}: {error}") from error
+    assert answered["HIT (exact)"] > CACHED_CASES / 50, answered
+    assert vendor.given >= len(ALIKE)
