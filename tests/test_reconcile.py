@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.cli import main
-from app.core import Cost, Usage
+from app.core import Attempt, Cost, Usage, event_cost, event_usage
 from app.reports.invoices import InvoiceLine, UnreadableInvoice, read
 from app.reports.reconcile import Drift, LedgerLine, reconcile
 from tests.ledger_parts import Postgres, an_event, query, running_postgres
@@ -352,6 +352,25 @@ def test_a_call_and_its_adjustment_are_one(url: str, tmp_path: Path) -> None:
     for content in (dearer, [line.replace(f"v-{number - 1},", ",", 1) for number, line in enumerate(dearer)]):
         code, report = run(url, tmp_path, "calls", "\n".join(content).encode())
         assert (code, report["differences"]) == (0, [])
+
+
+@pytest.mark.parametrize("by_call", [True, False])
+def test_a_doubtful_answer_is_reconciled_where_it_was_given(url: str, tmp_path: Path, by_call: bool) -> None:
+    used, cost = Usage(input=500, output=40), Cost(75_000, 24_000)
+    doubtful = Attempt(
+        "openai/mini", "openai", "doubtful", 200, 0.0, 9.0, "v-cheap", doubt="length", model=MODELS[0],
+        usage=event_usage(used), cost_usd=event_cost(cost, "2026-11-01"),
+    )  # fmt: skip
+    both = an_event(at=NOON + 20, usage=used + Usage(input=500, output=50), cost=cost + Cost(1_250_000, 500_000))
+    answered = msgspec.structs.replace(both, model_resolved=MODELS[1], vendor_request_id="v-dear", attempts=(doubtful,))
+    record(url, [answered])
+    rows = list(csv.DictReader(io.StringIO(invoice_of(range(10)).decode())))
+    facts = {"day": "2025-11-24", "input_tokens": 500}
+    rows.append(facts | {"request_id": "v-cheap", "model": MODELS[0], "output_tokens": 40, "cost_usd": "0.000099"})
+    rows.append(facts | {"request_id": "v-dear", "model": MODELS[1], "output_tokens": 50, "cost_usd": "0.00175"})
+    content = table(*(row if by_call else {**row, "request_id": ""} for row in rows))
+    code, report = run(url, tmp_path, "calls", content)
+    assert (code, report["differences"]) == (0, [])
 
 
 def test_drift_above_5_percent_is_exit_code_3(url: str, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import yaml
 from app.archive import Archive
 from app.cli import main
 from app.config import Config, load
-from app.core import Attempt, LedgerEvent, Usage, charge, event_cost
+from app.core import Attempt, LedgerEvent, Usage, charge, event_cost, event_usage
 from app.reports.day import usage
 from app.reports.rollup import Rollups
 from app.rerate import Rerated, rerate
@@ -124,6 +124,23 @@ def costs(url: str) -> list[tuple[str, str]]:
 
 def total(url: str) -> Decimal:
     return query(url, "SELECT sum(cost_usd) FROM ledger")[0][0]
+
+
+def test_a_doubtful_answer_is_re_rated_at_its_own_target(tmp_path: Path, url: str) -> None:
+    before = priced(tmp_path, "2")
+    doubted, answered = Usage(input=1000), Usage(input=500, output=50)
+    cheap = charge(doubted, before.targets["openai/m"], "acme-corp", None, NOON)
+    dear = charge(answered, before.targets["openai/gpt-4o"], "acme-corp", None, NOON)
+    attempts = (
+        Attempt(
+            "openai/m", "openai", "doubtful", 200, 0.0, 1.0, usage=event_usage(doubted), cost_usd=event_cost(cheap, "x")
+        ),
+        Attempt("openai/gpt-4o", "openai", "success", 200, 1.0, 1.0),
+    )
+    event = an_event(at=NOON, usage=doubted + answered, cost=cheap + dear)
+    record(url, msgspec.structs.replace(event, attempts=attempts))
+    assert rerated(url, before).adjusted == 0
+    assert rerated(url, priced(tmp_path, "1.5")).difference_nanos == {"acme-corp": -500_000}
 
 
 def test_the_difference_becomes_a_row_that_names_its_call(tmp_path: Path, url: str) -> None:

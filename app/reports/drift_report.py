@@ -92,9 +92,9 @@ async def _ledger_lines(
 ) -> list[LedgerLine]:
     sql = statements("reconcile.sql")
     chosen = {"first": first, "last": last, "providers": list(providers)}
+    found = [_line(row) for row in await archive.rows(sql["beside"], chosen)]
     if not by_call:
-        return [_line(row) for row in await archive.rows(sql["by_group"], chosen)]
-    found: list[LedgerLine] = []
+        return found + [_line(row) for row in await archive.rows(sql["by_group"], chosen)]
     after_at, after_id = datetime(1970, 1, 1, tzinfo=UTC), "00000000-0000-0000-0000-000000000000"
     while True:
         after = {"after_at": after_at, "after_id": after_id, "rows": PAGE_ROWS}

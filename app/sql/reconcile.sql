@@ -25,6 +25,25 @@ WHERE occurred_at >= greatest(%(first)s::date::timestamp AT TIME ZONE 'UTC', %(a
 ORDER BY occurred_at, event_id
 LIMIT %(rows)s;
 
+-- name: beside
+-- What calls had to pay for beside their answers (doubtful answers, whoever was outrun) is in their rows' sums: taken off
+-- there, and put where the vendor has it.
+WITH paid AS (
+    SELECT (occurred_at AT TIME ZONE 'UTC')::date AS day, model_resolved, ledger.provider, ledger.vendor_request_id,
+           attempt ->> 'model' AS model, attempt ->> 'provider' AS at_provider, attempt ->> 'vendor_request_id' AS at_request_id,
+           (attempt #>> '{usage,input_tokens}')::bigint AS input_tokens, (attempt #>> '{usage,output_tokens}')::bigint AS output_tokens,
+           (attempt #>> '{cost_usd,input}')::numeric AS input_usd, (attempt #>> '{cost_usd,output}')::numeric AS output_usd
+    FROM ledger CROSS JOIN LATERAL jsonb_array_elements(event -> 'attempts') AS attempt
+    WHERE occurred_at >= %(first)s::date::timestamp AT TIME ZONE 'UTC'
+      AND occurred_at < (%(last)s::date::timestamp + interval '1 day') AT TIME ZONE 'UTC'
+      AND adjusts IS NULL AND jsonb_typeof(attempt -> 'usage') = 'object'
+)
+SELECT day, model_resolved, provider, vendor_request_id, 0::bigint, -input_tokens, -output_tokens, -input_usd, -output_usd
+FROM paid WHERE provider = ANY(%(providers)s)
+UNION ALL
+SELECT day, model, at_provider, at_request_id, 1, input_tokens, output_tokens, input_usd, output_usd
+FROM paid WHERE at_provider = ANY(%(providers)s);
+
 -- name: create_reconciliation
 -- What reconciliations found, for the alert and for the record.
 CREATE TABLE IF NOT EXISTS reconciliation (
