@@ -459,7 +459,6 @@ class Replica:
         gauge("gateway_tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks()))
         gauge("gateway_body_bytes", "Request bodies in memory.", lambda: self.door.bodies.held)
         overload = self.overload
-        gauge("gateway_loop_delay_seconds", "How late the event loop is, at best.", lambda: overload.delay_seconds)
         gauge("gateway_overload_level", "Classes of tenants that are shed for it.", lambda: overload.level)
         for place, priority in enumerate(PRIORITIES):
             gauge(
