@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: up down test gate drills soak lint audit bench lock
+.PHONY: up down test gate drills soak cache-eval lint audit bench lock
 
 up: $(STAMP)  ## start the whole stack on this machine; ARGS are `gateway up`'s
 	$(VENV)/bin/gateway up $(ARGS)
@@ -20,6 +20,9 @@ gate: $(STAMP)  ## the pre-ship gates on a stack of their own: load, fallback dr
 drills: $(STAMP)  ## the long ones: chaos under load, and what the suite does in small, ten times as often
 	$(VENV)/bin/python -m pytest -m drill $(ARGS)
 	ISOLATION_CASES=100000 $(VENV)/bin/python -m pytest tests/test_isolation.py $(ARGS)
+
+cache-eval: $(STAMP)  ## labelled questions through the semantic cache: hits and wrong answers for each mode; ARGS="questions.csv"
+	$(VENV)/bin/python -m loadtest.cache_eval $(ARGS)
 
 soak: $(STAMP)  ## 100,000 calls with hang-ups and vendor errors: nothing grows; build/soak.html. ARGS="--calls 20000"
 	$(VENV)/bin/python -m loadtest.soak $(ARGS)

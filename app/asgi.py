@@ -20,9 +20,8 @@ from app import admin, api, guardrails, status_page, usage_pages
 from app.ambient import Ambient, timestamp
 from app.archive import ArchiveError
 from app.auth import Callers, KeySets, Tokens, jwks
-from app.cache import INVALIDATED, Cache
+from app.cache import INVALIDATED, SEMANTIC, VERIFIER, Cache, Embedders, Learning, Questions
 from app.config import PRIORITIES, Config, ConfigError, ConfigSource, Secret, utc_day
-from app.content import Content
 from app.control import REVOKED, Control, Entry
 from app.cooldowns import COOLDOWN, Cooldowns, is_resting
 from app.credentials import Credentials, client
@@ -193,7 +192,13 @@ class Replica:
         self.modes = Modes(self.control, ambient)
         self.overload = Overload(lambda: source.current, ambient)
         self.guardrails = Guardrails(guardrails.client, self.telemetry.guarded, ambient)
-        self.cache = Cache(self.pipe, self.control, ambient)
+        self.embedders = Embedders()
+        self.learning = Learning(self.pipe, self.control, ambient, options.name)
+        questions = Questions(
+            self.pipe, ambient, self.embedders.of, self.learning,
+            lambda ask, key, data: self.cache.opened(ask, data, key),
+        )  # fmt: skip
+        self.cache = Cache(self.pipe, self.control, ambient, questions)
         self.gateway = Gateway(
             modes=self.modes,
             overload=self.overload,
@@ -210,8 +215,6 @@ class Replica:
         self.key_sets = KeySets(lambda: source.current, jwks.client(), ambient)
         callers = Callers(Tokens(self.key_sets), self.control.kind(REVOKED))
         self.door = api.FrontDoor(source, self.gateway, callers, ambient)
-        self.content = Content(settings.content, options.name, ambient) if settings.content.folder else None
-        self.door.content = self.content
         self.usage = self._usage_reader()
         self.stop = asyncio.Event()
         self.hurry = asyncio.Event()
@@ -231,11 +234,11 @@ class Replica:
             for run in (
                 *(self.pipe.run, self.spool.run, self.reload, self.control.run, self.key_sets.run),
                 *(self.gateway.limits.run, self.gateway.limits.budgets.run, self.cache.run),
+                *(self.learning.run, self._prepare_embedders),
                 *(self.warnings.run, self.telemetry.run, self.overload.run),
             )
         ]
         shipping = asyncio.ensure_future(self._keep(self.shipper.run)) if self.shipper else None
-        capturing = asyncio.ensure_future(self._keep(self.content.run)) if self.content else None
         await control.start()
         await main.start()
         self.telemetry.config_loaded(self.source.current)
@@ -249,9 +252,6 @@ class Replica:
             task.cancel()
         await asyncio.gather(*loops, return_exceptions=True)
         self.spool.close()
-        if capturing:
-            await self.content.stop()
-            await capturing
         if shipping:
             await self.shipper.stop()
             await shipping
@@ -276,6 +276,13 @@ class Replica:
         main = Server(api.app(self.door, pages), options.host, options.port, api.calls(self.door))
         control = admin.app(token, self.telemetry, self.status, for_admins)
         return main, Server(control, options.host, options.admin_port)
+
+    async def _prepare_embedders(self) -> None:
+        """Loads the models that the configuration asks for, so that the first call does not miss for want of one."""
+        config = self.source.current
+        caches = [alias.cache for alias in config.aliases.values() if alias.cache is not None]
+        tenants = any(tenant.cache.mode in SEMANTIC for tenant in config.tenants.values())
+        await self.embedders.prepare({one.embedder for one in caches if tenants or one.mode in SEMANTIC})
 
     def _usage_reader(self) -> UsageReader | None:
         """Reads usage from PostgreSQL; None without one. A replica serves calls whatever DATABASE_URL says."""
@@ -376,6 +383,8 @@ class Replica:
         if kind == COOLDOWN:
             self.cooldowns.heard(name, entry)
             return
+        if kind == VERIFIER:  # no instruction of anybody's: a model of a tenant's traffic
+            return
         if kind == INVALIDATED:
             self.cache.epochs.heard(entry)
         self.telemetry.audit(entry.by, f"control.{kind}", name=name, value=entry.value, at=entry.at, until=entry.until)
@@ -466,6 +475,7 @@ class Replica:
         gauge("gateway_tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks()))
         gauge("gateway_body_bytes", "Request bodies in memory.", lambda: self.door.bodies.held)
         overload = self.overload
+        gauge("gateway_loop_delay_seconds", "How late the event loop is, at best.", lambda: overload.delay_seconds)
         gauge("gateway_overload_level", "Classes of tenants that are shed for it.", lambda: overload.level)
         for place, priority in enumerate(PRIORITIES):
             gauge(
@@ -503,10 +513,6 @@ class Replica:
         gauge("gateway_webhook_failures", "Failed attempts to send a warning.", lambda: warnings.failed)
         gauge("gateway_spool_rows", "Rows written by this process.", lambda: self.spool.rows)
         gauge("gateway_spool_write_failures", "Rows that could not be written.", lambda: self.spool.write_failures)
-        if self.content is not None:
-            content = self.content
-            gauge("gateway_content_captured", "Calls whose content was handed to its writer.", lambda: content.taken)
-            gauge("gateway_content_dropped", "Calls whose content it could not take.", lambda: content.dropped)
         if shipper is None:
             return
         gauge(

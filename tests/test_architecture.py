@@ -19,12 +19,12 @@ from app.providers import PROVIDERS
 ROOT = Path(__file__).parents[1]
 
 LAYERS = (
-    ("errors", "ambient", "audit", "redaction", "sse", "sql", "prompt_size"),
+    ("errors", "ambient", "audit", "sse", "sql", "prompt_size"),
     ("wire", "vendors", "config", "core"),
     ("providers", "dialects"),
     (
         "auth", "cache", "control", "cooldowns", "limits", "redis_pipe", "ledger", "credentials", "upstream", "http1",
-        "telemetry", "warnings", "content", "paces", "allowance", "modes", "overload", "guardrails",
+        "telemetry", "warnings", "paces", "allowance", "modes", "overload", "guardrails",
     ),
     (
         "routing", "estimate", "settlement", "relay", "confidence", "recall", "dialogue", "shadows", "gateway",
@@ -33,11 +33,10 @@ LAYERS = (
     (
         "api", "openapi", "admin", "status_page", "bodies", "keys", "ledger_shipper", "archive", "reports",
         "price_sync", "rerate", "usage_pages", "ledger_schema", "ledger_segment", "dead_letters", "lake",
-        "content_writer",
     ),
     (
         "asgi", "cli", "operator", "lint_apps", "jobs", "explain",
-        "ledger_commands", "mode_commands", "content_commands", "money_commands", "price_commands",
+        "ledger_commands", "mode_commands", "money_commands", "price_commands",
     ),
 )  # fmt: skip
 """The rooms from the ground up: a file imports only from layers before its own."""
@@ -91,7 +90,6 @@ WITHIN_A_LAYER = {
     ("rerate", "archive"): "adjustments are rows of the ledger",
     ("cli", "asgi"): "`gateway serve`",
     ("cli", "explain"): "`gateway check --explain`",
-    ("cli", "content_commands"): "`gateway content`",
     ("cli", "lint_apps"): "`gateway lint-apps`",
     ("cli", "mode_commands"): "`gateway mode`",
     ("cli", "operator"): "who did it",
@@ -105,7 +103,6 @@ WITHIN_A_LAYER = {
 
 HOMES = {
     "jwt": {"auth", "credentials"},
-    "phonenumbers": {"redaction"},
     "botocore": {"credentials", "providers"},
     "yaml": {"config"},
     "redis": {"redis_pipe"},
@@ -113,12 +110,15 @@ HOMES = {
     "httpx": {"upstream", "auth", "credentials", "warnings", "guardrails"},
     "httptools": {"http1", "server", "visits"},
     "opentelemetry": {"telemetry"},
+    "numpy": {"cache"},
+    "onnxruntime": {"cache"},
     "prometheus_client": {"telemetry"},
     "psycopg": {"archive"},
     "pyarrow": {"reports", "lake"},
     "genai_prices": {"price_sync"},
     "litestar": {"api", "admin", "bodies", "server", "visits", "usage_pages", "status_page"},
     "uvloop": {"asgi"},
+    "tokenizers": {"cache"},
     "time": {"ambient"},
     "random": {"ambient"},
     "uuid": {"ambient"},

@@ -100,15 +100,19 @@ class Cache:
 
     # --- looking ---
 
-    def opened(self, ask: Ask, data: bytes) -> Entry | None:
-        """The entry in these bytes, if it may answer the call. One that is damaged or invalidated is deleted."""
-        entry = opened(ask.key, data)
+    def opened(self, ask: Ask, data: bytes, key: str | None = None) -> Entry | None:
+        """The entry in these bytes, if it may answer the call. One that is damaged or invalidated is deleted.
+
+        `key` is where it lay, where that is not under the call's own words.
+        """
+        key = key or ask.key
+        entry = opened(key, data)
         if entry is None:
             self.damaged += 1
         elif all(self._tag(ask, tag) == epoch for tag, epoch in entry.tags.items()):
             most = ask.wishes.max_age
             return entry if most is None or self.age_seconds(entry) <= most else None
-        self._send("UNLINK", ask.key)
+        self._send("UNLINK", key)
         return None
 
     def _tag(self, ask: Ask, tag: str) -> str:

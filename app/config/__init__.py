@@ -48,7 +48,6 @@ from app.config.written import (
     Written,
     WrittenAway,
     WrittenBreaker,
-    WrittenContent,
     WrittenDiscount,
     WrittenDrain,
     WrittenLongContext,

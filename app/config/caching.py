@@ -27,6 +27,12 @@ def alias_cache(written: WrittenCache, targets: tuple[Target, ...], path: str, f
         faults.add(f"{path}.kb_revision", f"must match {REVISION.pattern}")
     if written.mode not in ("off", "exact") and any(target.serves != "chat" for target in targets):
         faults.add(f"{path}.mode", "embeddings are kept by `exact` only: they have no questions that mean the same")
+    if not 0 < written.threshold <= 1:
+        faults.add(f"{path}.threshold", "must be above 0 and at most 1, a cosine")
+    if not 1 <= written.max_turns <= 20:
+        faults.add(f"{path}.max_turns", "must be from 1 to 20")
+    if not 0 <= written.reverify_percent <= 100:
+        faults.add(f"{path}.reverify_percent", "must be from 0 to 100")
     if written.mode == "off":
         return None
     answers_by = [
@@ -39,6 +45,10 @@ def alias_cache(written: WrittenCache, targets: tuple[Target, ...], path: str, f
         max_temperature=float(written.max_temperature),
         kb_revision=written.kb_revision,
         answers_by=hashlib.sha256(msgspec.json.encode(answers_by)).digest(),
+        embedder=written.embedder,
+        threshold=float(written.threshold),
+        max_turns=written.max_turns,
+        reverify=written.reverify_percent / 100,
     )
 
 
@@ -52,4 +62,10 @@ def tenant_cache(
         values[name] = said[0] if said else getattr(CACHED, name)
     if not 0 < values["max_bytes"] <= MAX_TENANT_BYTES:
         faults.add(f"{path}.max_bytes", f"must be above 0 and at most {MAX_TENANT_BYTES}; `mode: off` keeps nothing")
-    return TenantCache(**values)
+    wrong = next(
+        (one.max_wrong_percent for one in (written, plan) if one is not None and one.max_wrong_percent is not None),
+        CACHED.max_wrong * 100,
+    )
+    if not 0 < wrong <= 50:
+        faults.add(f"{path}.max_wrong_percent", "must be above 0 and at most 50: percent of requests")
+    return TenantCache(**values, max_wrong=wrong / 100)

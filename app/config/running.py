@@ -17,7 +17,6 @@ from app.config.written import (
     Mode,
     Order,
     WrittenBreaker,
-    WrittenContent,
     WrittenDrain,
     WrittenOverload,
     WrittenRedis,
@@ -174,6 +173,10 @@ class AliasCache(Struct, frozen=True):
     """How an alias's answers are kept. `max_temperature`: the highest whose answers are; None asked counts as 1.
 
     `answers_by` is a digest of what answers, models and their addresses: other models never answer with these answers.
+
+    Of the semantic modes: `embedder` makes vectors of questions; `threshold` is the least cosine in mode static;
+    conversations of more than `max_turns` user turns are not looked up; `reverify` is the share of hits that are asked
+    again behind the caller's back.
     """
 
     mode: CacheMode
@@ -181,17 +184,23 @@ class AliasCache(Struct, frozen=True):
     max_temperature: float
     kb_revision: str | None
     answers_by: bytes
+    embedder: str = "static"
+    threshold: float = 0.95
+    max_turns: int = 2
+    reverify: float = 0.05
 
 
 class TenantCache(Struct, frozen=True):
     """What a tenant's policy says of the cache. `mode` None: each alias's own; it counts where the alias has a cache.
 
-    `store` False: nothing of its answers is kept anywhere. `max_bytes` bounds what is kept, by last use.
+    `store` False: nothing of its answers is kept anywhere. `max_bytes` bounds what is kept, by last use. `max_wrong`:
+    the share of requests that mode verified may answer wrongly.
     """
 
     mode: CacheMode | None = None
     store: bool = True
     max_bytes: int = 67_108_864
+    max_wrong: float = 0.01
 
 
 CACHED = TenantCache()
@@ -334,7 +343,6 @@ class Tenant(Struct, frozen=True):
 
     `residency`: the regions whose providers may serve it; None means any. `downgrade`: by alias, the cheaper one that
     serves in its place when a budget is nearly used up. `priority` is a place in PRIORITIES.
-    `capture_content`: its prompts and answers are kept, redacted.
     """
 
     id: str
@@ -343,7 +351,6 @@ class Tenant(Struct, frozen=True):
     allowed_models: frozenset[str] | None
     quota: Quota = UNLIMITED
     residency: frozenset[str] | None = None
-    capture_content: bool = False
     downgrade: Mapping[str, str] = {}
     cache: TenantCache = CACHED
     priority: int = PRIORITIES.index("normal")
@@ -421,7 +428,6 @@ class Settings(Struct, frozen=True):
     breaker: WrittenBreaker = WrittenBreaker()
     warn_at_percent: int = 80
     warnings_webhook: Secret | None = None
-    content: WrittenContent = WrittenContent()
     overload: WrittenOverload = WrittenOverload()
     mode: Mode = "normal"
 

@@ -63,6 +63,10 @@ class WrittenCache(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     ttl_seconds: float = 3600.0
     max_temperature: float = 0.0
     kb_revision: str | None = None
+    embedder: Literal["static", "minilm"] = "static"
+    threshold: float = 0.95
+    max_turns: int = 2
+    reverify_percent: float = 5.0
 
 
 Weekday = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
@@ -161,6 +165,7 @@ class WrittenTenantCache(Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     mode: CacheMode | None = None
     store: bool | None = None
     max_bytes: int | None = None
+    max_wrong_percent: float | None = None
 
 
 class WrittenPlan(WrittenQuota, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -171,7 +176,6 @@ class WrittenPlan(WrittenQuota, frozen=True, forbid_unknown_fields=True, kw_only
     cache: WrittenTenantCache | None = None
     priority: Priority | None = None
     guardrails: list[str] | None = None
-    capture_content: bool | None = None
 
 
 class WrittenExtendedPlan(WrittenPlan, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -348,12 +352,6 @@ class WrittenOverload(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     max_delay_ms: int = 50
 
 
-class WrittenContent(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    folder: str | None = None
-    keep_days: int = 30
-    phone_regions: list[str] = []
-
-
 class WrittenGateway(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     max_body_bytes: int = 20_971_520
     max_bodies_bytes: int = 268_435_456
@@ -367,7 +365,6 @@ class WrittenGateway(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     spool: WrittenSpool = field(default_factory=WrittenSpool)
     warnings: WrittenWarnings = field(default_factory=WrittenWarnings)
     overload: WrittenOverload = field(default_factory=WrittenOverload)
-    content: WrittenContent = field(default_factory=WrittenContent)
     mode: Mode = "normal"
     trace_sample_ratio: float = 0.1
     ceiling_input_usd: Decimal = Decimal(100)

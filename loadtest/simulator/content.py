@@ -12,6 +12,8 @@ The last user message may steer the answer with directives anywhere in its text:
                      result is then answered with text
     cached=64        `cached_tokens` of the usage
     reasoning=128    reasoning tokens before the answer (vendors that show reasoning stream it)
+
+A last message that is in the BOOK gets the answer that stands there.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ WORDS = """
     winter naïve café façade Zürich smörgåsbord 東京 Ελλάδα ✓ 🌊
 """.split()  # noqa: SIM905 (a hundred quoted words read worse)
 
+BOOK: dict[str, str] = {}
+"""What is answered to a last message of these words, as `PUT /_sim/answers` says, at every vendor."""
 _DIRECTIVE = re.compile(r"\b(?:(tokens|tools|cached|reasoning)=(\d{1,5})|(chunk_ms|latency_ms)=(\d{1,7}))\b")
 _EXACTLY = re.compile(r"Reply with exactly: ([^\n]{1,200})")
 _FRAGMENT_CHARS = 4
@@ -157,7 +161,8 @@ def content_of(ask: Ask) -> Content:
         reasoning = reasoning[:limit]
         limit -= len(reasoning)
     exactly = _EXACTLY.search(prompt)
-    said = re.findall(r"\s*\S+", exactly[1]) if exactly else None
+    known = BOOK.get(texts[-1]) if BOOK and texts else None
+    said = re.findall(r"\s*\S+", known or exactly[1]) if known or exactly else None
     choices = [_choice(ask, seed + index, directives, limit, said) for index in range(ask.n or 1)]
     prompt_tokens = prompt_tokens_of(ask, texts)
     return Content(

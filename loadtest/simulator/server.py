@@ -15,7 +15,7 @@ from loadtest.simulator import compatible, faults
 from loadtest.simulator.anthropic import ANTHROPIC
 from loadtest.simulator.azure import AZURE
 from loadtest.simulator.bedrock import BEDROCK
-from loadtest.simulator.content import misheard
+from loadtest.simulator.content import BOOK, misheard
 from loadtest.simulator.gemini import GEMINI, VERTEX
 from loadtest.simulator.http import Connection, Reply, Request
 from loadtest.simulator.openai import OPENAI
@@ -147,6 +147,16 @@ class Simulator:
                 self._grant = None
                 for vendor in self._vendors.values():
                     vendor.grant(None)
+                return 200, {}
+            case "PUT", ["answers"]:
+                try:
+                    told = msgspec.json.decode(request.body, type=dict[str, str])
+                except msgspec.DecodeError as error:
+                    return 400, {"error": f"The answers cannot be read: {error}."}
+                BOOK.update(told)
+                return 200, {"answers": len(BOOK)}
+            case "DELETE", ["answers"]:
+                BOOK.clear()
                 return 200, {}
             case "GET", ["counts"]:
                 return 200, {name: vendor.counts() for name, vendor in sorted(self._vendors.items())}

@@ -1,0 +1,326 @@
+"""Questions that mean the same, on a real Redis: what is served, what is learned, and whatever fails is a miss."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from array import array
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import pytest
+
+from app.cache.entry import Entry, opened, sealed
+from app.cache.guards import read
+from app.cache.learning import Learning
+from app.cache.partition import Ask
+from app.cache.room import Seen
+from app.cache.semantic import Questions, alike
+from app.control import Control
+from app.core import Usage
+from app.redis_pipe import RedisPipe
+from loadtest.labelled import made_up
+from tests.cache_parts import alias, asked, body, tenant
+from tests.gateway_parts import completion
+from tests.limits_parts import pipe_to
+from tests.redis_parts import AMBIENT, RedisServer, redis_server, run, running
+
+REFUND = "How do I get a refund for my order"
+REFUND_TOO = "How can I get a refund for an order, please"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with redis_server(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def empty(server: RedisServer) -> None:
+    server.client.flushall()
+
+
+class Words:
+    """A vector of a text: where its words hash to."""
+
+    name = "words"
+
+    async def embed(self, text: str) -> bytes | None:
+        counts = array("f", bytes(4 * 256))
+        for word in read(text).content:
+            counts[zlib.crc32(word.encode()) % 256] += 1.0
+        length = math.sqrt(sum(count * count for count in counts)) or 1.0
+        return array("f", (count / length for count in counts)).tobytes()
+
+
+class NoWords:
+    name = "words"
+
+    async def embed(self, text: str) -> bytes | None:
+        return None
+
+
+class Replica:
+    """Semantic lookups as one replica makes them, each answer kept as the room of the cache keeps it."""
+
+    def __init__(self, pipe: RedisPipe, server: RedisServer, name: str, vectors: Any) -> None:
+        self.control = Control(pipe, AMBIENT)
+        self.learning = Learning(pipe, self.control, AMBIENT, name)
+        self.questions = Questions(
+            pipe, AMBIENT, lambda _: vectors, self.learning, lambda ask, key, data: opened(key, data)
+        )
+        self.pipe, self.server = pipe, server
+
+    async def answer(self, ask: Ask, seen: Seen, text: str) -> None:
+        """The vendor's answer to what was not served."""
+        entry = entry_of(text)
+        self.server.client.set(ask.key, sealed(ask.key, entry))
+        self.questions.observe(ask, seen, ask.key, entry)
+        await self.questions.settled()
+
+    async def put(self, question: str, text: str, **how: Any) -> Seen:
+        """Asks; what is not served is answered with `text`."""
+        ask = of(question, **how)
+        seen = await self.questions.find(ask)
+        if seen.entry is None:
+            await self.answer(ask, seen, text)
+        return seen
+
+
+@asynccontextmanager
+async def replica(server: RedisServer, name: str = "a", vectors: Any = None) -> AsyncIterator[Replica]:
+    pipe = pipe_to(server)
+    made = Replica(pipe, server, name, vectors or Words())
+    async with running(pipe):
+        yield made
+
+
+def of(question: str, mode: str = "static", *, who: str = "acme-corp", system: str = "", **policy: Any) -> Ask:
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": question})
+    cache = {name: policy.pop(name) for name in ("max_bytes", "max_wrong") if name in policy}
+    return asked(body(messages=messages), by=tenant(who, **cache), of=alias(mode, **({"threshold": 0.9} | policy)))
+
+
+def entry_of(text: str) -> Entry:
+    whole = json.loads(completion())
+    whole["choices"][0]["message"]["content"] = text
+    return Entry(json.dumps(whole).encode(), "openai", "m", Usage(), AMBIENT.now())
+
+
+def text_of(seen: Seen) -> str | None:
+    return None if seen.entry is None else json.loads(seen.entry.body)["choices"][0]["message"]["content"]
+
+
+def test_a_question_that_means_the_same_gets_the_answer_from_before(server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with replica(server) as one:
+            await one.put(REFUND, "Within 30 days.")
+            seen = await one.questions.find(of(REFUND_TOO))
+            assert text_of(seen) == "Within 30 days."
+            assert seen.key == of(REFUND).key
+            assert seen.similarity == pytest.approx(1.0, abs=0.01)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("question", ["How do I get a refund for 2 orders", "How do I not get a refund for my order"])
+def test_a_near_miss_is_a_miss_however_similar(server: RedisServer, question: str) -> None:
+    async def scenario() -> None:
+        async with replica(server) as one:
+            await one.put(REFUND, "Within 30 days.")
+            assert (await one.questions.find(of(question, threshold=0.5))).entry is None
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("other", [{"who": "acme"}, {"system": "Answer in French."}, {"name": "support-quality"}])
+def test_nobody_else_gets_it(server: RedisServer, other: dict[str, Any]) -> None:
+    async def scenario() -> None:
+        async with replica(server) as one:
+            await one.put(REFUND, "Within 30 days.")
+            assert (await one.questions.find(of(REFUND, **other))).notes.verdict is None
+
+    run(scenario())
+
+
+def test_shadow_serves_nothing_and_tells_what_it_would_have_got_right_and_wrong(server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with replica(server) as one:
+            await learned(one)
+            one.learning.tally("acme-corp", "support-fast").__init__()
+            for text, label in made_up(300, 9):
+                seen = await one.put(text, f"About {label}.", mode="shadow")
+                assert seen.entry is None
+            tally = one.learning.tally("acme-corp", "support-fast")
+            assert tally.shadow_right > 50
+            assert tally.shadow_wrong <= 6
+            assert tally.hits == 0
+
+    run(scenario())
+
+
+async def learned(one: Replica, count: int = 900) -> list[tuple[str, str, Seen]]:
+    """A tenant's traffic in mode verified, learned from as it comes."""
+    served = []
+    for number, (text, label) in enumerate(made_up(count, 3)):
+        served.append((text, label, await one.put(text, f"About {label}.", mode="verified", reverify=0.0)))
+        if number % 100 == 99:
+            await one.learning.run_once()
+    return served
+
+
+def test_verified_serves_nothing_at_first_then_much_and_hardly_ever_wrongly(server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with replica(server) as one:
+            served = await learned(one)
+            answers = [(label, text_of(seen)) for _, label, seen in served]
+            assert all(text is None for _, text in answers[:200])
+            assert one.learning.fitted > 0
+            hits = [(label, text) for label, text in answers[600:] if text is not None]
+            assert len(hits) > 60
+            assert sum(text != f"About {label}." for label, text in hits) <= 6
+
+    run(scenario())
+
+
+def test_what_one_replica_learns_another_serves_by(server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with replica(server) as one, replica(server, "b") as two:
+            await learned(one)
+            model = one.learning.model("acme-corp", 0.01)
+            assert two.learning.model("acme-corp", 0.01) is None
+            await two.control.run_once()
+            await two.learning.run_once()
+            assert two.learning.model("acme-corp", 0.01) == model
+            assert two.learning.model("acme", 0.01) is None
+
+    run(scenario())
+
+
+def test_one_replica_learns_at_a_time(server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with replica(server) as one:
+            for text, label in made_up(400, 3):
+                await one.put(text, f"About {label}.", mode="verified")
+            server.client.set("sc:{acme-corp}:_learner", "another")
+            assert await one.learning.run_once() == 0
+            server.client.delete("sc:{acme-corp}:_learner")
+            assert await one.learning.run_once() == 1
+
+    run(scenario())
+
+
+def test_an_answer_that_is_found_wrong_when_asked_again_is_told_of(server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with replica(server) as one:
+            await one.put(REFUND, "Within 30 days.")
+            seen = await one.questions.find(of(REFUND_TOO, reverify=1.0))
+            assert seen.notes.check
+            one.questions.reverified(of(REFUND_TOO), seen, entry_of("Refunds have ended."))
+            await one.questions.settled()
+            await one.learning.run_once()
+            await one.pipe.execute("PING")
+            assert server.client.zrange("sc:{acme-corp}:_worst", 0, -1) == [seen.key]
+            (figures,) = server.client.keys("sc:{acme-corp}:_figures:*")
+            assert server.client.hgetall(figures)["support-fast:wrong"] == "1"
+
+    run(scenario())
+
+
+def test_an_answer_that_has_ended_is_a_miss_and_its_question_forgotten(server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with replica(server) as one:
+            await one.put(REFUND, "Within 30 days.")
+            server.client.delete(of(REFUND).key)
+            assert (await one.questions.find(of(REFUND_TOO))).entry is None
+            await one.questions.find(of("something else"))
+            assert server.client.zcard("sc:{acme-corp}:_questions") == 0
+
+    run(scenario())
+
+
+def test_a_damaged_entry_is_a_miss(server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with replica(server) as one:
+            await one.put(REFUND, "Within 30 days.")
+            server.client.set(of(REFUND).key, b"rubbish")
+            assert (await one.questions.find(of(REFUND_TOO))).entry is None
+
+    run(scenario())
+
+
+def test_damaged_facts_are_no_neighbour(server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with replica(server) as one:
+            await one.put(REFUND, "Within 30 days.")
+            (key,) = server.client.keys("*:v:*")
+            server.client.execute_command("VSETATTR", key, of(REFUND).digest, "rubbish")
+            assert (await one.questions.find(of(REFUND_TOO))).notes.verdict is None
+
+    run(scenario())
+
+
+def test_a_tenant_has_a_bounded_number_of_questions(server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with replica(server) as one:
+            for text, label in made_up(60, 5):
+                await one.put(text, label, mode="shadow", max_bytes=1_500 * 4 * 10)
+            assert server.client.zcard("sc:{acme-corp}:_questions") == 10
+            (key,) = server.client.keys("*:v:*")
+            assert server.client.execute_command("VCARD", key) == 10
+
+    run(scenario())
+
+
+def test_what_is_forgotten_is_not_found(server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with replica(server) as one:
+            await one.put(REFUND, "Within 30 days.")
+            await one.put(REFUND, "Within 30 days.", who="acme")
+            one.questions.forget("acme-corp", None)
+            await one.questions.settled()
+            assert (await one.questions.find(of(REFUND_TOO))).entry is None
+            assert (await one.questions.find(of(REFUND_TOO, who="acme"))).entry is not None
+
+    run(scenario())
+
+
+def test_without_a_vector_or_redis_there_is_a_miss(server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with replica(server, vectors=NoWords()) as one:
+            assert await one.questions.find(of(REFUND)) == Seen()
+        away = Replica(pipe_to(server), server, "a", Words())
+        assert await away.questions.find(of(REFUND)) == Seen()
+        away.questions.observe(of(REFUND), Seen(), of(REFUND).key, entry_of("x"))
+
+    run(scenario())
+
+
+def test_long_conversations_are_not_looked_up(server: RedisServer) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+
+    async def scenario() -> None:
+        async with replica(server) as one:
+            ask = asked(body(messages=[*turns, {"role": "user", "content": REFUND}]), of=alias("static"))
+            assert (await one.questions.find(ask)).notes is None
+            assert (
+                await one.questions.find(msgspec.structs.replace(ask, policy=alias("static", max_turns=3).cache))
+            ).notes
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("You get it back within 30 days.", "You will get it back in 30 days.", True),
+        ("You get it back within 30 days.", "You will get it back in 14 days.", False),
+    ],
+)
+def test_the_local_judge_minds_numbers(one: str, other: str, same: bool) -> None:
+    assert alike(one, other, 0.95) is same
+    assert not alike(one, other, 0.5)
