@@ -16,7 +16,7 @@ import msgspec
 import uvloop
 from msgspec import Struct
 
-from app import admin, api, guardrails, status_page, usage_pages
+from app import admin, api, cache_door, guardrails, status_page, usage_pages
 from app.ambient import Ambient, timestamp
 from app.archive import ArchiveError
 from app.auth import Callers, KeySets, Tokens, jwks
@@ -273,6 +273,7 @@ class Replica:
         pages = usage_pages.tenant_routes(self.source, self.usage, self.ambient, self.door.callers, self.telemetry)
         pages.append(status_page.route(token, self.status))
         for_admins = usage_pages.admin_routes(self.source, self.usage, self.ambient, token, self.telemetry)
+        for_admins.append(cache_door.route(token, self.cache, self.telemetry))
         main = Server(api.app(self.door, pages), options.host, options.port, api.calls(self.door))
         control = admin.app(token, self.telemetry, self.status, for_admins)
         return main, Server(control, options.host, options.admin_port)
@@ -489,6 +490,10 @@ class Replica:
         gauge("gateway_draining", "1 while this replica drains.", lambda: self.door.draining)
         gauge("gateway_dependency_up", "1 when the dependency answers.", lambda: self.pipe.up, name="redis")
         gauge("gateway_dependency_changes", "Turns between up and down.", lambda: self.pipe.changes, name="redis")
+        cache = self.cache
+        gauge("gateway_cache_lost", "Answers that Redis did not keep.", lambda: cache.lost)
+        gauge("gateway_cache_damaged", "Entries that were none: deleted.", lambda: cache.damaged)
+        gauge("gateway_cache_flights", "Answers under way that others may join.", lambda: len(cache.flights))
         gauge("gateway_control_age_seconds", "Since the control channel was read.", lambda: self.control.age_seconds)
         gauge("gateway_price_age_days", "Days since the oldest price in use was checked.", self._price_age_days)
         gauge("gateway_spool_available", "0 when the spool cannot take rows.", lambda: self.spool.available)

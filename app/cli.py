@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from app import explain, keys, ledger_commands, mode_commands, money_commands, price_commands
+from app import cache_commands, explain, keys, ledger_commands, mode_commands, money_commands, price_commands
 from app.ambient import Ambient, timestamp
 from app.config import NAME, ConfigError, Secret, load, price_tables
 from app.operator import audit, operator
@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     preship.add_argument("--report", type=Path, help="write an HTML page here, and JSON beside it")
 
     mode_commands.add(command)
+    cache_commands.add(command)
     money_commands.add(command)
     ledger_commands.add(command)
     return parser

@@ -8,7 +8,6 @@ permanent.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -19,7 +18,7 @@ import msgspec
 from msgspec import Struct
 
 from app.ambient import Ambient, timestamp
-from app.redis_pipe import RedisAway, RedisPipe, RedisRefused
+from app.redis_pipe import RedisAway, RedisPipe, RedisRefused, reached
 
 log = logging.getLogger(__name__)
 
@@ -148,18 +147,5 @@ async def told(url: str, ambient: Ambient, *kinds: str) -> dict[str, Mapping[str
 
 @asynccontextmanager
 async def _reached(url: str, ambient: Ambient) -> AsyncIterator[Control]:
-    pipe = RedisPipe(url, ambient, timeout_ms=REACH_SECONDS * 1000)
-    there = asyncio.Event()
-    pipe.on_return.append(there.set)
-    running = asyncio.ensure_future(pipe.run())
-    try:
-        try:
-            async with asyncio.timeout(REACH_SECONDS):
-                await there.wait()
-        except TimeoutError:
-            raise RedisAway(f"no connection within {REACH_SECONDS:g} s") from None
+    async with reached(url, ambient, REACH_SECONDS) as pipe:
         yield Control(pipe, ambient)
-    finally:
-        await pipe.close()
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)

@@ -25,6 +25,7 @@ GatewayError
 │   ├── LedgerUnavailable           503 ledger_unavailable
 │   ├── UsageUnavailable            503 ledger_unavailable
 │   ├── LimitsUnavailable           503 gateway_overloaded
+│   ├── CacheUnavailable            503 gateway_overloaded
 │   ├── IssuerUnavailable           503 gateway_overloaded
 │   ├── Overloaded                  503 gateway_overloaded
 │   ├── ReadOnly                    503 gateway_read_only
@@ -248,6 +249,12 @@ class UsageUnavailable(OwnFault):
 
 class LimitsUnavailable(OwnFault):
     """Redis is away, and `gateway.redis.away` says `closed` for one of the call's limits."""
+
+    code = "gateway_overloaded"
+
+
+class CacheUnavailable(OwnFault):
+    """Redis is away, so nothing was invalidated: send it again. Until Redis is back nothing from before is found."""
 
     code = "gateway_overloaded"
 

@@ -232,7 +232,7 @@ class Gateway:
         else:
             exchange.error = VendorRefused("", vendor_status=before.status, vendor_code=before.code)
         event = self.settle(exchange)
-        headers = self._headers(exchange, EVENT_STREAM if before.stream else b"application/json")
+        headers = self._headers(exchange, EVENT_STREAM if before.stream else before.content_type)
         headers.append((b"content-length", b"%d" % len(before.body)))
         latency = b"gateway;dur=%.3f, cache;dur=%.3f" % (event.latency_ms.gateway, event.latency_ms.cache_lookup)
         headers.append((b"server-timing", latency))

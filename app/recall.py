@@ -61,6 +61,7 @@ class Said(Struct, frozen=True):
     stream: bool
     body: bytes
     code: str | None = None
+    content_type: bytes = b"application/json"
 
 
 class Recall:
@@ -309,7 +310,7 @@ class Recall:
                     )
                 memory.key_state = "replayed"
                 exchange.recalled = Recalled("idempotent", age_seconds=self.cache.age_seconds(claim))
-                return Said(answer.status, answer.stream, answer.body, answer.error_code)
+                return Said(answer.status, answer.stream, answer.body, answer.error_code, answer.content_type)
             if self.ambient.monotonic() + wait >= deadline:
                 raise IdempotencyInProgress(
                     "The first call with this Idempotency-Key still runs: send it again later.",
@@ -357,7 +358,7 @@ class Recall:
         """What another call of the same key gets: good answers, and a vendor's own refusal of the request."""
         error, call = exchange.error, exchange.call
         if good:
-            return Kept(200, exchange.request.stream, None, said)
+            return Kept(200, exchange.request.stream, None, said, exchange.content_type)
         if isinstance(error, VendorRefused) and error.vendor_status is not None:
             body = call.dialect.error_body(error, call.request_id)
             return Kept(error.vendor_status, False, error.vendor_code, body)

@@ -11,8 +11,8 @@ import asyncio
 import hashlib
 import logging
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from hiredis import HiredisError, Reader, pack_command
@@ -291,3 +291,23 @@ class RedisPipe:
         self._closed = True
         if self._line is not None:
             self._line.lose("the gateway stops")
+
+
+@asynccontextmanager
+async def reached(url: str, ambient: Ambient, seconds: float) -> AsyncIterator[RedisPipe]:
+    """A connection for a command's time; each of its steps has `seconds`. Raises RedisAway."""
+    pipe = RedisPipe(url, ambient, timeout_ms=seconds * 1000)
+    there = asyncio.Event()
+    pipe.on_return.append(there.set)
+    running = asyncio.ensure_future(pipe.run())
+    try:
+        try:
+            async with asyncio.timeout(seconds):
+                await there.wait()
+        except TimeoutError:
+            raise RedisAway(f"no connection within {seconds:g} s") from None
+        yield pipe
+    finally:
+        await pipe.close()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)

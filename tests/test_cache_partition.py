@@ -59,6 +59,23 @@ def test_the_order_of_members_does_not_matter() -> None:
     assert asked(json.dumps(written).encode()).key == asked().key
 
 
+def test_another_spelling_of_the_same_json_is_the_same_request() -> None:
+    spaced = json.dumps(json.loads(body()), indent=2, ensure_ascii=False).encode()
+    assert asked(spaced).key == asked(json.dumps(json.loads(body()), separators=(",", ":")).encode()).key
+
+
+def test_a_large_request_counts_as_it_was_written() -> None:
+    large = {"messages": [{"role": "user", "content": "x" * 70_000}]}
+    one, two = (asked(json.dumps(json.loads(body(**large)), indent=spaces).encode()).key for spaces in (None, 1))
+    assert (asked(body(**large)).key, one == two) == (one, False)
+
+
+def test_a_request_that_is_nested_deeply_is_one() -> None:
+    deep = b"[" * 900 + b"]" * 900
+    written = body()[:-1] + b', "metadata": ' + deep + b"}"
+    assert asked(written).key != asked().key
+
+
 def test_parts_cannot_be_moved_from_one_place_to_the_next() -> None:
     assert asked(body(a="b", c="d")).key != asked(body(a='b","c":"d')).key
     assert asked(prompt_version="").key != asked().key

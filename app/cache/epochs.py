@@ -76,11 +76,8 @@ class Epochs:
 
         Raises RedisAway, RedisRefused.
         """
-        now = self._ambient.now()
-        epoch = epoch or self._ambient.event_id(now)
-        name = hashlib.sha256(msgspec.json.encode(scope)).hexdigest()[:32]
-        value = msgspec.json.encode(_Told(scope, epoch)).decode()
-        await self._control.put(INVALIDATED, name, value, by, now + REMEMBERED_SECONDS)
+        name, value, until, epoch = instruction(scope, epoch, self._ambient)
+        await self._control.put(INVALIDATED, name, value, by, until)
         self._epochs[scope] = epoch
         return epoch
 
@@ -94,3 +91,11 @@ class Epochs:
             told = _Told(Scope(), entry.value)
         self._epochs[told.scope] = told.epoch
         return told.scope
+
+
+def instruction(scope: Scope, epoch: str | None, ambient: Ambient) -> tuple[str, str, float, str]:
+    """What is put in the control channel: name, value, until when; and the epoch that begins."""
+    now = ambient.now()
+    epoch = epoch or ambient.event_id(now)
+    name = hashlib.sha256(msgspec.json.encode(scope)).hexdigest()[:32]
+    return name, msgspec.json.encode(_Told(scope, epoch)).decode(), now + REMEMBERED_SECONDS, epoch

@@ -40,6 +40,7 @@ class Kept(Struct, frozen=True, array_like=True):
     stream: bool
     error_code: str | None
     body: bytes | None
+    content_type: bytes = b"application/json"
 
 
 Claim = Literal["mine", "running", "other", "away"] | Entry | None

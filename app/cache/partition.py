@@ -7,6 +7,7 @@ last user turn: within one, and nowhere else, a question may be answered with th
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 
 import msgspec
@@ -22,11 +23,17 @@ UNSAID_TEMPERATURE = 1.0
 """What vendors take where a request names none."""
 FREE = frozenset({"model", "stream", "stream_options"})
 """Members that do not change an answer: the alias stands in the key, and an entry serves whole answers and streams."""
+CANONICAL_BYTES = 65_536
+"""Of a request that is read and written again for its key: 0.2 ms of the event loop."""
 NO_WISHES = Wishes()
 NO_TAGS: Mapping[str, str] = {}
+_encode = msgspec.json.encode
+_decode = msgspec.json.decode
 _ROLE_MEMBERS = ("role", "content", "type", "id", "status")
-_TOOL_TURN = (b'"tool_calls"', b'"tool_call_id"', b'"function_call"', b'"tool_use"', b'"tool_result"',
-              b'"function_call_output"', b'"role":"tool"', b'"role": "tool"')  # fmt: skip
+_NOT_REPLAYABLE = frozenset({"logprobs", "top_logprobs", "audio"})
+_TOOL_TURN = re.compile(
+    rb'"(?:tool_calls|tool_call_id|function_call(?:_output)?|tool_use|tool_result)"|"role"\s*:\s*"tool"'
+)
 """Where one of these stands in a conversation, tools are in play; quoted by a user they would have backslashes."""
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
@@ -117,14 +124,13 @@ def ask(
     )
     if alias.guardrails or tenant.guardrails:  # what others let through is not what these do
         common += (repr((alias.guardrails, tenant.guardrails)).encode(),)
-    fields = request.fields
-    names = sorted(fields.keys() - FREE)
-    key = digest((*common, *(part for name in names for part in (name.encode(), fields[name]))))
+    fields = {name: value for name, value in request.fields.items() if name not in FREE}
+    key = digest((*common, canonical(fields)))
     turn = last_turn(call.dialect.name, fields) if mode in SEMANTIC else None
     partition = ""
     if turn is not None:
-        rest = (part for name in names if name not in _CONVERSATIONS for part in (name.encode(), fields[name]))
-        partition = digest((*common, *rest, b"", *turn.history))
+        rest = {name: value for name, value in fields.items() if name not in _CONVERSATIONS}
+        partition = digest((*common, canonical(rest), *turn.history))
     return Ask(
         tenant_id=tenant.id, alias=alias.name, mode=mode, policy=policy, tenant=tenant.cache, wishes=wishes,
         dialect=call.dialect.name, key=prefix(tenant.id, alias.name) + "x:" + key, digest=key, partition=partition,
@@ -137,13 +143,19 @@ def revision(wishes: Wishes, policy: AliasCache) -> str:
     return wishes.kb_revision or policy.kb_revision or ""
 
 
-def digest(parts: Iterable[bytes | Raw]) -> str:
+def canonical(fields: Mapping[str, Raw]) -> bytes:
+    """The same bytes for the same JSON, however it was written. A large request counts as it was written."""
+    if sum(len(memoryview(value)) for value in fields.values()) <= CANONICAL_BYTES:
+        try:
+            return _encode({name: _decode(value) for name, value in fields.items()}, order="deterministic")
+        except _UNREADABLE:
+            pass  # it is nested too deeply
+    return b"as written" + b"".join(b"%d:%b" % (len(v), v) for n, w in sorted(fields.items()) for v in (n.encode(), w))
+
+
+def digest(parts: Iterable[bytes]) -> str:
     """Of parts with their lengths: no two lists of parts read the same."""
-    hashed = hashlib.sha256()
-    for part in parts:
-        hashed.update(b"%d:" % len(memoryview(part)))
-        hashed.update(part)
-    return hashed.hexdigest()[:40]
+    return hashlib.sha256(b"".join([b"%d:%b" % (len(part), part) for part in parts])).hexdigest()[:40]
 
 
 def reason(request: Request, wishes: Wishes, policy: AliasCache | None, mode: CacheMode) -> str | None:
@@ -163,12 +175,12 @@ def reason(request: Request, wishes: Wishes, policy: AliasCache | None, mode: Ca
         return "choices"
     if _temperature(fields) > policy.max_temperature:
         return "sampling"
-    if _asked(fields, "logprobs") or _asked(fields, "top_logprobs") or _asked(fields, "audio"):
+    if not _NOT_REPLAYABLE.isdisjoint(fields) and any(_asked(fields, name) for name in _NOT_REPLAYABLE):
         return "not_replayable"
     for name in _CONVERSATIONS:
         if (written := fields.get(name)) is not None:
             conversation = bytes(written)
-            if any(word in conversation for word in _TOOL_TURN):
+            if (b"tool" in conversation or b"function_call" in conversation) and _TOOL_TURN.search(conversation):
                 return "tool_turn"
     return None
 
