@@ -46,7 +46,7 @@ from app.prompt_size import BYTES_PER_TOKEN
 from app.providers.translator import Answer, Outgoing, Stamp, Translator
 from app.relay import FILTERED, Stream
 from app.routing import after, detour, plan, sum_up
-from app.settlement import charged, intent_of, ms, word
+from app.settlement import intent_of, ms, word
 from app.telemetry import Telemetry
 from app.upstream import Upstream, VendorAnswer
 
@@ -197,7 +197,7 @@ class Dialogue:
             if step is None or late:
                 raise refusal or sum_up(errors, late)
             if isinstance(error, VendorTimeout | VendorBroke):
-                self._note_lost(exchange)
+                self._note_lost(exchange, target)
             if step.index == index and not step.other_key:
                 self.retries.spend()
             if step.wait_seconds:
@@ -505,11 +505,14 @@ class Dialogue:
             self.limits.settle(exchange.grant, tokens, 0)
             exchange.grant = None
 
-    def _note_lost(self, exchange: Exchange) -> None:
+    def _note_lost(self, exchange: Exchange, target: Target) -> None:
         """The vendor had read the prompt, and may charge for it; the tenant pays for the answer that it gets."""
-        request = exchange.request
-        lost = charged(exchange, estimate(request.operation, exchange.input_tokens_estimate, 0, request.units))
-        exchange.attempts[-1] = msgspec.structs.replace(exchange.attempts[-1], estimated_usd=usd(lost.total_nanos))
+        call, request = exchange.call, exchange.request
+        prompt = estimate(request.operation, exchange.input_tokens_estimate, 0, request.units)
+        lost = charge(prompt, target, exchange.tenant.id, None, call.received_at)
+        place = max(place for place, attempt in enumerate(exchange.attempts) if attempt.target == target.name)
+        kept = exchange.attempts[place]
+        exchange.attempts[place] = msgspec.structs.replace(kept, estimated_usd=usd(lost.total_nanos))
 
 
 CANCELLED = "cancelled"

@@ -183,7 +183,10 @@ def ms(seconds: float) -> float:
 
 
 def fell_back(exchange: Exchange) -> bool:
-    return exchange.target is not None and exchange.target.name != exchange.chain[0]
+    """Whether another target answers than the first, which was at fault: not where it was doubted, or outrun."""
+    if exchange.target is None or exchange.target.name == exchange.chain[0]:
+        return False
+    return not exchange.attempts or exchange.attempts[exchange.served].role not in ("escalation", "hedge")
 
 
 def error_code(error: GatewayError) -> str:

@@ -170,6 +170,7 @@ def test_a_doubtful_answer_is_taken_to_the_dearer_target(table: Make, case: str)
     reply, body = at.serve(request(**fields))
     assert (reply.status, said(body)) == (200, "better")
     assert (headers(reply)["x-gateway-escalation"], headers(reply)["x-gateway-attempts"]) == (why, "2")
+    assert headers(reply)["x-gateway-fallback"] == "false"
     row = at.row()
     assert [(a["outcome"], a["doubt"], a["role"]) for a in row["attempts"]] == [
         ("doubtful", why, "chain"), ("success", None, "escalation"),
@@ -452,6 +453,22 @@ def test_where_the_hedge_fails_the_first_is_waited_for(table: Make) -> None:
     row = at.row()
     assert [a["outcome"] for a in row["attempts"]] == ["success", "failed"]
     assert (row["cost_usd"]["total"], row["fallback_used"]) == (NANOS / 1e9, False)
+
+
+def test_where_both_of_a_race_fail_each_attempt_says_its_own(table: Make) -> None:
+    class Late(ScriptedAnswer):
+        async def read(self, max_bytes: int) -> bytes:
+            await until(lambda: at.vendors.models == ["cheap", "spare"])
+            await asyncio.sleep(0)
+            return b"cut"
+
+    failures: list[Any] = [VendorFailed("x"), VendorFailed("x")]
+    at = table(Vendors(cheap=[Late()], spare=failures), CHEAP, SPARE, hedge=SOON)
+    reply, _ = at.serve(request())
+    assert reply.status == 503
+    first, *others = at.row()["attempts"]
+    assert (first["outcome"], first["estimated_usd"] > 0) == ("broke", True)
+    assert {(a["outcome"], a["estimated_usd"]) for a in others} == {("failed", 0)}
 
 
 def test_a_failed_first_target_is_retried_as_ever(table: Make) -> None:

@@ -79,7 +79,7 @@ def test_a_slow_first_word_is_outrun_and_its_vendor_cancelled(journey: Journey) 
     assert event["cost_usd"]["total"] > event["attempts"][0]["cost_usd"]["total"] > 0
 
 
-def test_a_hang_up_in_a_race_cancels_both_vendors_within_a_second(journey: Journey) -> None:
+def test_a_hang_up_in_a_race_cancels_both_vendors(journey: Journey) -> None:
     for vendor in ("openai", "openrouter"):
         journey.fault(vendor, kind="hang")
     headers = journey.headers()
