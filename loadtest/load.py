@@ -23,6 +23,9 @@ RECONNECT_SECONDS = 0.01
 LATE_SECONDS = 10.0
 """How long answers under way may still take when the time is up, before they count as errors."""
 _DONE = b"data: [DONE]\n\n"
+_ENDS = (_DONE, b'data: {"type":"message_stop"}\n\n')
+"""How a whole stream ends, in chat completions and in Messages."""
+_TAIL_BYTES = max(map(len, _ENDS))
 
 
 class Latency(msgspec.Struct, frozen=True):
@@ -189,7 +192,7 @@ class Connection(asyncio.Protocol):
                 return
             if self._is_stream:
                 self._tally.events += data.count(b"data: ", start, end)
-                self._tail = (self._tail + data[start:end])[-len(_DONE) :]
+                self._tail = (self._tail + data[start:end])[-_TAIL_BYTES:]
             at = end + 2
         self._unread = data[at:]
 
@@ -199,7 +202,7 @@ class Connection(asyncio.Protocol):
         self._waiting = False
         if self._status != 200:
             tally.errors[f"status {self._status}"] += 1
-        elif self._is_stream and self._tail != _DONE:
+        elif self._is_stream and not self._tail.endswith(_ENDS):
             tally.errors["no [DONE]"] += 1
         elif tally.stopping:
             tally.late += 1

@@ -161,6 +161,12 @@ def test_a_benchmark_request_is_one_kilobyte_of_json(case: str) -> None:
     assert bool(json.loads(body).get("stream")) == (case != "unary")
 
 
+def test_only_the_gateway_is_asked_to_translate() -> None:
+    subjects = [Subject(name, "http://x", {}, 1) for name in ("mock", "gateway", "nginx")]
+    assert [one.name for one in bench.measured("translated", subjects)] == ["gateway"]
+    assert bench.measured("stream", subjects) == subjects
+
+
 # --- the arithmetic -------------------------------------------------------------------------------------------------
 
 

@@ -47,6 +47,7 @@ CASES = {
     "unary": "1 KB chat request, 1 KB answer",
     "stream": f"the same request streamed, {STREAM_CHUNKS} chunks one by one",
     "burst": f"the same request streamed, {STREAM_CHUNKS} chunks at once",
+    "translated": f"the same stream asked for in Messages: {STREAM_CHUNKS} chunks one by one, each translated",
 }
 SUBJECTS = ("mock", "gateway", "traefik", "nginx")
 ON = (
@@ -58,8 +59,13 @@ SHIPPING_SECONDS = 120
 REQUEST_BYTES = 1024
 
 
+def measured(case: str, subjects: Sequence[Subject]) -> list[Subject]:
+    """Who takes part in a case: the gateway alone translates."""
+    return [one for one in subjects if one.name == "gateway" or case != "translated"]
+
+
 def chat_request(case: str) -> bytes:
-    """The body of `case`: exactly REQUEST_BYTES of JSON, unary or streamed."""
+    """The body of `case`: exactly REQUEST_BYTES of JSON, unary or streamed, in either dialect."""
     body: dict[str, object] = {
         "model": "support-fast",
         "messages": [
@@ -74,8 +80,10 @@ def chat_request(case: str) -> bytes:
     if case == "burst":
         body["metadata"] = {"pace": AT_ONCE.decode()}
     question = "Where is my parcel, and when will it come? "
+    if case == "translated":  # Messages have the system prompt beside the conversation
+        body["system"] = body["messages"].pop(0)["content"]  # type: ignore[attr-defined]
     room = REQUEST_BYTES - len(json.dumps(body))
-    body["messages"][1]["content"] = (question * (room // len(question) + 1))[:room]  # type: ignore[index]
+    body["messages"][-1]["content"] = (question * (room // len(question) + 1))[:room]  # type: ignore[index]
     return json.dumps(body).encode()
 
 
@@ -103,8 +111,9 @@ class Meter:
 
     def load(self, subject: Subject, case: str, concurrency: int, seconds: float) -> LoadResult:
         headers = {"content-type": "application/json", **subject.headers}
-        request = request_bytes(subject.url, headers, chat_request(case))
-        load = uvloop.run(run_load(subject.url, request, concurrency=concurrency, duration_seconds=seconds))
+        url = subject.url.replace("/chat/completions", "/messages") if case == "translated" else subject.url
+        request = request_bytes(url, headers, chat_request(case))
+        load = uvloop.run(run_load(url, request, concurrency=concurrency, duration_seconds=seconds))
         self.answered[subject.name] = self.answered.get(subject.name, 0) + load.completed + load.late
         return load
 
@@ -181,13 +190,13 @@ def measure(parts: Parts, options: argparse.Namespace, cores: int, notes: list[s
     meter = Meter(options.duration)
     samples: list[Sample] = []
     for case in cases:
-        for subject in subjects:
+        for subject in measured(case, subjects):
             show(f"warming up {subject.name}, {case}")
             meter.load(subject, case, 16, WARM_UP_SECONDS)
     for round_ in range(options.rounds):
         for case in cases:
             for concurrency in options.concurrency:
-                for subject in interleaved(subjects, round_):
+                for subject in measured(case, interleaved(subjects, round_)):
                     show(f"round {round_ + 1} of {options.rounds}: {case}, concurrency {concurrency}, {subject.name}")
                     samples.append(meter.measure(subject, case, concurrency, round_))
     loaded = usage(gateway) if gateway else None

@@ -8,6 +8,7 @@ from statistics import median
 import msgspec
 
 from loadtest.load import LoadResult
+from loadtest.mock_vendor import STREAM_CHUNKS
 
 BASELINE = "mock"
 FLOOR_PER_SECOND, GOAL_PER_SECOND = 2_000, 4_000
@@ -215,6 +216,13 @@ def verdicts(report: Report) -> list[str]:
         lines.append(
             f"streams/s that one core carries, by their CPU time: {streams.per_core:,.0f}; "
             + _held(streams.per_core, GOAL_STREAMS_PER_SECOND, None, least=True)
+        )
+    translated = find(report.rows, "translated", 64, "gateway")
+    if streams and translated and translated.per_core:
+        lines.append(
+            f"chunks/s that one core carries: relayed {streams.per_core * STREAM_CHUNKS:,.0f}, translated "
+            f"{translated.per_core * STREAM_CHUNKS:,.0f}; first content at 64 connections after "
+            f"{streams.first_byte_p50_us / 1000:.2f} ms and {translated.first_byte_p50_us / 1000:.2f} ms"
         )
     if facts.loaded_memory_mb:
         total = sum(facts.loaded_memory_mb)
