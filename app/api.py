@@ -22,6 +22,7 @@ from app.auth import Callers, allow, allowed, authorize, header_map
 from app.bodies import Bodies
 from app.cache import wishes
 from app.config import NAME, Config, ConfigSource, ServiceKey, Tenant
+from app.content import Content, Kept
 from app.core import Call, Cut, Dialect, Exchange, Reply
 from app.dialects import ROUTES, words_for
 from app.errors import (
@@ -66,6 +67,8 @@ class FrontDoor:
         self.in_flight: dict[asyncio.Task[None], Exchange] = {}
         self.bodies = Bodies()
         self.draining = False
+        self.content: Content | None = None
+        """Where content of tenants that asked for it goes; None: nowhere."""
 
     async def serve(self, dialect: Dialect, visit: Visit) -> None:
         """POST to a route of `dialects.ROUTES`, from the first byte in to the last byte out."""
@@ -110,13 +113,14 @@ class FrontDoor:
         """The call's journey. A hang-up or the drain's limit cancels this task; `exchange.cut` says which."""
         task = visit.task
         self.in_flight[task] = exchange
+        kept = None if self.content is None else Kept()
         visit.on_hang_up = hang_up = partial(_cut, exchange, task, "client_closed")
         if visit.gone:
             hang_up()
         longest = exchange.call.config.settings.longest_seconds + STALLED_SECONDS
         visit.patience.last(longest, partial(_cut, exchange, task, "deadline"))
         try:
-            await self.gateway.serve(exchange, partial(self._depart, exchange, visit))
+            await self.gateway.serve(exchange, partial(self._depart, exchange, visit, kept))
         except asyncio.CancelledError:
             if exchange.cut is None:
                 raise
@@ -133,20 +137,28 @@ class FrontDoor:
         finally:
             visit.on_hang_up = None
             del self.in_flight[task]
+            if kept is not None and kept.size:
+                self.content.take(exchange, kept)
 
-    async def _depart(self, exchange: Exchange, visit: Visit, reply: Reply) -> None:
+    async def _depart(self, exchange: Exchange, visit: Visit, kept: Kept | None, reply: Reply) -> None:
         """Sends a reply as fast as it comes and the client reads."""
+        if kept is not None and (exchange.tenant is None or not exchange.tenant.capture_content):
+            kept = None
         if self.draining or isinstance(exchange.call.fault, RequestTooLarge | Overloaded):
             reply.headers.append((b"connection", b"close"))
         if reply.status >= 400:
             await self._not_too_soon(exchange.call.started)
         if reply.frames is None:
+            if kept is not None:
+                kept.add(reply.first)
             visit.whole(reply.status, reply.headers, reply.first)
             return
         visit.start(reply.status, reply.headers)
         async with aclosing(reply.frames) as frames:
             async for frame in frames:
                 visit.write(frame)
+                if kept is not None:
+                    kept.add(frame)
                 if visit.blocked:
                     await visit.drained()
         visit.end()

@@ -22,6 +22,7 @@ from app.archive import ArchiveError
 from app.auth import Callers, KeySets, Tokens, jwks
 from app.cache import INVALIDATED, SEMANTIC, VERIFIER, Cache, Embedders, Learning, Questions
 from app.config import PRIORITIES, Config, ConfigError, ConfigSource, Secret, utc_day
+from app.content import Content
 from app.control import REVOKED, Control, Entry
 from app.cooldowns import COOLDOWN, Cooldowns, is_resting
 from app.credentials import Credentials, client
@@ -215,6 +216,8 @@ class Replica:
         self.key_sets = KeySets(lambda: source.current, jwks.client(), ambient)
         callers = Callers(Tokens(self.key_sets), self.control.kind(REVOKED))
         self.door = api.FrontDoor(source, self.gateway, callers, ambient)
+        self.content = Content(settings.content, options.name, ambient) if settings.content.folder else None
+        self.door.content = self.content
         self.usage = self._usage_reader()
         self.stop = asyncio.Event()
         self.hurry = asyncio.Event()
@@ -239,6 +242,7 @@ class Replica:
             )
         ]
         shipping = asyncio.ensure_future(self._keep(self.shipper.run)) if self.shipper else None
+        capturing = asyncio.ensure_future(self._keep(self.content.run)) if self.content else None
         await control.start()
         await main.start()
         self.telemetry.config_loaded(self.source.current)
@@ -252,6 +256,9 @@ class Replica:
             task.cancel()
         await asyncio.gather(*loops, return_exceptions=True)
         self.spool.close()
+        if capturing:
+            await self.content.stop()
+            await capturing
         if shipping:
             await self.shipper.stop()
             await shipping
@@ -476,7 +483,6 @@ class Replica:
         gauge("gateway_tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks()))
         gauge("gateway_body_bytes", "Request bodies in memory.", lambda: self.door.bodies.held)
         overload = self.overload
-        gauge("gateway_loop_delay_seconds", "How late the event loop is, at best.", lambda: overload.delay_seconds)
         gauge("gateway_overload_level", "Classes of tenants that are shed for it.", lambda: overload.level)
         for place, priority in enumerate(PRIORITIES):
             gauge(
@@ -518,6 +524,10 @@ class Replica:
         gauge("gateway_webhook_failures", "Failed attempts to send a warning.", lambda: warnings.failed)
         gauge("gateway_spool_rows", "Rows written by this process.", lambda: self.spool.rows)
         gauge("gateway_spool_write_failures", "Rows that could not be written.", lambda: self.spool.write_failures)
+        if self.content is not None:
+            content = self.content
+            gauge("gateway_content_captured", "Calls whose content was handed to its writer.", lambda: content.taken)
+            gauge("gateway_content_dropped", "Calls whose content it could not take.", lambda: content.dropped)
         if shipper is None:
             return
         gauge(

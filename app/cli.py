@@ -11,7 +11,16 @@ from pathlib import Path
 
 import msgspec
 
-from app import cache_commands, explain, keys, ledger_commands, mode_commands, money_commands, price_commands
+from app import (
+    cache_commands,
+    content_commands,
+    explain,
+    keys,
+    ledger_commands,
+    mode_commands,
+    money_commands,
+    price_commands,
+)
 from app.ambient import Ambient, timestamp
 from app.config import NAME, ConfigError, Secret, load, price_tables
 from app.operator import audit, operator
@@ -105,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
 
     mode_commands.add(command)
     cache_commands.add(command)
+    content_commands.add(command)
     money_commands.add(command)
     ledger_commands.add(command)
     return parser

@@ -72,6 +72,7 @@ PASSED = {
 }
 """Models of what OpenAI has beside chat and embeddings: each an alias of its own."""
 OVERLAY: dict[str, Any] = {
+    "guardrails": {"suite": {"url": "http://127.0.0.1:9/nobody"}},
     "prices": {
         "openai": {
             name: {"source": "the suite", "checked_on": "2026-11-01", **prices}

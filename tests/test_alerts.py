@@ -71,6 +71,7 @@ CASES: dict[str, dict[str, str]] = {
     "GatewayDown": gauge('up{job="gateway",instance="a"}', 0, 1) | {INFLIGHT: "1x120"},
     "GatewayLatencyHigh": slow("gateway_request_seconds", "3", "5"),
     "GatewayEventLoopSlow": slow("gateway_event_loop_delay_seconds", "0.1", "0.25"),
+    "GatewaySheds": {'gateway_shed_calls{instance="a",priority="low"}': "0+6x60 360+0x60"},
     "GatewayRefusesByLimit": share('gateway_requests_total{instance="a",status="rate_limited"}', CALLS, 6, 100),
     "GatewayFallsBack": share('gateway_fallback_total{from="x",to="y",reason="failed"}', CALLS, 12, 100),
     "GatewayVendorFails": attempts("failed", 2),

@@ -19,12 +19,12 @@ from app.providers import PROVIDERS
 ROOT = Path(__file__).parents[1]
 
 LAYERS = (
-    ("errors", "ambient", "audit", "sse", "sql", "prompt_size"),
+    ("errors", "ambient", "audit", "redaction", "sse", "sql", "prompt_size"),
     ("wire", "vendors", "config", "core"),
     ("providers", "dialects"),
     (
         "auth", "cache", "control", "cooldowns", "limits", "redis_pipe", "ledger", "credentials", "upstream", "http1",
-        "telemetry", "warnings", "paces", "allowance", "modes", "overload", "guardrails",
+        "telemetry", "warnings", "content", "paces", "allowance", "modes", "overload", "guardrails",
     ),
     (
         "routing", "estimate", "settlement", "relay", "confidence", "recall", "dialogue", "shadows", "gateway",
@@ -33,10 +33,11 @@ LAYERS = (
     (
         "api", "openapi", "admin", "cache_door", "status_page", "bodies", "keys", "ledger_shipper", "archive",
         "reports", "price_sync", "rerate", "usage_pages", "ledger_schema", "ledger_segment", "dead_letters", "lake",
+        "content_writer",
     ),
     (
         "asgi", "cli", "cache_commands", "operator", "lint_apps", "jobs", "explain",
-        "ledger_commands", "mode_commands", "money_commands", "price_commands",
+        "ledger_commands", "mode_commands", "content_commands", "money_commands", "price_commands",
     ),
 )  # fmt: skip
 """The rooms from the ground up: a file imports only from layers before its own."""
@@ -91,6 +92,7 @@ WITHIN_A_LAYER = {
     ("rerate", "archive"): "adjustments are rows of the ledger",
     ("cli", "asgi"): "`gateway serve`",
     ("cli", "explain"): "`gateway check --explain`",
+    ("cli", "content_commands"): "`gateway content`",
     ("cli", "lint_apps"): "`gateway lint-apps`",
     ("cli", "cache_commands"): "`gateway cache`",
     ("cache_commands", "money_commands"): "days are read alike",
@@ -107,6 +109,7 @@ WITHIN_A_LAYER = {
 
 HOMES = {
     "jwt": {"auth", "credentials"},
+    "phonenumbers": {"redaction"},
     "botocore": {"credentials", "providers"},
     "yaml": {"config"},
     "redis": {"redis_pipe"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import shlex
@@ -10,10 +12,11 @@ import ssl
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import httpx
@@ -21,6 +24,7 @@ import pytest
 
 from app.cli import _parser
 from loadtest import local_ca, services
+from loadtest.processes import has_ended
 from loadtest.stack import Stack
 from tests.journey import until
 
@@ -138,6 +142,9 @@ class Site:
         verified = self.bash("set -x\n" + verify, **environ)
         assert verified.returncode == 0, verified.stdout + verified.stderr
 
+    def headers(self, tenant: str) -> dict[str, str]:
+        return {"authorization": f"Bearer {self.stack.key}", "x-tenant-id": tenant}
+
     def says(self, text: str) -> bool:
         """Whether every replica's status has `text`."""
         return self.bash(f"all {shlex.quote(text)}").returncode == 0
@@ -156,11 +163,19 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     environ = {name: value for name, value in os.environ.items() if not name.endswith(("_API_KEY", "_ACCESS_KEY"))}
     with (
         Stack(folder / "state", config=folder / "config", environ=environ) as stack,
-        _starter(lambda name: stack.start(name.replace("gateway-", "replica-"))) as url,
+        _starter(partial(_start, stack)) as url,
     ):
         site = Site(stack, folder, url)
         until(lambda: site.says('"budgets":"whole"'), 30)  # a Redis that was never used gets them from the ledger
         yield site
+
+
+def _start(stack: Stack, name: str) -> None:
+    """As `docker compose up` does with a container whose image is another: what runs is stopped in its orderly way."""
+    name = name.replace("gateway-", "replica-")
+    if not has_ended(stack.pid(name)):
+        stack.stop(name)
+    stack.start(name)
 
 
 class _starter:
@@ -317,3 +332,113 @@ def test_alias_whose_vendors_all_fail_gets_another(site: Site) -> None:
     assert (site.config / "gateway_models.yaml").read_text() == (ROOT / "config" / "gateway_models.yaml").read_text()
     for vendor in ("openai", "openrouter"):
         site.fault(vendor, kind="latency", latency_ms=1)
+
+
+def test_overload_is_mended(site: Site) -> None:
+    settings = site.config / "gateway.yaml"
+    before = settings.read_text()
+    settings.write_text(before.replace("max_calls: 2000", "max_calls: 4"))
+    version = site.bash("call -o /dev/null -D - | grep -i config-version").stdout
+    until(lambda: site.bash("call -o /dev/null -D - | grep -i config-version").stdout != version)
+    flooder, caller = "smoke-test", "local-dev"  # of one priority, so that one takes the other's room
+    body = {
+        "model": "support-fast",
+        "stream": True,
+        "messages": [{"role": "user", "content": "tokens=600 chunk_ms=100"}],
+    }
+    with contextlib.ExitStack() as held:
+        for replica in site.stack.replicas:
+
+            def is_full(url: str = replica.url) -> bool:
+                client = held.enter_context(httpx.Client(base_url=url, headers=site.headers(flooder), timeout=60))
+                stream = client.stream("POST", "/v1/chat/completions", json=body)
+                return held.enter_context(stream).status_code == 503
+
+            until(is_full)
+        site.mend("overload", TENANT=caller, FLOODER=flooder, MAX_CALLS="100")
+        refused = site.bash("call", TENANT=flooder).stdout
+        assert '"gateway_read_only"' in refused
+    assert site.bash(commands(section("overload", "Undo")), FLOODER=flooder).returncode == 0
+    settings.write_text(before)
+    until(lambda: site.bash("code", TENANT=flooder).stdout == "200")
+
+
+@pytest.mark.drill
+def test_drift_by_an_old_price_is_mended(site: Site, tmp_path: Path) -> None:
+    """A table with a hundredth of the price has come into force; the vendor's invoice has the whole of it."""
+    right = (ROOT / "config" / "prices" / "2026-11-01.yaml").read_text()
+    wrong = re.sub(
+        r"(gpt-4o-mini-2024-07-18:\s*\{[^}]*?input: )([\d.]+)(.*?output: )([\d.]+)",
+        lambda m: f"{m[1]}{float(m[2]) / 100:.6f}{m[3]}{float(m[4]) / 100:.6f}", right, flags=re.DOTALL,
+    )  # fmt: skip
+    assert wrong != right
+    (site.config / "prices" / "2026-11-02.yaml").write_text(wrong)
+    version = "event->'cost_usd'->>'price_table_version'"
+    counted = f'psql "$DATABASE_URL" -Atc "SELECT count(*) FROM ledger WHERE {version} = \'2026-11-02\'"'
+    body = {"model": "support-fast", "messages": [{"role": "user", "content": "tokens=20000"}]}
+
+    def dear_calls() -> int:
+        url = site.stack.replicas[0].url
+        httpx.post(f"{url}/v1/chat/completions", headers=site.headers("acme-corp"), json=body, timeout=60)
+        return int(site.bash(counted).stdout or 0)
+
+    until(lambda: dear_calls() > 2, 60)
+    rows = f"""SELECT event->>'model_resolved',
+        sum((event->'cost_usd'->>'total')::numeric * CASE {version} WHEN '2026-11-02' THEN 100 ELSE 1 END)
+        FROM ledger WHERE event->>'provider' = 'openai' AND event->>'model_resolved' IS NOT NULL GROUP BY 1"""
+    told = site.bash('psql "$DATABASE_URL" -AtF " " -c "$ROWS"', ROWS=rows)
+    results = [
+        {"amount": {"value": float(cost), "currency": "usd"}, "line_item": f"{model}, output"}
+        for model, cost in (line.split() for line in told.stdout.splitlines())
+    ]
+    midnight = int(datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0).timestamp())
+    invoice, prices = tmp_path / "invoice.json", tmp_path / "2026-11-03.yaml"
+    invoice.write_text(json.dumps({"data": [{"start_time": midnight, "results": results}]}))
+    prices.write_text(right)
+    days = {"FIRST_DAY": f"{date.today() - timedelta(days=1)}", "LAST_DAY": f"{date.today() + timedelta(days=1)}"}
+    site.mend("ledger-drift", INVOICE=str(invoice), PRICES=str(prices), **days)
+
+
+@pytest.mark.drill
+def test_throttled_vendor_is_left_in_peace(site: Site) -> None:
+    grants = f"{site.stack.simulator_url}/_sim/grants"
+    httpx.put(grants, json={"rpm": 60, "tpm": 1_000_000}).raise_for_status()
+    done = Event()
+
+    def flood() -> None:
+        body = {"model": "support-fast", "messages": [{"role": "user", "content": "tokens=2"}]}
+        with httpx.Client(base_url=site.stack.replicas[0].url, headers=site.headers("smoke-test")) as client:
+            while not done.wait(0.1):
+                client.post("/v1/chat/completions", json=body)
+
+    thread = Thread(target=flood)
+    thread.start()
+    try:
+        refused = "metric gateway_vendor_errors_total"
+        until(lambda: 'class="throttled"' in site.bash(refused).stdout)
+        site.mend("vendor-throttling", FLOODER="smoke-test", RPM="10")
+    finally:
+        done.set()
+        thread.join()
+        httpx.delete(grants).raise_for_status()
+    undone = site.bash(commands(section("vendor-throttling", "Undo")), FLOODER="smoke-test", RPM="10")
+    assert undone.returncode == 0
+    assert (site.config / "tenant_policy.yaml").read_text() == (ROOT / "config" / "tenant_policy.yaml").read_text()
+
+
+@pytest.mark.drill
+def test_deploy_that_left_a_replica_out_is_finished(site: Site) -> None:
+    before = {replica.name: replica.pid for replica in site.stack.replicas}
+    site.stack.stop("replica-1")
+    site.mend("deploy-and-rollback")
+    assert all(replica.pid != before[replica.name] for replica in site.stack.replicas)
+
+
+def test_incident_modes_are_turned_on_and_off_as_their_page_says(site: Site) -> None:
+    page = (FOLDER / "incident-modes.md").read_text()
+    ran = site.bash(commands(page), TENANT="acme-corp")
+    assert ran.returncode == 0, ran.stderr
+    assert "acme-corp                cache-only, by " in ran.stdout
+    assert '"health":' in ran.stdout
+    assert '"details":' in ran.stdout
+    until(lambda: site.bash("code").stdout == "200")

@@ -48,6 +48,7 @@ from app.config.written import (
     Written,
     WrittenAway,
     WrittenBreaker,
+    WrittenContent,
     WrittenDiscount,
     WrittenDrain,
     WrittenLongContext,

@@ -144,6 +144,11 @@ def _settings(gateway: WrittenGateway, longest_seconds: float, secrets: Secrets,
     warnings = gateway.warnings
     if not 1 <= warnings.at_percent <= 99:
         faults.add("gateway.warnings.at_percent", "must be from 1 to 99; at 100 calls are refused")
+    if not 1 <= gateway.content.keep_days <= 3660:
+        faults.add("gateway.content.keep_days", "must be from 1 to 3660")
+    for region in gateway.content.phone_regions:
+        if not (len(region) == 2 and region.isascii() and region.isupper()):
+            faults.add("gateway.content.phone_regions", f"{region!r} is no country code such as DE")
     return Settings(
         max_body_bytes=gateway.max_body_bytes,
         max_bodies_bytes=gateway.max_bodies_bytes,
@@ -154,6 +159,7 @@ def _settings(gateway: WrittenGateway, longest_seconds: float, secrets: Secrets,
         redis=gateway.redis,
         drain=gateway.drain,
         spool=gateway.spool,
+        content=gateway.content,
         trace_sample_ratio=gateway.trace_sample_ratio,
         user_id_salt=secrets.resolve(gateway.user_id_salt, "gateway.user_id_salt", faults),
         edge_secret=(
@@ -292,6 +298,8 @@ def _check_policy(policy: WrittenPlan, written: Written, path: str, faults: Faul
     for alias_name in policy.allowed_models or ():
         if alias_name != "*":
             _known(alias_name, written.aliases, "alias", f"{path}.allowed_models", faults)
+    if policy.capture_content and written.gateway.content.folder is None:
+        faults.add(f"{path}.capture_content", "wants gateway.content.folder: where content is kept")
     regions = {provider.region: None for provider in written.providers.values() if provider and provider.region}
     for region in policy.residency or ():
         _known(region, regions, "provider's region", f"{path}.residency", faults)
@@ -323,6 +331,7 @@ def _tenants(written: Written, guarding: Mapping[str, Guardrail], faults: Faults
             residency=_residency(plan.residency if tenant.residency is None else tenant.residency),
             downgrade=downgrade,
             cache=tenant_cache(tenant.cache, plan.cache, f"tenants.{name}.cache", faults),
+            capture_content=bool(plan.capture_content if tenant.capture_content is None else tenant.capture_content),
             priority=PRIORITIES.index(tenant.priority or plan.priority or "normal"),
             guardrails=(
                 named(plan.guardrails, guarding, f"plans.{tenant.plan}.guardrails", Faults())

@@ -17,6 +17,7 @@ from app.config.written import (
     Mode,
     Order,
     WrittenBreaker,
+    WrittenContent,
     WrittenDrain,
     WrittenOverload,
     WrittenRedis,
@@ -343,6 +344,7 @@ class Tenant(Struct, frozen=True):
 
     `residency`: the regions whose providers may serve it; None means any. `downgrade`: by alias, the cheaper one that
     serves in its place when a budget is nearly used up. `priority` is a place in PRIORITIES.
+    `capture_content`: its prompts and answers are kept, redacted.
     """
 
     id: str
@@ -351,6 +353,7 @@ class Tenant(Struct, frozen=True):
     allowed_models: frozenset[str] | None
     quota: Quota = UNLIMITED
     residency: frozenset[str] | None = None
+    capture_content: bool = False
     downgrade: Mapping[str, str] = {}
     cache: TenantCache = CACHED
     priority: int = PRIORITIES.index("normal")
@@ -428,6 +431,7 @@ class Settings(Struct, frozen=True):
     breaker: WrittenBreaker = WrittenBreaker()
     warn_at_percent: int = 80
     warnings_webhook: Secret | None = None
+    content: WrittenContent = WrittenContent()
     overload: WrittenOverload = WrittenOverload()
     mode: Mode = "normal"
 

@@ -176,6 +176,7 @@ class WrittenPlan(WrittenQuota, frozen=True, forbid_unknown_fields=True, kw_only
     cache: WrittenTenantCache | None = None
     priority: Priority | None = None
     guardrails: list[str] | None = None
+    capture_content: bool | None = None
 
 
 class WrittenExtendedPlan(WrittenPlan, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -352,6 +353,12 @@ class WrittenOverload(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     max_delay_ms: int = 50
 
 
+class WrittenContent(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    folder: str | None = None
+    keep_days: int = 30
+    phone_regions: list[str] = []
+
+
 class WrittenGateway(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     max_body_bytes: int = 20_971_520
     max_bodies_bytes: int = 268_435_456
@@ -365,6 +372,7 @@ class WrittenGateway(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     spool: WrittenSpool = field(default_factory=WrittenSpool)
     warnings: WrittenWarnings = field(default_factory=WrittenWarnings)
     overload: WrittenOverload = field(default_factory=WrittenOverload)
+    content: WrittenContent = field(default_factory=WrittenContent)
     mode: Mode = "normal"
     trace_sample_ratio: float = 0.1
     ceiling_input_usd: Decimal = Decimal(100)
