@@ -229,7 +229,7 @@ def test_a_discount_that_cannot_hold_is_a_fault(tmp_path: Path, discount: dict[s
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        ({"windows": [{"from": "24:00", "to": "01:00"}]}, "windows[0].from: '24:00' is not a time of the UTC day"),
+        ({"windows": [{"from": "24:00", "to": "01:00"}]}, "windows[0].from: '24:00' is not a time of the day"),
         ({"long_context": [{"above_input_tokens": 0}]}, "long_context: above_input_tokens must be above 0"),
         ({"input": None}, "input: is required"),
     ],
