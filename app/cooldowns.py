@@ -39,6 +39,10 @@ COUNTED = (VendorFailed, VendorUnreachable, VendorBroke, VendorTimeout)
 """What says that a target does not work. A throttle says that it does; a refusal is of a credential or a request."""
 FINDING_OUT_SECONDS = 60.0
 """A call that finds out and is never heard of again is given up after this, and the next one finds out."""
+DOUBTS = 20
+"""So many 403 or 404 in a row, of a target that has answered others before, are of the target. A vendor may say so of a
+request alone, for a prompt that it moderates or a file that it does not have; else one tenant could send the target to
+rest for all."""
 FORGOTTEN_SECONDS = 60.0
 """What a target that works met so long ago is forgotten, so that calls need not look it up."""
 
@@ -66,6 +70,8 @@ class Cooldowns:
         self._broken: set[str] = set()
         self._finding_out: dict[str, float] = {}
         self._troubled: dict[str, _Trouble] = {}
+        self._answered: set[str | tuple[str, str]] = set()
+        self._doubts: dict[str | tuple[str, str], int] = {}
         self._telling: set[asyncio.Task[None]] = set()
 
     def resting(self) -> frozenset[str]:
@@ -96,8 +102,12 @@ class Cooldowns:
         if self._finding_out and (name := f"target:{target.name}") in self._finding_out:
             self._finding_out[name] = 0.0
 
-    def worked(self, target: Target) -> None:
-        """A target has answered."""
+    def worked(self, target: Target, key: VendorKey | None = None) -> None:
+        """A target has answered, to that key."""
+        asked = target.name if key is None else (target.name, key.name)
+        self._answered.add(asked)
+        if self._doubts:
+            self._doubts.pop(asked, None)
         if not self._troubled and not self._finding_out:
             return
         name = f"target:{target.name}"
@@ -134,6 +144,18 @@ class Cooldowns:
         self._broken.add(name)
         self.rest(name, seconds, BREAKER)
         return True
+
+    def doubtful(self, target: Target, key: VendorKey | None, error: VendorMisconfigured) -> bool:
+        """Whether that may be of the request alone: see `DOUBTS`. Not of one that has never answered."""
+        asked = target.name if key is None else (target.name, key.name)
+        if error.vendor_status not in (403, 404) or asked not in self._answered:
+            return False
+        doubts = self._doubts[asked] = self._doubts.get(asked, 0) + 1
+        if doubts < DOUBTS:
+            return True
+        del self._doubts[asked]
+        self._answered.discard(asked)
+        return False
 
     # --- rests --------------------------------------------------------------------------------------------------------
 

@@ -439,7 +439,7 @@ class Dialogue:
                 request_id = request_id or word(whole.request_id)
                 good = Good(place, target, answer, whole.body, whole, request_id, 0.0, grant)
             outcome = "success"
-            self.cooldowns.worked(target)
+            self.cooldowns.worked(target, key)
             return good
         except asyncio.CancelledError:
             if not patience.over():
@@ -482,7 +482,9 @@ class Dialogue:
         """What a failure means for the calls after this one: who rests, who is told."""
         settings = exchange.call.config.settings
         if isinstance(error, VendorRefused):
-            self.cooldowns.worked(target)
+            self.cooldowns.worked(target, key)
+            return
+        if isinstance(error, VendorMisconfigured) and self.cooldowns.doubtful(target, key, error):
             return
         if self.cooldowns.failed(target, error, settings.breaker):
             self.telemetry.broke_off(target.name, error)

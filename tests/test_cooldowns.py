@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from app.ambient import Ambient
 from app.config import UNLIMITED, Credential, Secret, Target, VendorKey, WrittenBreaker
 from app.control import Control, Entry
-from app.cooldowns import BREAKER, FORGOTTEN_SECONDS, MAX_SECONDS, Cooldowns, another, is_resting, pick, rests
+from app.cooldowns import BREAKER, DOUBTS, FORGOTTEN_SECONDS, MAX_SECONDS, Cooldowns, another, is_resting, pick, rests
 from app.errors import VendorError, VendorFailed, VendorMisconfigured, VendorRefused, VendorThrottled, VendorTimeout
 from app.redis_pipe import RedisPipe
 from tests.redis_parts import AMBIENT, RedisServer, redis_server, run, running, until
@@ -108,6 +108,35 @@ AT = "openai/gpt"
 def test_what_rests_after_a_failure(error: VendorError, alone: tuple[str, float], of_pool: tuple[str, float]) -> None:
     assert rests(error, target("openai", "gpt"), None, 30.0) == alone
     assert rests(error, POOL, MAIN, 30.0) == of_pool
+
+
+FORBIDDEN, UNKNOWN, REFUSED = (VendorMisconfigured("x", vendor_status=status) for status in (403, 404, 401))
+
+
+@pytest.mark.parametrize("error", [FORBIDDEN, UNKNOWN])
+@pytest.mark.parametrize("key", [None, MAIN])
+def test_what_a_request_may_have_met_alone_is_held_against_no_target_that_answers(
+    cooldowns: Cooldowns, error: VendorMisconfigured, key: VendorKey | None
+) -> None:
+    cooldowns.worked(POOL, key)
+    for _ in range(5):
+        assert [cooldowns.doubtful(POOL, key, error) for _ in range(DOUBTS - 1)] == [True] * (DOUBTS - 1)
+        cooldowns.worked(POOL, key)
+
+
+def test_many_in_a_row_are_of_the_target_and_so_is_each_one_after(cooldowns: Cooldowns) -> None:
+    cooldowns.worked(POOL, MAIN)
+    assert [cooldowns.doubtful(POOL, MAIN, UNKNOWN) for _ in range(DOUBTS + 3)] == [True] * (DOUBTS - 1) + [False] * 4
+
+
+def test_a_target_that_never_answered_gets_no_benefit_of_the_doubt(cooldowns: Cooldowns) -> None:
+    cooldowns.worked(POOL, SPARE)
+    assert [cooldowns.doubtful(POOL, MAIN, UNKNOWN), cooldowns.doubtful(POOL, None, UNKNOWN)] == [False, False]
+
+
+def test_a_credential_that_is_refused_is_beyond_doubt(cooldowns: Cooldowns) -> None:
+    cooldowns.worked(POOL, MAIN)
+    assert not cooldowns.doubtful(POOL, MAIN, REFUSED)
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,22 @@ def test_refused_credential_rests_the_target_for_later_calls(journey: Journey) -
     assert len(refused) in (1, 2)  # one, or one a replica before it hears of the other's
 
 
+@pytest.mark.parametrize("status", [403, 404])
+def test_what_one_tenant_s_request_met_at_a_vendor_sends_no_target_to_rest_for_others(
+    journey: Journey, status: int
+) -> None:
+    for _ in range(4):  # each replica has seen the target answer
+        journey.post(chat("tokens=2"))
+    for _ in range(3):
+        journey.fault("openai", kind="status", status=status, times=1)
+        met = journey.post(chat("tokens=2"), x_tenant_id="spender")
+        assert (met.status_code, met.headers["x-gateway-fallback"]) == (200, "true")
+        journey.clear()
+        others = [journey.post(chat("tokens=2")).headers["x-gateway-provider"] for _ in range(4)]
+        assert others == ["openai"] * 4
+    assert journey.admin("/status").json()["resting"] == []
+
+
 def test_refused_credential_everywhere_is_502(journey: Journey) -> None:
     journey.fault("openai", kind="status", status=401)
     journey.fault("openrouter", kind="status", status=403)
