@@ -61,7 +61,8 @@ class Visit:
     """
 
     __slots__ = (
-        "_chunked", "_connection", "_head", "_left", "_parts", "_waiter", "complete", "ended", "gone", "keep_alive",
+        "_chunked", "_connection", "_head", "_left", "_parts", "_waiter", "complete", "continued", "ended", "gone",
+        "keep_alive",
         "method", "on_hang_up", "patience", "raw_headers", "started", "target", "task", "told", "unread_bytes",
         "version",
     )  # fmt: skip
@@ -76,8 +77,8 @@ class Visit:
         self.keep_alive = True
         self.complete = False
         """Whether the whole request is here."""
-        self.told = False
-        """Whether `receive` has said so."""
+        self.told = self.continued = False
+        """Whether `receive` has said so; whether a client that asked was told to send the body."""
         self.unread_bytes = 0
         self.gone = self.started = self.ended = False
         self.on_hang_up: Callable[[], object] | None = None
@@ -102,8 +103,8 @@ class Visit:
     async def receive(self) -> Message:
         """ASGI's: what has come of the body, at least the news that it is complete; or that the client is gone."""
         connection = self._connection
-        if not self.complete and (b"expect", b"100-continue") in self.raw_headers and not self.started:
-            self.raw_headers.remove((b"expect", b"100-continue"))
+        if not (self.complete or self.started or self.continued) and dict(self.raw_headers).get(b"expect"):
+            self.continued = True
             connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         while not (self._parts or self.gone or self.ended or (self.complete and not self.told)):
             if not self.complete:
@@ -318,7 +319,8 @@ class Connection(asyncio.Protocol):
         self._arriving.target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._arriving.raw_headers.append((name.lower(), value))
+        if self._head_bytes is not None:  # a trailer is no header: the edge has not looked at it
+            self._arriving.raw_headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         self._head_bytes = None

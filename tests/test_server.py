@@ -254,6 +254,12 @@ def test_a_body_in_chunks_is_read(caller: Caller) -> None:
     assert b"? a=b : abcde" in got
 
 
+def test_a_trailer_is_no_header(caller: Caller) -> None:
+    head = b"POST /whole HTTP/1.1\r\nhost: gateway\r\ntransfer-encoding: chunked\r\ntrailer: x-want\r\n\r\n"
+    got = caller.say(head + b"2\r\n{}\r\n0\r\nx-want: x-forged=1\r\n\r\n")
+    assert (BODY in got, b"forged" in got) == (True, False)
+
+
 def test_a_client_that_waits_for_100_continue_is_told(caller: Caller) -> None:
     head, _, body = request("/echo", "expect: 100-continue").partition(b"\r\n\r\n")
     caller.connection.sendall(head + b"\r\n\r\n")
