@@ -20,6 +20,7 @@ from app import (
     mode_commands,
     money_commands,
     price_commands,
+    top,
 )
 from app.ambient import Ambient, timestamp
 from app.config import NAME, ConfigError, Secret, load, price_tables
@@ -115,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     mode_commands.add(command)
     cache_commands.add(command)
     content_commands.add(command)
+    top.add(command)
     money_commands.add(command)
     ledger_commands.add(command)
     return parser

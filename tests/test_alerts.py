@@ -76,6 +76,10 @@ CASES: dict[str, dict[str, str]] = {
     "GatewayFallsBack": share('gateway_fallback_total{from="x",to="y",reason="failed"}', CALLS, 12, 100),
     "GatewayVendorFails": attempts("failed", 2),
     "GatewayVendorThrottles": attempts("throttled", 6),
+    "GatewayCacheHitsLow": {
+        'gateway_cache_results_total{result="miss"}': "0+99x120 11880+0x60",
+        'gateway_cache_results_total{result="exact"}': "0+1x120 120+50x60",
+    },
     "GatewayVendorKeyDead": {
         'gateway_target_misconfigured_total{instance="a",target="openai/x",rests="key:openai:main"}': "0+2x60 120+0x60"
     },
@@ -102,7 +106,7 @@ CASES: dict[str, dict[str, str]] = {
 """Series by minute: on for an hour, off for the next, where nothing else says so."""
 FIRES_AT = {"GatewayErrorBudgetBurns": 355, "GatewayErrorBudgetBurnsSlowly": 4305}
 CLEARS_AT = {"GatewayErrorBudgetBurns": 395, "GatewayErrorBudgetBurnsSlowly": 4710, "GatewayCallsUnpriced": 119}
-CLEARS_AT["GatewayRowsUnreadable"] = 119
+CLEARS_AT |= {"GatewayRowsUnreadable": 119, "GatewayCacheHitsLow": 175}
 STEPS = {"GatewayErrorBudgetBurns": "5m", "GatewayErrorBudgetBurnsSlowly": "15m"}
 """Series of hours and days by longer steps than a minute."""
 

@@ -37,7 +37,7 @@ LAYERS = (
     ),
     (
         "asgi", "cli", "cache_commands", "operator", "lint_apps", "jobs", "explain",
-        "ledger_commands", "mode_commands", "content_commands", "money_commands", "price_commands",
+        "ledger_commands", "mode_commands", "content_commands", "top", "top_screen", "money_commands", "price_commands",
     ),
 )  # fmt: skip
 """The rooms from the ground up: a file imports only from layers before its own."""
@@ -93,6 +93,9 @@ WITHIN_A_LAYER = {
     ("cli", "asgi"): "`gateway serve`",
     ("cli", "explain"): "`gateway check --explain`",
     ("cli", "content_commands"): "`gateway content`",
+    ("cli", "top"): "`gateway top`",
+    ("top", "top_screen"): "what it found is shown",
+    ("top_screen", "top"): "what it shows",
     ("cli", "lint_apps"): "`gateway lint-apps`",
     ("cli", "cache_commands"): "`gateway cache`",
     ("cache_commands", "money_commands"): "days are read alike",
@@ -110,16 +113,17 @@ WITHIN_A_LAYER = {
 HOMES = {
     "jwt": {"auth", "credentials"},
     "phonenumbers": {"redaction"},
+    "rich": {"top_screen"},
     "botocore": {"credentials", "providers"},
     "yaml": {"config"},
     "redis": {"redis_pipe"},
     "hiredis": {"redis_pipe"},
-    "httpx": {"upstream", "auth", "credentials", "warnings", "guardrails"},
+    "httpx": {"upstream", "auth", "credentials", "warnings", "guardrails", "top"},
     "httptools": {"http1", "server", "visits"},
     "opentelemetry": {"telemetry"},
     "numpy": {"cache"},
     "onnxruntime": {"cache"},
-    "prometheus_client": {"telemetry"},
+    "prometheus_client": {"telemetry", "top"},
     "psycopg": {"archive"},
     "pyarrow": {"reports", "lake"},
     "genai_prices": {"price_sync"},

@@ -184,3 +184,23 @@ def test_key_that_its_vendor_refused_shows_as_down(journey: Journey) -> None:
         return at(found, "gateway_vendor_key_up", key="half-bad:bad-one") == 0
 
     until(down)
+
+
+def test_misses_hits_and_savings_of_the_cache_are_counted(journey: Journey) -> None:
+    journey.clear()
+    prompt = chat("A question about metrics. tokens=7", "remembered", temperature=0)
+
+    def counted(result: str) -> float:
+        scrapes = [figures(journey.admin("/metrics", replica).text) for replica in range(len(journey.stack.replicas))]
+        wanted = {("alias", "remembered"), ("tenant", "tenant-a"), ("result", result)}
+        name = "gateway_cache_results_total"
+        return sum(
+            value for found in scrapes for (named, has), value in found.items() if named == name and wanted <= has
+        )
+
+    before = counted("miss"), counted("exact")
+    assert journey.post(prompt).headers["x-cache"] == "MISS"
+    until(lambda: journey.post(prompt).headers["x-cache"] == "HIT (exact)")
+    until(lambda: counted("miss") > before[0] and counted("exact") > before[1])
+    scrapes = [figures(journey.admin("/metrics", replica).text) for replica in range(len(journey.stack.replicas))]
+    assert max(at(found, "gateway_saved_usd_total") for found in scrapes) > 0
