@@ -9,20 +9,30 @@ judge decides. Labels are used to score, never to decide.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import math
+import os
 import random
+import tempfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree.ElementTree import Element
 
+import httpx
 from msgspec import Struct
 
 from app.cache.embedder import local
 from app.cache.guards import Facts, read
 from app.cache.learner import REFIT, Observation, fit
 from app.cache.verifier import NEIGHBOURS, Model, Neighbour, Verdict, weigh
+from app.reports.markup import document, el
 from loadtest import labelled
+from loadtest.answers import WORDINGS, answer
+from loadtest.gate.report import STYLE, line
 from loadtest.near_misses import near_misses, variations
+from loadtest.stack import Stack
 
 Question = tuple[str, str]
 REVERIFY = 0.05
@@ -156,6 +166,93 @@ class InProcess:
         self._kept.append((label, facts))
 
 
+class Run(Struct, frozen=True):
+    """One replay through the gateway. `worded`: each question's answer is in one of several wordings."""
+
+    name: str
+    mode: str
+    worded: bool = False
+
+
+RUNS = (
+    Run("static, cosine >= 0.95", "static"),
+    Run("verified, same answers", "verified"),
+    Run("verified, worded answers", "verified", worded=True),
+)
+CONCURRENCY = 4
+"""At once: few, so that what is learned from one question is there for those soon after it."""
+SYSTEM = "You answer the customers of a bank."
+WINDOW = 500
+"""Requests over which the plots show shares."""
+
+
+def through_gateway(run: Run, questions: Sequence[Question], embedder: str, max_wrong: float) -> list[Outcome]:
+    """A replay on a stack of its own."""
+    overlay = {
+        "aliases": {
+            "support-fast": {
+                "cache": {"mode": run.mode, "max_temperature": 1, "ttl_seconds": 86400, "embedder": embedder}
+            }
+        },
+        "tenants": {"local-dev": {"cache": {"max_wrong_percent": max_wrong * 100, "max_bytes": 268_435_456}}},
+    }
+    environ = {name: value for name, value in os.environ.items() if not name.endswith(("_API_KEY", "_ACCESS_KEY"))}
+    with (
+        tempfile.TemporaryDirectory(prefix="cache-eval-") as folder,
+        Stack(Path(folder), replicas=1, overlay=overlay, environ=environ) as stack,
+    ):
+        return replay(stack, run, questions)
+
+
+def replay(stack: Stack, run: Run, questions: Sequence[Question]) -> list[Outcome]:
+    """Asks the questions in their order and scores the answers by their labels."""
+    book = {
+        text: answer(label, 1 + zlib.crc32(text.encode()) % WORDINGS if run.worded else 0) for text, label in questions
+    }
+    labels = {book[text]: label for text, label in questions}
+    httpx.put(f"{stack.simulator_url}/_sim/answers", json=book, timeout=60).raise_for_status()
+    outcomes: list[Outcome | None] = [None] * len(questions)
+    asked = iter(range(len(questions)))
+
+    async def work(client: httpx.AsyncClient) -> None:
+        for number in asked:
+            text, label = questions[number]
+            messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
+            body = {"model": "support-fast", "messages": messages, "temperature": 0}
+            said = await client.post("/v1/chat/completions", json=body)
+            said.raise_for_status()
+            hit = said.headers.get("x-cache", "").startswith("HIT")
+            outcomes[number] = Outcome(hit, labels.get(said.json()["choices"][0]["message"]["content"]) == label)
+            if number % 500 == 499:
+                print(f"\r  {run.name}: {number + 1:,} of {len(questions):,}", end="", flush=True)
+
+    async def everything() -> None:
+        headers = {"authorization": f"Bearer {stack.key}", "x-tenant-id": stack.tenant}
+        async with httpx.AsyncClient(base_url=stack.url, headers=headers, verify=stack.tls(), timeout=60) as client:
+            await asyncio.gather(*(work(client) for _ in range(CONCURRENCY)))
+
+    asyncio.run(everything())
+    print()
+    return [outcome for outcome in outcomes if outcome is not None]
+
+
+def page(runs: dict[str, list[Outcome]], text: Sequence[str]) -> bytes:
+    """The report: figures, and hits and wrong answers over time for each mode."""
+
+    def plots(outcomes: list[Outcome]) -> list[Element]:
+        parts = [share(outcomes[at : at + WINDOW]) for at in range(0, len(outcomes), WINDOW)]
+        marks = [False] * len(parts)
+        return [
+            line(f"hits, of {WINDOW} requests each", [part.hits for part in parts], marks, "{:.0%}"),
+            line(f"wrong answers, of {WINDOW} requests each", [part.wrong for part in parts], marks, "{:.2%}"),
+        ]
+
+    sections = [el("section", el("h2", name), *plots(outcomes)) for name, outcomes in runs.items()]
+    title = "Semantic cache: hits and wrong answers"
+    head = el("head", el("meta", charset="utf-8"), el("title", title), el("style", STYLE))
+    return document(el("html", head, el("body", el("h1", title), el("pre", "\n".join(text)), *sections), lang="en"))
+
+
 def told(name: str, outcomes: Sequence[Outcome]) -> str:
     """A line of the report."""
     found = summary(outcomes)
@@ -176,22 +273,39 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--embedder", choices=("static", "minilm"), default="static")
     parser.add_argument("--max-wrong-percent", type=float, default=1.0)
-    parser.add_argument("--in-process", action="store_true")
+    parser.add_argument("--in-process", action="store_true", help="only the pure parts, in seconds")
+    parser.add_argument("--report", type=Path, default=Path("build/cache-eval.html"), help="HTML page with the plots")
     options = parser.parse_args()
     questions = (
         labelled.read(options.csv, options.count, options.seed)
         if options.csv
         else labelled.made_up(options.count, options.seed)
     )
-    print(f"{len(questions)} questions, {len({label for _, label in questions})} labels, {options.embedder}")
+    text = [f"{len(questions):,} questions, {len({label for _, label in questions})} labels, {options.embedder}"]
+    print(text[0])
+    runs: dict[str, list[Outcome]] = {}
+    bound = options.max_wrong_percent / 100
+
+    def note(said: str) -> None:
+        print(said)
+        text.append(said)
+
     for mode in ("static", "verified"):
-        run = InProcess(options.embedder, mode=mode, max_wrong=options.max_wrong_percent / 100, seed=options.seed)
-        print(told(f"{mode}, in process", run.replay(questions)))
-        for name, pairs in (
+        run = InProcess(options.embedder, mode=mode, max_wrong=bound, seed=options.seed)
+        name = f"{mode}, in process"
+        runs[name] = run.replay(questions)
+        note(told(name, runs[name]))
+        for kind, pairs in (
             ("near misses", [(one, other) for _, one, other in near_misses(options.seed, 1_100)]),
             ("harmless variations", list(variations(options.seed, 300))),
         ):
-            print(f"{mode}: {name} accepted {sum(run.accepts(*pair) for pair in pairs) / len(pairs):.1%}")
+            note(f"{name}: {kind} accepted {sum(run.accepts(*pair) for pair in pairs) / len(pairs):.1%}")
+    for through in () if options.in_process else RUNS:
+        runs[through.name] = through_gateway(through, questions, options.embedder, bound)
+        note(told(through.name, runs[through.name]))
+    options.report.parent.mkdir(parents=True, exist_ok=True)
+    options.report.write_bytes(page(runs, text))
+    print(f"report: {options.report}")
 
 
 if __name__ == "__main__":
