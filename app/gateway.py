@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 
 import msgspec
 
@@ -164,6 +165,8 @@ class Gateway:
                 self.close(exchange)  # 8 settlement, as far as it has not been
                 if exchange.shadowed and exchange.row is not None:
                     self.shadows.begin(exchange, alias)
+                if exchange.recalled is not None and self.recall.doubted(exchange):
+                    self.shadows.again(exchange, alias, partial(self.recall.reverified, exchange))
 
     def _downgraded(self, exchange: Exchange, tenant: Tenant, alias: Alias) -> Alias:
         """What the tenant's policy has in the alias's place while a budget is nearly used up, noted; else the alias."""
@@ -198,15 +201,24 @@ class Gateway:
         except VendorBroke as fault:
             raise sum_up([fault], False) from None
 
-    async def _mirror(self, exchange: Exchange, alias: Alias) -> None:
-        """The journey of a shadow: nobody asks for it, waits for it or hears of it; its row is the gateway's own."""
+    async def _mirror(self, exchange: Exchange, alias: Alias) -> bytes | None:
+        """The journey of a copy: nobody asks for it or waits for it; its row is the gateway's own.
+
+        Gives a good answer of one that was made to check another.
+        """
         answer: VendorAnswer | None = None
+        checks = exchange.purpose == "reverify"
+        said: list[bytes] = []
         try:
-            answer, relay = await self.dialogue.once(exchange, alias, "shadow")
+            answer, relay = await self.dialogue.once(exchange, alias, "chain" if checks else "shadow")
             if exchange.request.stream:
                 async with contextlib.aclosing(self._relay(exchange, alias, answer, relay, None)) as frames:
-                    async for _ in frames:
-                        pass
+                    async for frame in frames:
+                        if checks:
+                            said.append(frame)
+            else:
+                said.append(relay)
+            return b"".join(said) if checks and exchange.error is None else None
         except VendorError as error:
             exchange.error = error if isinstance(error, VendorRefused) else sum_up([error], False)
         except GatewayError as error:
@@ -218,6 +230,7 @@ class Gateway:
             if answer is not None:
                 await answer.close(ended=exchange.done)
             self.close(exchange)
+        return None
 
     # --- 7 departure --------------------------------------------------------------------------------------------------
 

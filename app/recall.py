@@ -342,6 +342,19 @@ class Recall:
             self.cache.let_go_lease(memory.ask)
         self._leave(memory)
 
+    def doubted(self, exchange: Exchange) -> bool:
+        """Whether an answer from before is to be asked again."""
+        seen = None if exchange.memory is None else exchange.memory.seen
+        return seen is not None and seen.check and exchange.row is not None
+
+    def reverified(self, exchange: Exchange, copy: Exchange, said: bytes) -> None:
+        """What a vendor says now to a call that was answered from before."""
+        ask, seen = exchange.memory.ask, exchange.memory.seen
+        whole = REPLAYS[ask.dialect].fold(said, copy.usage or Usage()) if copy.request.stream else said
+        entry = None if whole is None else self.cache.kept(ask, copy, whole)
+        if entry is not None:
+            self.cache.semantic.reverified(ask, seen, entry)
+
     def _keep(self, exchange: Exchange, memory: Memory, good: bool, keeps: bool, said: bytes | None) -> None:
         ask, stream = memory.ask, exchange.request.stream
         if keeps and said is not None:

@@ -1,5 +1,7 @@
 """Shadow traffic: copies of calls to a target that is being looked at. Nobody waits for the answers or pays for them.
 
+So are calls that were answered from before and are asked again, to see whether that was right.
+
 A copy is sent when its call is over, whose row is written and whose last byte has left: it can slow nothing but the
 replica itself, which holds few of them. Its row belongs to the reserved tenant, under no limit of a tenant.
 """
@@ -13,8 +15,8 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from app.ambient import Ambient, Patience, timestamp
-from app.config import Alias, Tenant
-from app.core import GATEWAY_TENANT, Exchange
+from app.config import Alias, Target, Tenant
+from app.core import GATEWAY_TENANT, Exchange, Purpose
 from app.telemetry import Telemetry
 
 log = logging.getLogger("gateway")
@@ -23,8 +25,10 @@ MOST_AT_ONCE = 32
 MOST_BYTES = 33_554_432
 """Of bodies that wait for their copies to end: calls that go on have their own bound."""
 
-Mirror = Callable[[Exchange, Alias], Awaitable[None]]
-"""Has a target answer a call, and settles it."""
+Mirror = Callable[[Exchange, Alias], Awaitable[bytes | None]]
+"""Has a target answer a call, and settles it; gives what a client would have got, None where that is not whole."""
+Heard = Callable[[Exchange, bytes], None]
+"""Told of a copy and its answer."""
 
 
 class Shadows:
@@ -46,14 +50,23 @@ class Shadows:
         """Sends the copy of a call that is over. One that there is no room for is dropped, and counted."""
         if exchange.error is not None or exchange.cut is not None or self._closed:
             return
-        target, size = alias.shadow.target, len(exchange.call.body)
-        room = len(self._running) < MOST_AT_ONCE and self._held_bytes + size <= MOST_BYTES
-        self._telemetry.shadowed(alias.name, target.name, "sent" if room else "dropped")
-        if not room:
-            return
+        target = alias.shadow.target
+        sent = self._start(exchange, _alone(alias, target), "shadow", None)
+        self._telemetry.shadowed(alias.name, target.name, "sent" if sent else "dropped")
+
+    def again(self, exchange: Exchange, alias: Alias, heard: Heard) -> None:
+        """Asks the alias's first target what was answered from before; without room it is not asked."""
+        if exchange.error is None and exchange.cut is None and not self._closed:
+            self._start(exchange, _alone(alias, alias.targets[0]), "reverify", heard)
+
+    def _start(self, exchange: Exchange, alias: Alias, purpose: Purpose, heard: Heard | None) -> bool:
+        size = len(exchange.call.body)
+        if len(self._running) >= MOST_AT_ONCE or self._held_bytes + size > MOST_BYTES:
+            return False
         self._held_bytes += size
-        task = asyncio.ensure_future(self._run(_copy(exchange, self._ambient), alias))
+        task = asyncio.ensure_future(self._run(_copy(exchange, self._ambient, purpose), alias, heard))
         task.add_done_callback(lambda done: self._ended(done, size))
+        return True
 
     async def close(self) -> None:
         """Ends those under way; their rows say so."""
@@ -62,11 +75,13 @@ class Shadows:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
 
-    async def _run(self, copy: Exchange, alias: Alias) -> None:
+    async def _run(self, copy: Exchange, alias: Alias, heard: Heard | None) -> None:
         self._running[asyncio.current_task()] = copy
         copy.patience = Patience()
         try:
-            await self._mirror(copy, _alone(alias))
+            said = await self._mirror(copy, alias)
+            if heard is not None and said is not None:
+                heard(copy, said)
         except Exception:
             log.exception("defect in the shadow of request %s", copy.call.request_id)
         finally:
@@ -77,21 +92,21 @@ class Shadows:
         self._held_bytes -= size
 
 
-def _alone(alias: Alias) -> Alias:
+def _alone(alias: Alias, target: Target) -> Alias:
     """The way of a copy: to one target, once."""
     return msgspec.structs.replace(
-        alias.along((alias.shadow.target,)), order="written", weights=(), cascade=None, hedge=None, shadow=None
+        alias.along((target,)), order="written", weights=(), cascade=None, hedge=None, shadow=None
     )
 
 
-def _copy(exchange: Exchange, ambient: Ambient) -> Exchange:
+def _copy(exchange: Exchange, ambient: Ambient, purpose: Purpose) -> Exchange:
     """The same call for the gateway's own account, as of now; of its user nothing is kept."""
     call, now = exchange.call, ambient.now()
     return Exchange(
         call=msgspec.structs.replace(
             call,
             event_id=ambient.event_id(now),
-            request_id=f"shadow_{call.request_id}",
+            request_id=f"{purpose}_{call.request_id}",
             received_at=now,
             occurred_at=timestamp(now),
             started=ambient.monotonic(),
@@ -99,9 +114,9 @@ def _copy(exchange: Exchange, ambient: Ambient) -> Exchange:
             user_id_hash=None,
         ),
         patience=exchange.patience,
-        purpose="shadow",
+        purpose=purpose,
         request=exchange.request,
-        tenant=Tenant(GATEWAY_TENANT, exchange.tenant.plan, "shadow", None),
+        tenant=Tenant(GATEWAY_TENANT, exchange.tenant.plan, purpose, None),
         rule=exchange.rule,
         input_tokens_estimate=exchange.input_tokens_estimate,
         output_tokens_estimate=exchange.output_tokens_estimate,

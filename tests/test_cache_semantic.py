@@ -219,7 +219,7 @@ def test_an_answer_that_is_found_wrong_when_asked_again_is_told_of(server: Redis
         async with replica(server) as one:
             await one.put(REFUND, "Within 30 days.")
             seen = await one.questions.find(of(REFUND_TOO, reverify=1.0))
-            assert seen.notes.check
+            assert seen.check
             one.questions.reverified(of(REFUND_TOO), seen, entry_of("Refunds have ended."))
             await one.questions.settled()
             await one.learning.run_once()

@@ -33,13 +33,14 @@ class Seen(Struct, frozen=True):
     """What a look for questions that mean the same found.
 
     `entry` and its exact `key` where an answer is to be served, with its `similarity`; None: ask the vendor. `notes`
-    are the finder's own, for `Semantic.observe`.
+    are the finder's own, for `Semantic.observe`. `check`: what is served is to be asked again behind the caller's back.
     """
 
     entry: Entry | None = None
     key: str = ""
     similarity: float | None = None
     notes: Any = None
+    check: bool = False
 
 
 class Semantic(Protocol):

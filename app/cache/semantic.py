@@ -70,8 +70,7 @@ class Vectors(Protocol):
 class Notes(Struct, frozen=True):
     """What a look found out, for when the vendor's answer is there. `chance` -1: there is no model.
 
-    `would`: the decision, whether or not the mode serves it. `check`: what was served is to be asked again behind the
-    caller's back.
+    `would`: the decision, whether or not the mode serves it.
     """
 
     vectors: Vectors
@@ -81,7 +80,6 @@ class Notes(Struct, frozen=True):
     nearest: tuple[Neighbour, ...]
     chance: float = -1.0
     would: bool = False
-    check: bool = False
 
 
 class Questions:
@@ -137,10 +135,7 @@ class Questions:
         if verdict.veto is not None:
             tally.vetoed(verdict.veto)
         serves = would and ask.mode != "shadow"
-        notes = Notes(
-            vectors, vector, facts, verdict, _nearest(neighbours, verdict.group), chance, would,
-            serves and self._ambient.random() < policy.reverify,
-        )  # fmt: skip
+        notes = Notes(vectors, vector, facts, verdict, _nearest(neighbours, verdict.group), chance, would)
         if not serves:
             return Seen(notes=notes)
         for candidate in verdict.candidates[:2]:
@@ -148,10 +143,11 @@ class Questions:
             entry = await self._entry(ask, key, candidate.id, entry_key)
             if entry is not None:
                 tally.hits += 1
-                if chance >= 0.0 and not notes.check:
+                check = self._ambient.random() < policy.reverify
+                if chance >= 0.0 and not check:
                     self.learning.note(ask, Observation(verdict.features, None, 1.0, chance))
-                return Seen(entry, entry_key, candidate.similarity, notes)
-        return Seen(notes=msgspec.structs.replace(notes, check=False))
+                return Seen(entry, entry_key, candidate.similarity, notes, check)
+        return Seen(notes=notes)
 
     def _decide(self, ask: Ask, verdict: Verdict) -> tuple[float, bool]:
         """The chance that the group's answer is right, where there is a model; and whether it would be served."""
