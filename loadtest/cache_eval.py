@@ -181,6 +181,7 @@ RUNS = (
 )
 CONCURRENCY = 4
 """At once: few, so that what is learned from one question is there for those soon after it."""
+TRIES = 10
 SYSTEM = "You answer the customers of a bank."
 WINDOW = 500
 """Requests over which the plots show shares."""
@@ -219,7 +220,11 @@ def replay(stack: Stack, run: Run, questions: Sequence[Question]) -> list[Outcom
             text, label = questions[number]
             messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
             body = {"model": "support-fast", "messages": messages, "temperature": 0}
-            said = await client.post("/v1/chat/completions", json=body)
+            for _ in range(TRIES):
+                said = await client.post("/v1/chat/completions", json=body)
+                if said.status_code != 503:  # Traefik's, while the replica misses a health check on a busy machine
+                    break
+                await asyncio.sleep(1.0)
             said.raise_for_status()
             hit = said.headers.get("x-cache", "").startswith("HIT")
             outcomes[number] = Outcome(hit, labels.get(said.json()["choices"][0]["message"]["content"]) == label)
