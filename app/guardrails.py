@@ -21,6 +21,7 @@ from app.config import Alias, Guardrail, Tenant
 from app.core import Exchange
 from app.errors import GuardrailBlocked, GuardrailUnavailable, InvalidRequest, VendorBroke
 from app.sse import DONE, FrameSplitter, data_of
+from app.wire import Request
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ _NO_TEXT = frozenset(
     }
 )
 """Members whose strings nobody reads: names of things, and bytes in base64."""
+_UNSAID = frozenset({"embeddings", "count_tokens", "moderations", "speech"})
+"""Operations whose answers are numbers or sound."""
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError)
 _decode = msgspec.json.decode
 
@@ -156,15 +159,12 @@ class Guarding:
     async def prompt(self) -> None:
         """Asks about what the client sent. Raises GuardrailBlocked, GuardrailUnavailable, InvalidRequest."""
         if self._before:
-            try:
-                text = "\n".join(strings(_decode(self._exchange.call.body)))
-            except _UNREADABLE:
-                raise InvalidRequest("The body cannot be read as a whole, so that no guardrail can judge it.") from None
+            text = "\n".join(prompt_text(self._exchange.request))
             await self._check(self._before, "input", text, final=True)
 
     async def answer(self, body: bytes) -> None:
         """Asks about a whole answer. Raises GuardrailBlocked, GuardrailUnavailable, and VendorBroke for no JSON."""
-        if self._after and self._exchange.request.operation == "chat":
+        if self._after and self._exchange.request.operation not in _UNSAID:
             await self._check(self._after, "output", "\n".join(answer_text(body)), final=True)
 
     async def passed(self, frames: bytes, done: bool) -> bytes:
@@ -225,14 +225,29 @@ def strings(value: Any) -> Iterator[str]:
             waiting += reversed([inner for name, inner in value.items() if name not in _NO_TEXT])
 
 
-def answer_text(body: bytes) -> Iterator[str]:
-    """The text of a whole answer: `choices` of chat completions, `content` of Messages, `output` of Responses."""
+def prompt_text(request: Request) -> Iterator[str]:
+    """The text of what the client sent: of a form the fields, of files nothing. Raises InvalidRequest."""
+    if form := getattr(request, "form", ()):
+        return (field.value.decode("utf-8", "replace") for field in form if not field.file_name)
     try:
+        return strings(_decode(request.body))
+    except _UNREADABLE:
+        raise InvalidRequest("The body cannot be read as a whole, so that no guardrail can judge it.") from None
+
+
+def answer_text(body: bytes) -> Iterator[str]:
+    """The text of a whole answer: `choices` of completions, `content` of Messages, `output` of Responses, else all.
+
+    What is no JSON is a transcript as text. Raises VendorBroke.
+    """
+    try:
+        if not body.lstrip().startswith((b"{", b"[")):
+            return iter([body.decode()])
         whole = _decode(body)
         if "choices" in whole:
-            parts = [choice.get("message") for choice in whole["choices"]]
+            parts = [[choice.get("message"), choice.get("text")] for choice in whole["choices"]]
         else:
-            parts = [whole.get("content"), whole.get("output")]
+            parts = [whole[name] for name in ("content", "output") if name in whole] or [whole]
     except _UNREADABLE:
         raise VendorBroke("the answer cannot be read, so that no guardrail can judge it") from None
     return strings(parts)
@@ -262,5 +277,7 @@ def _added(dialect: str, event: Any) -> Iterator[tuple[int, str]]:
                 yield event.get("output_index", 0), text
     else:
         for choice in event.get("choices") or ():
-            for text in strings(choice.get("delta")):
+            for text in strings([choice.get("delta"), choice.get("text")]):
                 yield choice.get("index", 0), text
+        for text in strings(event.get("delta")):  # a transcript's
+            yield 0, text

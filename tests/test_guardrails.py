@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import openai
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.ambient import Patience
@@ -20,7 +20,8 @@ from app.config import Config, Guardrail, Secret
 from app.core import Exchange, Reply
 from app.dialects import ROUTES
 from app.errors import VendorBroke
-from app.guardrails import FAILURES, answer_text, frame_texts, strings
+from app.guardrails import FAILURES, answer_text, frame_texts, prompt_text, strings
+from app.wire import Field, PassedRequest
 from tests.gateway_parts import (
     ALIAS,
     DONE,
@@ -369,6 +370,7 @@ def test_text_is_every_string_but_names_and_bytes() -> None:
     assert list(strings(message)) == ["one", "two", "three"]
 
 
+@settings(max_examples=30)
 @given(st.recursive(st.text(max_size=4), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
 def test_text_of_any_shape_is_found(value: Any) -> None:
     assert all(isinstance(text, str) for text in strings(value))
@@ -386,9 +388,11 @@ def test_text_as_deep_as_it_may_be_is_found() -> None:
     [
         ({"choices": [{"message": {"role": "assistant", "content": "a", "refusal": None}}]}, ["a"]),
         ({"content": [{"type": "text", "text": "a"}, {"type": "tool_use", "input": {"q": "b"}}]}, ["a", "b"]),
+        ({"choices": [{"text": "a", "index": 0}]}, ["a"]),
+        ({"text": "a", "duration": 1.5}, ["a"]),
         ({"output": [{"type": "message", "content": [{"type": "output_text", "text": "a"}]}]}, ["a"]),
     ],
-    ids=["chat", "messages", "responses"],
+    ids=["chat", "messages", "completions", "transcript", "responses"],
 )  # fmt: skip
 def test_text_of_an_answer_is_found_in_every_dialect(body: dict[str, Any], expected: list[str]) -> None:
     assert list(answer_text(json.dumps(body).encode())) == expected
@@ -400,6 +404,8 @@ def test_text_of_an_answer_is_found_in_every_dialect(body: dict[str, Any], expec
         ("chat", {"choices": [{"index": 1, "delta": {"role": "assistant", "content": "a"}}]}, [(1, "a")]),
         ("chat", {"choices": [], "usage": {"total_tokens": 1}}, []),
         ("messages", {"type": "content_block_delta", "index": 2, "delta": {"type": "t", "text": "a"}}, [(2, "a")]),
+        ("passed", {"choices": [{"index": 0, "text": "a"}]}, [(0, "a")]),
+        ("passed", {"type": "transcript.text.delta", "delta": "a"}, [(0, "a")]),
         ("messages", {"type": "message_start", "message": {"id": "m", "content": []}}, []),
         ("responses", {"type": "response.output_text.delta", "output_index": 0, "delta": "a"}, [(0, "a")]),
         ("responses", {"type": "response.completed", "response": {"output": [{"text": "a"}]}}, []),
@@ -411,8 +417,22 @@ def test_text_of_a_frame_is_found_in_every_dialect(
     assert list(frame_texts(dialect, frame(event))) == expected
 
 
-def test_every_dialect_that_streams_is_known() -> None:
-    assert {dialect.name for dialect in ROUTES.values()} == {"chat", "embeddings", "messages", "responses"}
+def test_every_dialect_is_known() -> None:
+    names = {dialect.name for dialect in ROUTES.values()}
+    assert names == {"chat", "embeddings", "messages", "responses", "passed"}
+
+
+def test_fields_of_a_form_are_its_prompt_and_files_are_not() -> None:
+    fields = Field("prompt", b"a name"), Field("file", b"\x00\x01", b"speech.mp3")
+    sent = PassedRequest(
+        body=b"--x", alias="a", path="/audio/transcriptions", operation="transcriptions", serves="transcriptions",
+        form=fields,
+    )  # fmt: skip
+    assert list(prompt_text(sent)) == ["a name"]
+
+
+def test_transcript_as_text_is_an_answer() -> None:
+    assert list(answer_text(b"1\n00:00:00 --> 00:00:02\nHello.")) == ["1\n00:00:00 --> 00:00:02\nHello."]
 
 
 def test_frame_that_cannot_be_read_is_no_text_that_passed() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 
@@ -176,3 +178,26 @@ def test_mode_of_a_tenant_is_shown_with_the_others(journey: Journey, capsys: pyt
     journey.tenant, journey.key = "tenant-b", journey.key
     assert main(["mode", "normal", "--tenant", "tenant-b", *at]) == 0
     assert "tenant-b" not in capsys.readouterr().out
+
+
+def test_cache_only_serves_what_is_cached_and_nothing_else(journey: Journey) -> None:
+    at = ["--redis-url", journey.stack.redis_url]
+    known = chat("tokens=2 known", model="remembered")
+
+    def unknown() -> httpx.Response:
+        return journey.post(chat(f"tokens=2 {uuid.uuid4()}", model="remembered"))
+
+    assert journey.post(known).headers["x-cache"] == "MISS"
+    until(lambda: journey.post(known).headers["x-cache"].startswith("HIT"))
+    assert main(["mode", "cache-only", "--tenant", journey.tenant, *at]) == 0
+    try:
+        until(lambda: {unknown().status_code for _ in range(6)} == {503})
+        asked = len(journey.asked())
+        answers = [journey.post(known) for _ in range(4)]
+        assert {(answer.status_code, answer.headers["x-cache"]) for answer in answers} == {(200, "HIT (exact)")}
+        refused = unknown()
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "gateway_read_only")
+        assert len(journey.asked()) == asked
+    finally:
+        assert main(["mode", "normal", "--tenant", journey.tenant, *at]) == 0
+    until(lambda: {unknown().status_code for _ in range(6)} == {200})

@@ -442,3 +442,19 @@ def test_incident_modes_are_turned_on_and_off_as_their_page_says(site: Site) -> 
     assert '"health":' in ran.stdout
     assert '"details":' in ran.stdout
     until(lambda: site.bash("code").stdout == "200")
+
+
+def test_stale_answer_is_asked_for_again(site: Site) -> None:
+    models = site.config / "gateway_models.yaml"
+    before = models.read_text()
+    kept = before.replace(
+        "\naliases:\n  support-fast:\n", "\naliases:\n  support-fast:\n    cache: {mode: exact, max_temperature: 1}\n"
+    )
+    assert kept != before
+    models.write_text(kept)
+    until(lambda: "x-cache: HIT" in site.bash("call -D -").stdout)
+    stale = json.loads(site.bash("call").stdout)["id"]
+    site.mend("stale-cache")
+    assert stale not in site.bash("call").stdout
+    models.write_text(before)
+    until(lambda: "x-cache" not in site.bash("call -o /dev/null -D -").stdout.lower())
