@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: up down test gate drills soak cache-eval lint audit bench lock
+.PHONY: up down test gate drills soak cache-eval frameworks lint audit bench lock
 
 up: $(STAMP)  ## start the whole stack on this machine; ARGS are `gateway up`'s
 	$(VENV)/bin/gateway up $(ARGS)
@@ -27,6 +27,11 @@ cache-eval: $(STAMP)  ## labelled questions through the semantic cache: hits and
 soak: $(STAMP)  ## 100,000 calls with hang-ups and vendor errors: nothing grows; build/soak.html. ARGS="--calls 20000"
 	$(VENV)/bin/python -m loadtest.soak $(ARGS)
 
+frameworks: $(STAMP)  ## agent frameworks through Traefik, and schemathesis on /schema, from .venv-frameworks; minutes
+	test -x .venv-frameworks/bin/python || $(PYTHON) -m venv .venv-frameworks
+	.venv-frameworks/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-frameworks.lock
+	$(VENV)/bin/python -m pytest -m drill tests/test_frameworks.py $(ARGS)
+
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -47,3 +52,4 @@ $(STAMP): requirements-dev.lock pyproject.toml
 lock:  ## after changing dependencies; the lock files name no host
 	uv pip compile --universal --generate-hashes --no-header --no-annotate --no-emit-index-url --python-version 3.11 pyproject.toml -o requirements.lock
 	uv pip compile --universal --generate-hashes --no-header --no-annotate --no-emit-index-url --python-version 3.11 pyproject.toml --group dev -o requirements-dev.lock
+	uv pip compile --universal --generate-hashes --no-header --no-annotate --no-emit-index-url --python-version 3.11 --group frameworks -o requirements-frameworks.lock

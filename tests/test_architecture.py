@@ -365,14 +365,14 @@ def test_at_most_fifteen_packages_are_needed_to_serve() -> None:
     assert len(project["dependencies"]) <= 15
 
 
-@pytest.mark.parametrize("name", ["requirements.lock", "requirements-dev.lock"])
+@pytest.mark.parametrize("name", ["requirements.lock", "requirements-dev.lock", "requirements-frameworks.lock"])
 def test_lock_files_name_no_host(name: str) -> None:
     text = (ROOT / name).read_text()
     assert "://" not in text
     assert "--index-url" not in text
 
 
-@pytest.mark.parametrize("name", ["requirements.lock", "requirements-dev.lock"])
+@pytest.mark.parametrize("name", ["requirements.lock", "requirements-dev.lock", "requirements-frameworks.lock"])
 def test_every_locked_package_has_a_hash(name: str) -> None:
     packages = re.findall(r"(?m)^\S+==.*(?:\n .*)*", (ROOT / name).read_text())
     assert packages
