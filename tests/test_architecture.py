@@ -152,6 +152,7 @@ READS_ENVIRONMENT = {
     "operator": "command line",
     "mode_commands": "command line",
     "cache_commands": "command line",
+    "top": "command line",
     "money_commands": "command line",
     "price_commands": "command line",
     "ledger_commands": "command line",
