@@ -213,7 +213,7 @@ class Replica:
         )
         self.warnings = Warnings(lambda: source.current, self.pipe, warnings_client, ambient)
         self.gateway.limits.on_nearly_used.append(self.warnings.take)
-        self.key_sets = KeySets(lambda: source.current, jwks.client(), ambient)
+        self.key_sets = KeySets(lambda: source.current, jwks.client, ambient)
         callers = Callers(Tokens(self.key_sets), self.control.kind(REVOKED))
         self.door = api.FrontDoor(source, self.gateway, callers, ambient)
         self.content = Content(settings.content, options.name, ambient) if settings.content.folder else None

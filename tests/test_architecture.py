@@ -277,6 +277,14 @@ def _is_name(node: ast.AST, name: str) -> bool:
     return isinstance(node, ast.Name) and node.id == name
 
 
+def test_a_replica_without_issuers_does_without_cryptography() -> None:
+    code = (
+        "import sys, app.cli, app.asgi; print(*{'jwt', 'cryptography.hazmat', 'pyarrow', 'numpy'} & sys.modules.keys())"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    assert ran.stdout.decode().strip() == ""
+
+
 @pytest.mark.parametrize("module", [module for module in ALL if room(module) != "providers"])
 def test_no_branch_on_a_vendor_outside_the_providers(module: str) -> None:
     names = set(PROVIDERS) | {"openrouter", "azure", "anthropic", "bedrock", "gemini"}

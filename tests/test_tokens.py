@@ -81,7 +81,7 @@ class Door:
     def __init__(self, jwks: str, client: httpx.AsyncClient | None = None, **fields: Any) -> None:
         self.config = msgspec.structs.replace(CONFIG, issuers={ISS: issuer(jwks, **fields)})
         self.clock = Clock()
-        self.key_sets = KeySets(lambda: self.config, client or httpx.AsyncClient(), self.clock)
+        self.key_sets = KeySets(lambda: self.config, lambda: client or httpx.AsyncClient(), self.clock)
         self.callers = Callers(Tokens(self.key_sets))
 
     async def ask(self, token: str, now: float = NOW) -> ServiceKey:

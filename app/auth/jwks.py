@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import jwt
 import msgspec
 from msgspec import Struct
 
@@ -51,12 +50,16 @@ class _Set(Struct):
 class KeySets:
     """The sets of all issuers of the configuration. `generation` counts their changes.
 
-    A set that cannot be read again stays as it was: its issuer being away refuses nobody.
+    A set that cannot be read again stays as it was: its issuer being away refuses nobody. Most replicas have no
+    issuer, and open no client.
     """
 
-    def __init__(self, config: Callable[[], Config], client: httpx.AsyncClient, ambient: Ambient) -> None:
+    def __init__(
+        self, config: Callable[[], Config], open_client: Callable[[], httpx.AsyncClient], ambient: Ambient
+    ) -> None:
         self._config = config
-        self._client = client
+        self._open_client = open_client
+        self._client: httpx.AsyncClient | None = None
         self._ambient = ambient
         self._sets: dict[str, _Set] = {}
         self.generation = 0
@@ -101,7 +104,8 @@ class KeySets:
         return sum(await asyncio.gather(*(self.refresh(issuer) for issuer in due)))
 
     async def close(self) -> None:
-        await self._client.aclose()
+        if self._client is not None:
+            await self._client.aclose()
 
     def _set(self, issuer: Issuer) -> _Set:
         return self._sets.setdefault(issuer.jwks, _Set())
@@ -109,7 +113,7 @@ class KeySets:
     async def _read(self, issuer: Issuer, held: _Set) -> None:
         try:
             content = await self._content(issuer.jwks)
-            keys = held.keys if content == held.content else public_keys(content)
+            keys = held.keys if content == held.content else await asyncio.to_thread(public_keys, content)
         except (OSError, ValueError, httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
             if held.fault is None:
                 log.error("the keys of issuer %s cannot be read: %s", issuer.name, str(error) or type(error).__name__)
@@ -127,6 +131,8 @@ class KeySets:
     async def _content(self, jwks: str) -> bytes:
         if jwks.startswith("file:"):
             return await asyncio.to_thread(Path(jwks[5:]).read_bytes)
+        if self._client is None:
+            self._client = self._open_client()
         async with asyncio.timeout(FETCH_SECONDS), self._client.stream("GET", jwks) as answer:
             if answer.status_code != 200:
                 raise ValueError(f"status {answer.status_code}")
@@ -151,8 +157,11 @@ def public_keys(content: bytes) -> tuple[PublicKey, ...]:
     """The keys of a set that signatures can be checked with. Raises ValueError where there is none.
 
     Symmetric keys are no public keys, keys for encryption sign nothing, and what is of an unknown kind is passed over
-    as RFC 7517, 5 asks.
+    as RFC 7517, 5 asks. For a thread: the first one loads jwt, whose cryptography is 9 MB that a replica without
+    issuers does without.
     """
+    import jwt
+
     try:
         written = msgspec.json.decode(content, type=_WrittenSet)
     except msgspec.MsgspecError as error:

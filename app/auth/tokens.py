@@ -7,8 +7,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jwt
-
 from app.auth.jwks import KeySets
 from app.config import NAME, Config, Issuer, ServiceKey
 from app.errors import InvalidApiKey, IssuerUnavailable
@@ -40,6 +38,8 @@ class Tokens:
 
         Raises InvalidApiKey with what is wrong, IssuerUnavailable while the issuer's keys were never read.
         """
+        import jwt  # loaded by now, with the keys of the issuers: see `jwks.public_keys`
+
         if len(token) > MAX_TOKEN_CHARACTERS:
             raise InvalidApiKey(f"The token is longer than {MAX_TOKEN_CHARACTERS} characters.")
         try:
