@@ -23,7 +23,16 @@ from hypothesis import strategies as st
 from app.config import Credential, Secret
 from app.core import Usage
 from app.dialects import openai_chat, openai_embeddings
-from app.errors import InvalidRequest, VendorBroke, VendorCannot, VendorError, VendorMisconfigured, VendorRefused
+from app.errors import (
+    InvalidRequest,
+    VendorBroke,
+    VendorCannot,
+    VendorError,
+    VendorFailed,
+    VendorMisconfigured,
+    VendorRefused,
+    VendorThrottled,
+)
 from app.providers.bedrock import BEDROCK
 from app.providers.bedrock.models import EFFORTS, has_json_schema
 from app.providers.bedrock.signing import sign
@@ -510,6 +519,51 @@ def embedded(body: dict[str, Any], headers: dict[str, str], texts: list[str]) ->
 def test_the_tokens_of_an_embedding_may_stand_in_a_header(headers: dict[str, str], tokens: int | None) -> None:
     answer = embedded({"embeddings": [[0.5], [1.0]], "response_type": "embeddings_floats"}, headers, ["a", "b"])
     assert answer.usage == (None if tokens is None else Usage(embedding=tokens))
+
+
+TOO_LONG = "Input is too long for requested model."
+
+
+@pytest.mark.parametrize(
+    ("message", "status", "code"),
+    [
+        (TOO_LONG, 400, "context_length_exceeded"),
+        (TOO_LONG.rstrip("."), 400, "context_length_exceeded"),
+        (TOO_LONG, 413, "context_length_exceeded"),
+        (f"Your prompt says: {TOO_LONG}", 400, "ValidationException"),
+        (f"{TOO_LONG} Or not.", 400, "ValidationException"),
+        ("Malformed input request: it is too long.", 400, "ValidationException"),
+        ("", 400, "ValidationException"),
+    ],
+)
+def test_only_the_whole_sentence_for_a_full_context_has_the_code_that_apps_know(
+    message: str, status: int, code: str
+) -> None:
+    named = {"x-amzn-errortype": "ValidationException:http://internal.amazon.com/coral/"}
+    error = BEDROCK.error(status, named, msgspec.json.encode({"message": message}))
+    assert (type(error), error.vendor_code) == (VendorRefused, code)
+    assert str(error) == (message or f"The vendor refused the request with status {status}.")
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "type_"),
+    [
+        ("ThrottlingException", 400, VendorThrottled),
+        ("ModelErrorException", 424, VendorFailed),
+        ("AccessDeniedException", 400, VendorMisconfigured),
+        ("ValidationException", 503, VendorFailed),
+    ],
+)
+def test_status_and_type_go_before_the_sentence_for_a_full_context(
+    kind: str, status: int, type_: type[VendorError]
+) -> None:
+    error = BEDROCK.error(status, {"x-amzn-errortype": kind}, msgspec.json.encode({"message": TOO_LONG}))
+    assert (type(error), error.vendor_code) == (type_, kind)
+
+
+def test_a_full_context_that_is_found_inside_a_stream_has_the_code_too() -> None:
+    error = read(event_stream("!validationException " + json.dumps({"message": TOO_LONG}))).error
+    assert (type(error), error.vendor_code) == (VendorRefused, "context_length_exceeded")
 
 
 # --- recorded traffic -------------------------------------------------------------------------------------------------

@@ -15,7 +15,16 @@ from openai.types import Embedding
 
 from app.core import Usage
 from app.dialects import openai_chat, openai_embeddings
-from app.errors import InvalidRequest, VendorBroke, VendorCannot, VendorError, VendorFailed, VendorMisconfigured
+from app.errors import (
+    InvalidRequest,
+    VendorBroke,
+    VendorCannot,
+    VendorError,
+    VendorFailed,
+    VendorMisconfigured,
+    VendorRefused,
+    VendorThrottled,
+)
 from app.providers import PROVIDERS
 from app.providers.gemini import GEMINI, VERTEX
 from app.providers.gemini.answer import BLOCKED, MISFIRED, usage_of
@@ -429,6 +438,37 @@ def test_the_wait_stands_in_the_body(delay: str, header: str | None, seconds: fl
     details = [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": delay}]
     body = msgspec.json.encode({"error": {"code": 429, "status": "RESOURCE_EXHAUSTED", "details": details}})
     assert GEMINI.error(429, {"retry-after": header} if header else {}, body).retry_after_seconds == seconds
+
+
+TOO_LONG = "The input token count (1048577) exceeds the maximum number of tokens allowed (1048576)."
+
+
+@pytest.mark.parametrize(
+    ("message", "status", "code"),
+    [
+        (TOO_LONG, 400, "context_length_exceeded"),
+        (TOO_LONG.replace("(", "").replace(")", "").rstrip("."), 400, "context_length_exceeded"),
+        (TOO_LONG, 413, "context_length_exceeded"),
+        (f"Your prompt says: {TOO_LONG}", 400, "INVALID_ARGUMENT"),
+        (f"{TOO_LONG} Or not.", 400, "INVALID_ARGUMENT"),
+        (TOO_LONG.replace("1048577", "so many"), 400, "INVALID_ARGUMENT"),
+        ("", 400, "INVALID_ARGUMENT"),
+    ],
+)
+def test_only_the_whole_sentence_for_a_full_context_has_the_code_that_apps_know(
+    message: str, status: int, code: str
+) -> None:
+    body = msgspec.json.encode({"error": {"code": status, "status": "INVALID_ARGUMENT", "message": message}})
+    error = GEMINI.error(status, {}, body)
+    assert (type(error), error.vendor_code) == (VendorRefused, code)
+    assert str(error) == (message or f"The vendor refused the request with status {status}.")
+
+
+@pytest.mark.parametrize(("status", "kind"), [(429, VendorThrottled), (503, VendorFailed), (403, VendorMisconfigured)])
+def test_the_status_goes_before_the_sentence_for_a_full_context(status: int, kind: type[VendorError]) -> None:
+    body = msgspec.json.encode({"error": {"code": status, "status": "ANY", "message": TOO_LONG}})
+    error = GEMINI.error(status, {}, body)
+    assert (type(error), error.vendor_code) == (kind, "ANY")
 
 
 # --- recorded traffic -------------------------------------------------------------------------------------------------

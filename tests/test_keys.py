@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import date, timedelta
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import date, datetime, timedelta
 from pathlib import Path
 
+import httpx
 import pytest
 import redis
 import yaml
@@ -19,7 +24,7 @@ from app import keys
 from app.ambient import Ambient
 from app.config import SERVICE_KEY, ConfigError, ServiceKey, load
 from app.config.editing import add_entry, set_member
-from tests.journey import OTHER_KEY, Journey, until
+from tests.journey import OTHER_KEY, Journey, chat, until
 from tests.test_claims import gateway
 
 SHIPPED = Path(__file__).parents[1] / "config"
@@ -243,22 +248,63 @@ def statuses(journey: Journey) -> set[int]:
     """What each replica says to the key; 400 is a call that it let in, for its body is empty."""
     headers = {"authorization": f"Bearer {OTHER_KEY}", "x-tenant-id": "tenant-b"}
     urls = [f"{replica.url}/v1/chat/completions" for replica in journey.stack.replicas]
-    import httpx
-
     return {httpx.post(url, headers=headers, content=b"").status_code for url in urls}
 
 
-def test_a_revoked_key_is_refused_by_every_replica_within_two_seconds(journey: Journey, revocable: Path) -> None:
+@contextmanager
+def calling(journey: Journey, threads: int = 6) -> Iterator[list[int]]:
+    """Threads that keep calling both replicas with another key; gives the statuses of their answers."""
+    answered: list[int] = []
+    over = threading.Event()
+    body = json.dumps(chat("tokens=50")).encode()
+    urls = itertools.cycle(f"{replica.url}/v1/chat/completions" for replica in journey.stack.replicas)
+
+    def call(url: str) -> None:
+        with httpx.Client(timeout=30) as client:
+            while not over.is_set():
+                answered.append(client.post(url, content=body, headers=journey.headers()).status_code)
+
+    with ThreadPoolExecutor(threads) as pool:
+        running = [pool.submit(call, url) for url, _ in zip(urls, range(threads), strict=False)]
+        try:
+            yield answered
+        finally:
+            over.set()
+    for each in running:
+        each.result()
+
+
+def test_a_revoked_key_is_refused_by_every_replica_within_two_seconds_under_load(
+    journey: Journey, revocable: Path
+) -> None:
+    """What the replicas write is held to the two seconds; what this process sees, on the machine it loads, to more."""
     assert statuses(journey) == {400}
     arguments = ["--config", revocable, "--redis-url", journey.stack.redis_url, "--reason", "leaked"]
-    ran = gateway("keys", "revoke", "otherkey0001", *arguments)
-    told = time.monotonic()
-    assert ran.returncode == 0, ran.stderr
-    until(lambda: statuses(journey) == {401})
-    assert time.monotonic() - told < 2
-    for replica in journey.stack.replicas:
-        log = journey.stack.log_dir / f"{replica.name}.log"
-        until(lambda log=log: any(line["action"] == "control.revoked" for line in audit_lines(log.read_text())))
+    with calling(journey) as answered:
+        until(lambda: len(answered) > 50)
+        ran = gateway("keys", "revoke", "otherkey0001", *arguments)
+        told = time.monotonic()
+        assert ran.returncode == 0, ran.stderr
+        before = len(answered)
+        until(lambda: statuses(journey) == {401})
+        seen = time.monotonic() - told
+        until(lambda: len(answered) > before)
+    assert seen < 4
+    assert 200 in answered
+    assert not {401, 403} & set(answered)
+    logs = [journey.stack.log_dir / f"{replica.name}.log" for replica in journey.stack.replicas]
+    taken = [until(lambda log=log: reached(log)) for log in logs]
+    print(f"refused {seen:.2f} s after the command's return; the replicas had read it after {taken} s")
+    assert max(taken) < 2
+
+
+def reached(log: Path) -> float | None:
+    """How long the revocation took from the channel to this replica, as its audit line says."""
+    for line in audit_lines(log.read_text()):
+        if line["action"] == "control.revoked" and line["value"] == "leaked":
+            given, read = (datetime.fromisoformat(str(line[name])) for name in ("at", "time"))
+            return (read - given).total_seconds()
+    return None
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/support-fast", "/v1/usage"])

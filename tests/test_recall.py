@@ -15,7 +15,7 @@ import pytest
 from app.ambient import Patience
 from app.api import _cut
 from app.cache import Scope
-from app.config import Quota, Timeouts
+from app.config import Cascade, Quota, Timeouts
 from app.core import Call, Exchange, Reply, Wishes
 from app.errors import VendorFailed, VendorRefused
 from app.limits import Limits
@@ -24,6 +24,7 @@ from tests.cache_parts import ALIAS, body, call
 from tests.gateway_parts import DONE, UNENDED, USAGE_FRAME, Rooms, ScriptedAnswer, chunk, completion, departed
 from tests.limits_parts import Counters, pipe_to, whole
 from tests.redis_parts import AMBIENT, RedisServer, redis_server, run, running, until
+from tests.translation import target
 
 TOTAL = 12
 """Tokens of the scripted vendor's answers."""
@@ -222,6 +223,35 @@ def test_an_answer_that_is_not_whole_is_not_kept(server: RedisServer, tmp_path: 
             await client.ask()
             await client.rooms.channel.run_once()
             assert server.client.keys("sc:*") == []
+
+    run(main())
+
+
+@pytest.mark.parametrize("doubtful", [False, True])
+def test_a_doubtful_answer_that_served_for_want_of_a_better_one_is_not_kept(
+    server: RedisServer, tmp_path: Path, doubtful: bool
+) -> None:
+    """Both answers say the same; the cascade doubts the less likely one, and the target above fails."""
+    above = target("openai", "above")
+    unsure = Cascade((above,), frozenset(), -0.5)
+    likely = {"content": [{"token": "hello", "logprob": -9.0 if doubtful else -0.1}]}
+    message = {"role": "assistant", "content": "hello"}
+    choice = {"index": 0, "message": message, "logprobs": likely, "finish_reason": "stop"}
+    alias = msgspec.structs.replace(CONFIG.aliases[ALIAS], cascade=unsure)
+    targets = {above.name: above, alias.targets[0].name: alias.targets[0]}
+    asking = msgspec.structs.replace(CONFIG, aliases={ALIAS: alias}, targets=targets)
+    said = [ScriptedAnswer(completion(choices=[choice])), *([VendorRefused("no")] if doubtful else [])]
+
+    async def main() -> None:
+        async with replica(server, tmp_path, *said, *said) as client:
+            first = await client.ask(config=asking)
+            assert client.exchanges[-1].doubted is doubtful
+            if not doubtful:
+                await kept(server)
+            second = await client.ask(config=asking)
+            assert (first.status, second.status) == (200, 200)
+            assert headers(second)["x-cache"] == ("MISS" if doubtful else "HIT (exact)")
+            assert len(server.client.keys("sc:*:x:*")) == (0 if doubtful else 1)
 
     run(main())
 
