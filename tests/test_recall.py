@@ -240,10 +240,14 @@ def test_a_doubtful_answer_that_served_for_want_of_a_better_one_is_not_kept(
     alias = msgspec.structs.replace(CONFIG.aliases[ALIAS], cascade=unsure)
     targets = {above.name: above, alias.targets[0].name: alias.targets[0]}
     asking = msgspec.structs.replace(CONFIG, aliases={ALIAS: alias}, targets=targets)
-    said = [ScriptedAnswer(completion(choices=[choice])), *([VendorRefused("no")] if doubtful else [])]
+    said = [
+        answer
+        for _ in range(2)
+        for answer in (ScriptedAnswer(completion(choices=[choice])), *([VendorRefused("no")] if doubtful else []))
+    ]
 
     async def main() -> None:
-        async with replica(server, tmp_path, *said, *said) as client:
+        async with replica(server, tmp_path, *said) as client:
             first = await client.ask(config=asking)
             assert client.exchanges[-1].doubted is doubtful
             if not doubtful:
