@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from app.ambient import Ambient, Patience
 from app.config import Alias, Cascade, Config, Hedge, Price, Target, Timeouts, WrittenBreaker, WrittenRetry
 from app.core import Call, Exchange, Reply
 from app.errors import VendorError, VendorFailed, VendorMisconfigured
+from app.http1 import Http1
 from app.providers.translator import Outgoing
 from tests.gateway_parts import (
     ALIAS,
@@ -35,7 +37,7 @@ from tests.gateway_parts import (
     request,
 )
 from tests.translation import PRICE, target
-from tests.vendors import until
+from tests.vendors import accepting_nobody, until
 
 LIMITS = Timeouts(1.0, 5.0, 5.0, 5.0, 30.0)
 
@@ -603,3 +605,56 @@ def test_spent_retries_are_not_the_client_s_to_repeat(table: Make) -> None:
     at = table(Vendors(cheap=[VendorFailed("x"), VendorFailed("x")]), CHEAP)
     reply, _ = at.serve(request())
     assert (reply.status, headers(reply)["x-should-retry"]) == (503, "false")
+
+
+# --- the limits of vendors --------------------------------------------------------------------------------------------
+
+
+class Deaf(Vendors):
+    """Whoever has no script is a vendor that accepts no connection, asked by the engine of production."""
+
+    def __init__(self, origin: str, **script: list[ScriptedAnswer | VendorError]) -> None:
+        super().__init__(**script)
+        self.origin = origin
+
+    async def open(self, outgoing: Outgoing, connect_seconds: float) -> Any:
+        model = json.loads(outgoing.body)["model"]
+        if model in self._script:
+            return await super().open(outgoing, connect_seconds)
+        self.asked.append((model, {}))
+        return await Http1(ssl.create_default_context(), Ambient()).open(
+            replace(outgoing, url=f"{self.origin}/v1/chat/completions"), connect_seconds
+        )
+
+
+def limited(at: Table, limits: Timeouts) -> Table:
+    alias = replace(at.config.aliases[ALIAS], timeouts=limits)
+    at.config = replace(at.config, aliases={ALIAS: alias})
+    return at
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_vendor_that_accepts_no_connection_is_left_after_the_connect_limit(table: Make, stream: bool) -> None:
+    with accepting_nobody() as origin:
+        vendors = Deaf(origin, spare=[streamed("hello") if stream else answer()])
+        at = limited(table(vendors, CHEAP, SPARE), Timeouts(0.05, 60.0, 60.0, 60.0, 120.0))
+        reply, body = at.serve(request(stream=stream))
+    assert (reply.status, b"hello" in body, headers(reply)["x-gateway-fallback"]) == (200, True, "true")
+    assert [(tried["target"], tried["outcome"]) for tried in at.row()["attempts"]] == [
+        *[(CHEAP.name, "unreachable")] * (len(vendors.models) - 1), (SPARE.name, "success"),
+    ]  # fmt: skip
+
+
+def test_a_stream_that_falls_silent_ends_after_the_idle_limit_with_one_error_and_its_row(table: Make) -> None:
+    silent = ScriptedAnswer(*STREAM[:2], UNENDED)
+    vendors = Vendors(cheap=[silent], spare=[answer()])
+    at = limited(table(vendors, CHEAP, SPARE), Timeouts(60.0, 60.0, 60.0, 0.05, 120.0))
+    reply, body = at.serve(request(stream=True))
+    data = [line.removeprefix(b"data: ") for line in body.split(b"\n\n") if line]
+    errors = [frame for frame in data if b'"error"' in frame]
+    assert (reply.status, len(errors), data[-2:]) == (200, 1, [errors[0], b"[DONE]"])
+    assert json.loads(errors[0])["error"]["code"] == "upstream_unavailable"
+    assert (vendors.models, silent.closed) == (["cheap"], [False])
+    row = at.row()
+    assert (row["status"], row["error_code"], row["usage_source"]) == ("error", "upstream_unavailable", "estimated")
+    assert row["cost_usd"]["total"] > 0

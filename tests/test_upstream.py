@@ -21,7 +21,7 @@ from app.errors import VendorBroke, VendorError, VendorUnreachable
 from app.http1 import HEAD_BYTES, IDLE_SECONDS, LINGER_SECONDS, Http1
 from app.providers.translator import Outgoing
 from app.upstream import FAILURES, Engine, Httpx, engine
-from tests.vendors import Behaviour, Peer, until, vendor
+from tests.vendors import Behaviour, Peer, accepting_nobody, until, vendor
 
 CONNECT_SECONDS = 5.0
 CA = trustme.CA()
@@ -709,6 +709,14 @@ def test_plain_text_where_tls_was_expected_is_unreachable(run: Run) -> None:
             at.origin = at.origin.replace("http:", "https:")
             with pytest.raises(VendorUnreachable):
                 await call(upstream, at.outgoing())
+
+    run(scenario)
+
+
+def test_a_vendor_that_accepts_no_connection_is_unreachable_after_the_limit(run: Run) -> None:
+    async def scenario(upstream: Engine) -> None:
+        with accepting_nobody() as origin, pytest.raises(VendorUnreachable):
+            await upstream.open(Outgoing(f"{origin}/v1/x", (), b"{}"), 0.05)
 
     run(scenario)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 
 from app.providers.translator import Outgoing
@@ -87,6 +88,25 @@ async def vendor(
             if task is not None:
                 task.cancel()
         await asyncio.gather(*[task for task in running if task is not None], return_exceptions=True)
+
+
+@contextlib.contextmanager
+def accepting_nobody() -> Iterator[str]:
+    """The origin of a vendor whose queue is full: it neither accepts a connection nor refuses it."""
+    with contextlib.ExitStack() as sockets:
+        listener = sockets.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(16):
+            waiting = sockets.enter_context(socket.socket())
+            waiting.settimeout(0.2)
+            try:
+                waiting.connect(listener.getsockname())
+            except TimeoutError:
+                break
+        else:
+            raise AssertionError("the queue does not fill")
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
