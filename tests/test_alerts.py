@@ -313,6 +313,16 @@ def test_collector_passes_on_what_it_takes() -> None:
             assert set(names) <= set(collector[kind])
 
 
+def test_collector_scrapes_what_prometheus_scrapes() -> None:
+    def scraped(configs: list[dict[str, Any]]) -> list[tuple[str, Any, Any]]:
+        return [(one["job_name"], one.get("authorization"), one["static_configs"]) for one in configs]
+
+    prometheus = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
+    collector = yaml.safe_load((FOLDER / "collector.yml").read_text())
+    scrapes = collector["receivers"]["prometheus"]["config"]["scrape_configs"]
+    assert scraped(scrapes) == scraped(prometheus["scrape_configs"])
+
+
 def test_replicas_are_told_where_the_collector_is_only_when_asked() -> None:
     for replica in ("gateway-1", "gateway-2"):
         told = SERVICES[replica]["environment"]["OTEL_EXPORTER_OTLP_ENDPOINT"]
