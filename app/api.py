@@ -128,7 +128,7 @@ class FrontDoor:
             if exchange.cut == "drain":
                 self._send_drained(exchange, visit)
         except Exception:
-            log.exception("defect in request %s", exchange.call.request_id)
+            log.exception("defect in a call", extra=exchange.call.named)
             error = InternalError("The gateway has a defect; its log has it under this request id.")
             if not visit.started:
                 self._refuse(visit, exchange.call.dialect, error, exchange.call.request_id)

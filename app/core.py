@@ -462,6 +462,11 @@ class Call(Struct, frozen=True, kw_only=True):
     wishes: Wishes | None = None
     metadata: Mapping[bytes, str] = {}
 
+    @property
+    def named(self) -> dict[str, str]:
+        """What a line of the log about this call carries, as its `extra`."""
+        return {"request_id": self.request_id, "trace_id": self.trace_id}
+
 
 class Reply(Struct, frozen=True):
     """What goes back: a status line, headers, and frames. Of a unary answer the first frame is the only one."""

@@ -487,12 +487,12 @@ class Dialogue:
         if isinstance(error, VendorMisconfigured) and self.cooldowns.doubtful(target, key, error):
             return
         if self.cooldowns.failed(target, error, settings.breaker):
-            self.telemetry.broke_off(target.name, error)
+            self.telemetry.broke_off(exchange, target.name, error)
         name, seconds = rests(error, target, key, settings.retry.cooldown_seconds)
         if seconds:
             self.cooldowns.rest(name, seconds, error.fault)
         if isinstance(error, VendorMisconfigured):
-            self.telemetry.misconfigured(name, target.name, error)
+            self.telemetry.misconfigured(exchange, name, target.name, error)
 
     async def _credential(self, target: Target, key: VendorKey | None) -> Credential:
         """What signs the request. Waits only where it has to be fetched. Raises VendorError."""

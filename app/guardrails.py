@@ -18,7 +18,7 @@ from msgspec import Struct
 
 from app.ambient import Ambient
 from app.config import Alias, Guardrail, Tenant
-from app.core import Exchange
+from app.core import Call, Exchange
 from app.errors import GuardrailBlocked, GuardrailUnavailable, InvalidRequest, VendorBroke
 from app.sse import DONE, FrameSplitter, data_of
 from app.wire import Request
@@ -76,9 +76,9 @@ class Guardrails:
         """What checks one call, the alias's guardrails before the tenant's."""
         return Guarding(self, exchange, tuple(dict.fromkeys((*alias.guardrails, *tenant.guardrails))))
 
-    async def check(self, guardrail: Guardrail, stage: Stage, question: dict[str, Any]) -> None:
+    async def check(self, guardrail: Guardrail, stage: Stage, question: dict[str, Any], call: Call) -> None:
         """Raises GuardrailBlocked, and GuardrailUnavailable where it does not answer and must."""
-        verdict = await self._verdict(guardrail, question)
+        verdict = await self._verdict(guardrail, question, call)
         if verdict is None:
             self._on_checked(guardrail.name, stage, "away")
             if guardrail.fails_open:
@@ -88,13 +88,13 @@ class Guardrails:
             )
         if verdict.action == "block":
             self._on_checked(guardrail.name, stage, "blocked")
-            log.warning("guardrail %s blocked the %s of request %s", guardrail.name, stage, question["request_id"])
+            log.warning("guardrail %s blocked the %s of a call", guardrail.name, stage, extra=call.named)
             what = "request" if stage == "input" else "answer"
             reason = "".join(c for c in verdict.reason[:MAX_REASON_CHARACTERS] if c.isprintable())
             raise GuardrailBlocked(f"The guardrail {guardrail.name!r} blocked this {what}{reason and ': ' + reason}")
         self._on_checked(guardrail.name, stage, "allowed")
 
-    async def _verdict(self, guardrail: Guardrail, question: dict[str, Any]) -> _Verdict | None:
+    async def _verdict(self, guardrail: Guardrail, question: dict[str, Any], call: Call) -> _Verdict | None:
         """None where there is no answer that can be read in time."""
         name = guardrail.name
         if self._rests_until.get(name, 0.0) > self._ambient.monotonic():
@@ -103,7 +103,7 @@ class Guardrails:
             async with asyncio.timeout(guardrail.timeout_seconds):
                 verdict = await self._ask(guardrail, question)
         except (httpx.HTTPError, httpx.InvalidURL, msgspec.DecodeError, ValueError, TimeoutError) as error:
-            log.error("guardrail %s gave no answer (%s)", name, type(error).__name__)
+            log.error("guardrail %s gave no answer (%s)", name, type(error).__name__, extra=call.named)
             self._failures[name] = failures = self._failures.get(name, 0) + 1
             if failures >= FAILURES:
                 self._rests_until[name] = self._ambient.monotonic() + REST_SECONDS
@@ -205,7 +205,7 @@ class Guarding:
             "environment": call.config.environment,
         }
         for guardrail in guardrails:
-            await self._room.check(guardrail, stage, question)
+            await self._room.check(guardrail, stage, question, call)
 
 
 # --- text in JSON of any dialect --------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ class Shadows:
             if heard is not None and said is not None:
                 heard(copy, said)
         except Exception:
-            log.exception("defect in the shadow of request %s", copy.call.request_id)
+            log.exception("defect in a shadow of a call", extra=copy.call.named)
         finally:
             copy.patience.end()
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.journey import Journey, chat, events, text
+from tests.journey import Journey, chat, events, text, until
 
 BLOCKED: dict[str, dict[str, Any]] = {
     "failing": {"kind": "status", "status": 500},
@@ -178,6 +179,27 @@ def test_fallback_is_counted_by_from_to_and_reason(journey: Journey) -> None:
     scrapes = journey.admin("/metrics", 0).text + journey.admin("/metrics", 1).text
     labels = 'from="openai/gpt-4o-mini",reason="throttled",to="openrouter/gpt-4o-mini"'
     assert f"gateway_fallback_total{{{labels}}}" in scrapes
+
+
+def test_lines_about_a_call_name_its_request_and_its_trace(journey: Journey) -> None:
+    journey.fault("openai", kind="status", status=401)
+    answer = journey.post(chat("tokens=2"))
+    row = journey.row(answer.headers["x-request-id"])
+
+    def said() -> list[dict[str, Any]]:
+        logs = [journey.stack.log_dir / f"{replica.name}.log" for replica in journey.stack.replicas]
+        lines = [json.loads(line) for log in logs for line in log.read_text().splitlines() if line.startswith("{")]
+        found = [line for line in lines if line.get("request_id") == row["request_id"]]
+        return found if len(found) == 2 else []
+
+    refused, left = until(said)
+    assert (refused["level"], refused["message"].partition(" with ")[0]) == (
+        "error", "openai/gpt-4o-mini refused our credential or model",
+    )  # fmt: skip
+    assert (left["level"], left["message"]) == (
+        "warning", "fallback from openai/gpt-4o-mini to openrouter/gpt-4o-mini (misconfigured)",
+    )  # fmt: skip
+    assert {line["trace_id"] for line in (refused, left)} == {row["trace_id"]}
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from app.api import FrontDoor
 from app.auth import Callers
 from app.config import Config
 from app.dialects import ROUTES
+from app.telemetry import JsonLog, Lines
 from tests.gateway_parts import STREAM, UNENDED, Rooms, ScriptedAnswer, completion, config, request
 from tests.test_auth import KEY, WIDE_KEY, NoTokens
 
@@ -139,6 +142,46 @@ def test_a_body_that_never_comes_leaves_a_row(rooms: Door) -> None:
     visit(at, Client(None, headers()))
     row = at.row()
     assert (row["status"], row["error_code"], row["tenant_id"]) == ("refused", "invalid_request", "acme-corp")
+
+
+# --- a defect ---------------------------------------------------------------------------------------------------------
+
+
+class Kept(Lines):
+    """Lines that stay here."""
+
+    def __init__(self) -> None:
+        self.written: list[dict[str, Any]] = []
+
+    def write(self, line: bytes) -> None:
+        self.written.append(json.loads(line))
+
+
+@pytest.fixture
+def log() -> Iterator[list[dict[str, Any]]]:
+    """The log of the process, as a replica writes it."""
+    lines = Kept()
+    handler = JsonLog(lines, Ambient())
+    logging.getLogger().addHandler(handler)
+    yield lines.written
+    logging.getLogger().removeHandler(handler)
+
+
+def test_the_line_of_a_defect_names_the_call_s_request_and_trace(rooms: Door, log: list[dict[str, Any]]) -> None:
+    at = rooms(ScriptedAnswer(TypeError("a defect")))
+    client = Client(request(), headers())
+    visit(at, client)
+    assert client.status == 500
+    row = at.row()
+    (line,) = [line for line in log if "traceback" in line]
+    assert (line["level"], line["request_id"], line["trace_id"]) == ("error", row["request_id"], row["trace_id"])
+    assert "TypeError: a defect" in line["traceback"]
+
+
+def test_a_line_about_no_call_names_none(log: list[dict[str, Any]]) -> None:
+    logging.getLogger("app.test").warning("of nobody")
+    (line,) = log
+    assert line.keys() == {"time", "level", "message", "logger"}
 
 
 # --- a client that never reads ----------------------------------------------------------------------------------------

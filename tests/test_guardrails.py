@@ -341,22 +341,27 @@ def test_guardrail_that_dies_in_mid_stream_ends_it_with_one_error_event(tmp_path
     assert (sent.body.count(b'"error"'), sent.row["error_code"]) == (1, "guardrail_unavailable")
 
 
-def test_guardrail_that_keeps_failing_is_left_alone_for_a_while(tmp_path: Path, guard: Guard) -> None:
+def test_guardrail_that_keeps_failing_is_left_alone_for_a_while(
+    tmp_path: Path, guard: Guard, caplog: pytest.LogCaptureFixture
+) -> None:
     rooms = Rooms(tmp_path, ambient=Clock())
+    asking = call(request(), rooms.ambient)
     rail = guardrail(guard, fails_open=True)
     guard.answers += [(500, b"")] * FAILURES
 
     async def scenario() -> None:
         for _ in range(FAILURES + 3):
-            await rooms.guardrails.check(rail, "input", {"text": "", "context": "", "request_id": "r"})
+            await rooms.guardrails.check(rail, "input", {"text": "", "context": "", "request_id": "r"}, asking)
         assert len(guard.asked) == FAILURES
         await rooms.ambient.sleep(60)
-        await rooms.guardrails.check(rail, "input", {"text": "", "context": "", "request_id": "r"})
+        await rooms.guardrails.check(rail, "input", {"text": "", "context": "", "request_id": "r"}, asking)
         assert len(guard.asked) == FAILURES + 1
         await rooms.guardrails.close()
 
     asyncio.run(scenario())
     rooms.spool.close()
+    names = {(line.request_id, line.trace_id) for line in caplog.records if "gave no answer" in line.message}
+    assert names == {(asking.request_id, asking.trace_id)}
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

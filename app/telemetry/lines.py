@@ -12,6 +12,8 @@ from app.ambient import Ambient, timestamp
 
 MAX_WAITING_LINES = 20_000
 LINES_SECONDS = 0.05
+OF_CALL = ("request_id", "trace_id")
+"""Members of a line that is about one call: `extra=call.named`."""
 
 
 class Lines:
@@ -55,7 +57,7 @@ class Lines:
 
 
 class JsonLog(logging.Handler):
-    """The rest of the log, in the same form and through the same thread."""
+    """The rest of the log, in the same form and through the same thread. What is about one call names it (OF_CALL)."""
 
     def __init__(self, lines: Lines, ambient: Ambient) -> None:
         super().__init__()
@@ -69,6 +71,9 @@ class JsonLog(logging.Handler):
             "message": record.getMessage(),
             "logger": record.name,
         }
+        for name in OF_CALL:
+            if (value := getattr(record, name, None)) is not None:
+                entry[name] = value
         if record.exc_info:
             entry["traceback"] = logging.Formatter().formatException(record.exc_info)
         self._lines.write(msgspec.json.encode(entry))

@@ -165,7 +165,7 @@ class Telemetry:
 
     def fell_back(self, exchange: Exchange, source: str, target: str, reason: str) -> None:
         self._fallback.labels(source, target, reason).inc()
-        log.warning("fallback from %s to %s (%s) request %s", source, target, reason, exchange.call.request_id)
+        log.warning("fallback from %s to %s (%s)", source, target, reason, extra=exchange.call.named)
 
     def escalated(self, exchange: Exchange, source: str, target: str, reason: str) -> None:
         """An answer is not taken, and another target is asked for a better one."""
@@ -179,10 +179,15 @@ class Telemetry:
         """A copy of a call was sent, or dropped because too many are under way."""
         self._shadows.labels(alias, target, outcome).inc()
 
-    def broke_off(self, target: str, error: VendorError) -> None:
+    def broke_off(self, exchange: Exchange, target: str, error: VendorError) -> None:
         """A target failed too often, and rests now."""
         self._breakers.labels(target).inc()
-        log.error("%s has failed too often, the last time by %s; it rests now on every replica", target, error.fault)
+        log.error(
+            "%s has failed too often, the last time by %s; it rests now on every replica",
+            target,
+            error.fault,
+            extra=exchange.call.named,
+        )
 
     def vendor_error(self, provider: str, error: VendorError) -> None:
         self._vendor_errors.labels(provider, error.fault).inc()
@@ -198,7 +203,7 @@ class Telemetry:
     def guarded(self, guardrail: str, stage: str, outcome: str) -> None:
         self._guarded.labels(guardrail, stage, outcome).inc()
 
-    def misconfigured(self, what: str, target: str, error: VendorError) -> None:
+    def misconfigured(self, exchange: Exchange, what: str, target: str, error: VendorError) -> None:
         """`what` rests now: a target, or one of its provider's keys."""
         self._misconfigured.labels(target, what).inc()
         log.error(
@@ -206,6 +211,7 @@ class Telemetry:
             target,
             error.vendor_status,
             what,
+            extra=exchange.call.named,
         )
 
     def record(self, exchange: Exchange, event: LedgerEvent, row: bytes | None) -> None:
