@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import math
 import os
 import random
 import tempfile
@@ -27,6 +26,7 @@ from app.cache.embedder import local
 from app.cache.guards import Facts, read
 from app.cache.learner import REFIT, Observation, fit
 from app.cache.verifier import NEIGHBOURS, Model, Neighbour, Verdict, weigh
+from app.reports.cache import interval
 from app.reports.markup import document, el
 from loadtest import labelled
 from loadtest.answers import WORDINGS, answer
@@ -60,16 +60,6 @@ class Summary(Struct, frozen=True):
     thirds: tuple[Share, Share, Share]
     vetoed: float
     vetoed_right: float
-
-
-def interval(share: float, of: float) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
-    if of <= 0:
-        return 0.0, 1.0
-    z = 1.96
-    middle = (share + z * z / (2 * of)) / (1 + z * z / of)
-    half = z / (1 + z * z / of) * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def share(outcomes: Sequence[Outcome]) -> Share:

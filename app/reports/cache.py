@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import date, timedelta
@@ -102,6 +103,16 @@ async def lines(archive: Archive, first: date, last: date, tenant: str | None) -
     ]
 
 
+def interval(share: float, of: float) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share."""
+    if of <= 0:
+        return 0.0, 1.0
+    z = 1.96
+    middle = (share + z * z / (2 * of)) / (1 + z * z / of)
+    half = z / (1 + z * z / of) * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 # --- showing it -------------------------------------------------------------------------------------------------------
 
 
@@ -141,6 +152,9 @@ def as_text(report: CacheReport) -> str:
         written.append("  No calls in these days.")
     if report.judged:
         written += ["", f"Same meaning: {_precision(report.judged)}"]
+        for tenant, alias, served, _, right, per_hit, per_request, _ in _alias_precision(report.judged):
+            said = f"right {right}, wrong per hit {per_hit}, per request {per_request}"
+            written.append(f"  {tenant:<24} {alias:<24} {served:>15} served, {said}")
     written += [f"  wrong {w.times} times: {w.tenant} {w.alias} {w.digest} {w.question[:80]}" for w in report.worst]
     return "\n".join(written)
 
@@ -171,6 +185,9 @@ def as_html(report: CacheReport) -> bytes:
         ),
         el("h2", "Same meaning: right and wrong"),
         el("p", _precision(report.judged) if report.judged else "Nothing was judged in these days."),
+        _table("By tenant and alias, with 95 % intervals", _PRECISION, _alias_precision(report.judged))
+        if report.judged
+        else None,
         _table("By day", ("Day", "Tenant", "Alias", *_JUDGED.values(), "Vetoed"), _judged_rows(report.judged))
         if report.judged
         else None,
@@ -225,11 +242,43 @@ def _precision(judged: list[Judged]) -> str:
     looks, hits, checks, wrong = (sum(each[name] for each in judged) for name in ("looks", "hits", "checks", "wrong"))
     if not checks:
         return f"{count(hits)} of {count(looks)} served, none of them asked again yet."
-    of_all = wrong / checks * hits / looks if looks else 0.0
     return (
         f"{count(hits)} of {count(looks)} served; {count(checks)} of them were asked again, {count(wrong)} were wrong: "
-        f"{(checks - wrong) / checks:.1%} right, {of_all:.2%} of requests answered wrongly."
+        f"{share(checks - wrong, checks)} right, {_likely(wrong, checks, hits / looks if looks else 0.0)} of requests "
+        "answered wrongly (95 % interval)."
     )
+
+
+_PRECISION = (
+    "Tenant", "Alias", "Served", "Found wrong", "Right", "Wrong per hit", "Wrong per request", "Wrong, if served",
+)  # fmt: skip
+
+
+def _alias_precision(judged: list[Judged]) -> Iterable[tuple[str, ...]]:
+    """Each tenant's and alias's days together, in `_PRECISION`'s columns; the last is of `shadow`. A dash: unknown."""
+    sums: dict[tuple[str, str], Counter[str]] = {}
+    for each in judged:
+        sums.setdefault((each.tenant, each.alias), Counter()).update(each.figures)
+    for (tenant, alias), n in sorted(sums.items()):
+        looks, hits, checks, wrong = n["looks"], n["hits"], n["checks"], n["wrong"]
+        yield (
+            tenant,
+            alias,
+            f"{count(hits)} of {count(looks)}",
+            f"{count(wrong)} of {count(checks)}",
+            _likely(checks - wrong, checks),
+            _likely(wrong, checks),
+            _likely(wrong, checks, hits / looks if looks else 0.0),
+            _likely(n["shadow_wrong"], n["shadow_right"] + n["shadow_wrong"]),
+        )
+
+
+def _likely(part: int, of: int, scale: float = 1.0) -> str:
+    """A sampled share with its 95 % interval, both times `scale`: the share of hits, which is counted."""
+    if not of:
+        return "-"
+    low, high = interval(part / of, of)
+    return f"{part / of * scale * 100:.2f} % [{low * scale * 100:.2f}, {high * scale * 100:.2f}]"
 
 
 def _judged_rows(judged: list[Judged]) -> Iterable[tuple[str, ...]]:
