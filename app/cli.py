@@ -93,25 +93,18 @@ def _parser() -> argparse.ArgumentParser:
     lint.add_argument("--json", action="store_true")
 
     preship = command("preship", _preship, "Run the six gates of a release; 1 when a blocking one is missed.")
-    preship.add_argument("--target", metavar="URL", help="the gateway to hold against them (a stack of its own)")
-    preship.add_argument("--key", default=os.environ.get("HELLO_SHIP_GATEWAY_KEY"), help="HELLO_SHIP_GATEWAY_KEY")
-    preship.add_argument("--tenant", default="smoke-test", help="on whose behalf the gates call (smoke-test)")
-    preship.add_argument("--ca-file", type=Path, help="what the target's certificate is verified with")
-    preship.add_argument("--simulator-url", metavar="URL", help="where the target's vendors are simulated")
+    _gate_options(preship)
     preship.add_argument("--database-url", default=os.environ.get("DATABASE_URL"), help="DATABASE_URL by default")
-    preship.add_argument(
-        "--admin-url",
-        action="append",
-        default=[],
-        metavar="URL",
-        help="a replica's admin port; repeatable",
-    )
-    preship.add_argument("--admin-token", default=os.environ.get("GATEWAY_ADMIN_TOKEN"), help="GATEWAY_ADMIN_TOKEN")
     preship.add_argument(
         "--apps", type=Path, action="append", default=[], help="an app's source, for lint-apps; repeatable"
     )
-    preship.add_argument("--gates", type=Path, help="thresholds and evals (loadtest/gate/gates.yaml)")
     preship.add_argument("--report", type=Path, help="write an HTML page here, and JSON beside it")
+
+    drills = command("drill", _drill, "Let something fail on purpose, and see that callers notice nothing.")
+    drill = drills.add_subparsers(required=True, metavar="DRILL").add_parser(
+        "fallback", help="block the primary vendor under load: preship's gate, alone; 1 when calls do not get through"
+    )
+    _gate_options(drill)
 
     mode_commands.add(command)
     cache_commands.add(command)
@@ -120,6 +113,24 @@ def _parser() -> argparse.ArgumentParser:
     money_commands.add(command)
     ledger_commands.add(command)
     return parser
+
+
+def _gate_options(parser: argparse.ArgumentParser) -> None:
+    """What `preship` and its drill have to know of the gateway that they call."""
+    parser.add_argument("--target", metavar="URL", help="the gateway to call (a stack of its own)")
+    parser.add_argument("--key", default=os.environ.get("HELLO_SHIP_GATEWAY_KEY"), help="HELLO_SHIP_GATEWAY_KEY")
+    parser.add_argument("--tenant", default="smoke-test", help="on whose behalf the calls are (smoke-test)")
+    parser.add_argument("--ca-file", type=Path, help="what the target's certificate is verified with")
+    parser.add_argument("--simulator-url", metavar="URL", help="where the target's vendors are simulated")
+    parser.add_argument(
+        "--admin-url",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="a replica's admin port; repeatable",
+    )
+    parser.add_argument("--admin-token", default=os.environ.get("GATEWAY_ADMIN_TOKEN"), help="GATEWAY_ADMIN_TOKEN")
+    parser.add_argument("--gates", type=Path, help="thresholds, evals and faults (loadtest/gate/gates.yaml)")
 
 
 def _keys_options(parser: argparse.ArgumentParser) -> None:
@@ -189,6 +200,14 @@ def _lint_apps(arguments: argparse.Namespace) -> int:
     else:
         print("\n".join(map(str, found)) or "No direct vendor call.")
     return 1 if found else 0
+
+
+def _drill(arguments: argparse.Namespace) -> int:
+    try:
+        from loadtest.gate import drill
+    except ImportError as error:
+        return _fail(f"`gateway drill` needs the development dependencies ({error.name} is missing): run `make up`.")
+    return drill(arguments)
 
 
 def _preship(arguments: argparse.Namespace) -> int:

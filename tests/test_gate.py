@@ -124,12 +124,29 @@ def test_rows_without_a_ledger_say_what_they_need() -> None:
         checks.rows(Target("https://gateway", "key", "tenant"), {"run": 1})
 
 
-def test_target_without_a_key_is_not_asked(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["preship", "--target", "https://127.0.0.1:1", "--key", ""]) == 1
+@pytest.mark.parametrize("command", [["preship"], ["drill", "fallback"]])
+def test_target_without_a_key_is_not_asked(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "--target", "https://127.0.0.1:1", "--key", ""]) == 1
     assert "HELLO_SHIP_GATEWAY_KEY" in capsys.readouterr().err
 
 
 # --- against the stack ----------------------------------------------------------------------------------------------
+
+
+def test_the_drill_alone_says_who_got_through_and_who_did_not(
+    journey: Journey, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stack = journey.stack
+    given = ["--target", stack.url, "--key", stack.key, "--tenant", stack.tenant, "--ca-file", str(stack.ca_file)]
+    given += ["--simulator-url", stack.simulator_url, "--gates", str(small(tmp_path))]
+    assert main(["drill", "fallback", *given]) == 0, capsys.readouterr().out
+    assert re.fullmatch(r"failing (\d+)/\1\nThe drill passed.\n", capsys.readouterr().out)
+
+    journey.fault("openrouter", kind="status", status=503)
+    assert main(["drill", "fallback", *given]) == 1
+    said = capsys.readouterr().out
+    assert said.startswith("failing 0/")
+    assert said.endswith("The drill failed.\n")
 
 
 def test_evals_pass_against_a_vendor_that_heeds_its_prompt(journey: Journey) -> None:

@@ -22,31 +22,54 @@ from loadtest.stack import Stack
 
 
 class Options(Protocol):
-    """The options of `gateway preship`."""
+    """The options of `gateway drill`."""
 
     target: str | None
     key: str | None
     tenant: str
     ca_file: Path | None
     simulator_url: str | None
-    database_url: str | None
     admin_url: list[str]
     admin_token: str | None
-    apps: list[Path]
     gates: Path | None
+
+
+class PreshipOptions(Options, Protocol):
+    """The options of `gateway preship`."""
+
+    database_url: str | None
+    apps: list[Path]
     report: Path | None
 
 
-def preship(options: Options) -> int:
+class NoKey(Exception):
+    """A target without a key; the text says where to put one."""
+
+
+FAULTS = (BadSettings, StackError, NotRun, NoKey)
+"""Why nothing could be run, as a sentence."""
+
+
+def drill(options: Options) -> int:
+    """The fallback drill alone. The exit code: 0 when every call got through, 1 when not, or it could not be run."""
+    try:
+        wanted = settings.read(options.gates or settings.DEFAULT)
+        with _target(options, wanted) as target:
+            found = checks.fallback(target, wanted.fallback, f"drill{uuid.uuid4().hex[:12]}")
+    except FAULTS as error:
+        print(error, file=sys.stderr)
+        return 1
+    print("\n".join([found.measured, *found.details, "The drill passed." if found.passed else "The drill failed."]))
+    return 0 if found.passed else 1
+
+
+def preship(options: PreshipOptions) -> int:
     """The exit code: 0 when no blocking gate was missed, 1 when one was, or nothing could be run."""
     try:
         wanted = settings.read(options.gates or settings.DEFAULT)
-        if options.target and not options.key:
-            print("Which key? Set HELLO_SHIP_GATEWAY_KEY to a gateway key that may act for --tenant.", file=sys.stderr)
-            return 1
-        with _target(options, wanted) as target:
+        with _target(options, wanted, options.database_url) as target:
             results = run(target, wanted, options.apps)
-    except (BadSettings, StackError, NotRun) as error:
+    except FAULTS as error:
         print(error, file=sys.stderr)
         return 1
     print(report.table(results))
@@ -85,12 +108,14 @@ def run(target: Target, wanted: Settings, apps: list[Path]) -> list[report.Resul
 
 
 @contextlib.contextmanager
-def _target(options: Options, wanted: Settings) -> Iterator[Target]:
+def _target(options: Options, wanted: Settings, database_url: str | None = None) -> Iterator[Target]:
     """The gateway of --target, or a stack of its own."""
     if options.target:
+        if not options.key:
+            raise NoKey("Which key? Set HELLO_SHIP_GATEWAY_KEY to a gateway key that may act for --tenant.")
         yield Target(
-            options.target.rstrip("/"), options.key or "", options.tenant, options.ca_file, options.simulator_url,
-            options.database_url, tuple(options.admin_url), options.admin_token,
+            options.target.rstrip("/"), options.key, options.tenant, options.ca_file, options.simulator_url,
+            database_url, tuple(options.admin_url), options.admin_token,
         )  # fmt: skip
         return
     # The drill's hanging vendor would else be waited for as long as a reasoning model is.
