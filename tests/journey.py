@@ -71,6 +71,8 @@ PASSED = {
     "gpt-image-1": "images",
 }
 """Models of what OpenAI has beside chat and embeddings: each an alias of its own."""
+FEW = ("tenant-few", *(f"tenant-few-{file}" for file in ("messages", "node", "passed", "responses")))
+"""Tenants of few requests in 60 s: one for each file that uses them up, as files of a worker share its stack."""
 OVERLAY: dict[str, Any] = {
     "guardrails": {"suite": {"url": "http://127.0.0.1:9/nobody"}},
     "prices": {
@@ -166,7 +168,7 @@ OVERLAY: dict[str, Any] = {
     "tenants": {
         "tenant-a": {"plan": "internal", "rpm": 100_000, "daily_token_cap": 1_000_000_000},
         "tenant-b": {"plan": "internal", "rpm": 100_000, "daily_token_cap": 1_000_000_000},
-        "tenant-few": {"plan": "internal", "rpm": 5},
+        **{name: {"plan": "internal", "rpm": 5} for name in FEW},
         "tenant-poor": {"plan": "internal", "daily_token_cap": 3_000},
         "tenant-narrow": {"plan": "free"},
         "tenant-low": {"plan": "internal", "daily_token_cap": 4_000, "downgrade": {"azure": "one-target"}},
@@ -202,7 +204,8 @@ OVERLAY: dict[str, Any] = {
             "service": "suite",
             "roles": ["call", "usage"],
             "tenants": [
-                *("tenant-a", "tenant-few", "tenant-poor", "tenant-narrow", "tenant-low", "tenant-lower", "spender"),
+                *FEW,
+                *("tenant-a", "tenant-poor", "tenant-narrow", "tenant-low", "tenant-lower", "spender"),
                 *("limit-tpm", "limit-concurrency", "limit-day", "limit-month"),
             ],
         },

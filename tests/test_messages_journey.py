@@ -211,7 +211,7 @@ def test_limits_have_anthropic_s_names(journey: Journey) -> None:
 
 
 def test_a_rate_that_is_used_up_is_429_with_retry_after(journey: Journey) -> None:
-    client = journey.anthropic().with_options(default_headers={"X-Tenant-Id": "tenant-few"})
+    client = journey.anthropic().with_options(default_headers={"X-Tenant-Id": "tenant-few-messages"})
     for _ in range(5):
         client.messages.create(**asked("tokens=2", "claude"))
     with pytest.raises(anthropic.RateLimitError) as raised:

@@ -45,7 +45,7 @@ def seen(stack: Any) -> dict[str, Any]:
         "GATEWAY_URL": stack.url,
         "GATEWAY_KEY": KEY,
         "GATEWAY_TENANT": "tenant-a",
-        "GATEWAY_FEW": "tenant-few",
+        "GATEWAY_FEW": "tenant-few-node",
         "ALIASES": ",".join(ALIASES),
         "NODE_EXTRA_CA_CERTS": str(stack.ca_file),
     }

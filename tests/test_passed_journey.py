@@ -119,7 +119,7 @@ def test_an_alias_serves_its_own_route(journey: Journey, model: str) -> None:
 
 
 def test_a_rate_that_is_used_up_is_429(journey: Journey) -> None:
-    client = journey.openai().with_options(default_headers={"X-Tenant-Id": "tenant-few"})
+    client = journey.openai().with_options(default_headers={"X-Tenant-Id": "tenant-few-passed"})
     with pytest.raises(openai.RateLimitError):  # noqa: PT012 (whichever call finds the rate used up)
         for _ in range(7):
             client.moderations.create(model="omni-moderation-latest", input="Hi")

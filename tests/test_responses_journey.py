@@ -188,7 +188,7 @@ def test_rows_say_what_the_vendor_counted(journey: Journey, alias: str) -> None:
 
 
 def test_a_rate_that_is_used_up_is_429_with_retry_after(journey: Journey) -> None:
-    client = journey.openai().with_options(default_headers={"X-Tenant-Id": "tenant-few"})
+    client = journey.openai().with_options(default_headers={"X-Tenant-Id": "tenant-few-responses"})
     for _ in range(5):
         client.responses.create(**asked("tokens=2", "claude"))
     with pytest.raises(openai.RateLimitError) as raised:
