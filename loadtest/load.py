@@ -22,6 +22,8 @@ RECONNECT_SECONDS = 0.01
 """Between two refused connections: time bounds a run, and 100,000 refusals a second would tell no more than 100."""
 LATE_SECONDS = 10.0
 """How long answers under way may still take when the time is up, before they count as errors."""
+NUMBER = b"<number it!>"
+"""Where a request has this, it is another one each time: its number, as long as this, stands in its place."""
 _DONE = b"data: [DONE]\n\n"
 _ENDS = (_DONE, b'data: {"type":"message_stop"}\n\n')
 """How a whole stream ends, in chat completions and in Messages."""
@@ -79,7 +81,9 @@ def request_bytes(url: str, headers: Mapping[str, str], body: bytes) -> bytes:
 class Tally:
     """What the connections of one run share. `stopping` ends the sending; only answers before it are measured."""
 
-    def __init__(self, count: int | None) -> None:
+    def __init__(self, count: int | None, expected: int = 200) -> None:
+        self.expected = expected
+        self.sent = 0
         self.latencies = array("d")
         self.first_bytes = array("d")
         self.errors: Counter[str] = Counter()
@@ -94,6 +98,7 @@ class Tally:
             return False
         if self._left is not None:
             self._left -= 1
+        self.sent += 1
         return True
 
 
@@ -129,7 +134,7 @@ class Connection(asyncio.Protocol):
         self._tail = b""
         self._first_at = 0.0
         self._sent_at = time.perf_counter()
-        self._transport.write(self._request)
+        self._transport.write(self._request.replace(NUMBER, b"%012d" % self._tally.sent))
 
     def _fail(self, kind: str) -> None:
         if self._waiting:
@@ -200,7 +205,7 @@ class Connection(asyncio.Protocol):
         now = time.perf_counter()
         tally = self._tally
         self._waiting = False
-        if self._status != 200:
+        if self._status != tally.expected:
             tally.errors[f"status {self._status}"] += 1
         elif self._is_stream and not self._tail.endswith(_ENDS):
             tally.errors["no [DONE]"] += 1
@@ -216,9 +221,17 @@ class Connection(asyncio.Protocol):
 
 
 async def run_load(
-    url: str, request: bytes, *, concurrency: int, duration_seconds: float | None = None, count: int | None = None
+    url: str,
+    request: bytes,
+    *,
+    concurrency: int,
+    duration_seconds: float | None = None,
+    count: int | None = None,
+    expected: int = 200,
 ) -> LoadResult:
     """Sends `request` to the host of `url` for a time or a number of requests, whichever ends first.
+
+    An answer with another status than `expected` is an error.
 
     Answers under way when the time is up are waited for, so that the server is idle afterwards.
     """
@@ -226,7 +239,7 @@ async def run_load(
     if host is None or port is None or (duration_seconds is None and count is None):
         raise ValueError("a load needs a host, a port, and a duration or a count")
     loop = asyncio.get_running_loop()
-    tally = Tally(count)
+    tally = Tally(count, expected)
     live: set[Connection] = set()
 
     async def keep_connected() -> None:

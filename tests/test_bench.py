@@ -13,14 +13,16 @@ from loadtest.bench import plot
 from loadtest.bench import report as reporting
 from loadtest.bench.parts import Subject
 from loadtest.bench.report import Facts, Report, Row, Sample
-from loadtest.load import Latency, LoadResult, latency, percentile, request_bytes, run_load
+from loadtest.load import NUMBER, Latency, LoadResult, latency, percentile, request_bytes, run_load
 
 ANSWER = b'{"ok":true}'
 WHOLE = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 11\r\n\r\n" + ANSWER
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
-def load_against(answers: list[bytes], *, hang_up: bool = False, connections: int = 1) -> LoadResult:
+def load_against(
+    answers: list[bytes], *, hang_up: bool = False, connections: int = 1, expected: int = 200
+) -> LoadResult:
     """Sends as many requests as there are `answers` to a server that gives them in turn, and then maybe hangs up."""
     left = iter(answers)
 
@@ -37,7 +39,9 @@ def load_against(answers: list[bytes], *, hang_up: bool = False, connections: in
         server = await asyncio.get_running_loop().create_server(Server, "127.0.0.1", 0)
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1/chat/completions"
         async with server:
-            return await run_load(url, request_bytes(url, {}, b"{}"), concurrency=connections, count=len(answers))
+            return await run_load(
+                url, request_bytes(url, {}, b"{}"), concurrency=connections, count=len(answers), expected=expected
+            )
 
     return asyncio.run(asyncio.wait_for(run(), 20))
 
@@ -155,15 +159,49 @@ def test_the_mock_answers_a_unary_request_whole() -> None:
 
 
 @pytest.mark.parametrize("case", bench.CASES)
-def test_a_benchmark_request_is_one_kilobyte_of_json(case: str) -> None:
+def test_a_benchmark_request_is_so_many_kilobytes_of_json(case: str) -> None:
     body = bench.chat_request(case)
-    assert len(body) == bench.REQUEST_BYTES
-    assert bool(json.loads(body).get("stream")) == (case != "unary")
+    assert len(body) == bench.REQUEST_BYTES * (100 if case == "large" else 1)
+    assert bool(json.loads(body).get("stream")) == (case in ("stream", "burst", "translated"))
 
 
-def test_only_the_gateway_is_asked_to_translate() -> None:
-    subjects = [Subject(name, "http://x", {}, 1) for name in ("mock", "gateway", "nginx")]
-    assert [one.name for one in bench.measured("translated", subjects)] == ["gateway"]
+@pytest.mark.parametrize("case", bench.CASES)
+def test_every_miss_is_another_question_and_nothing_else_is(case: str) -> None:
+    assert (NUMBER in bench.chat_request(case)) == (case == "miss")
+
+
+def test_a_numbered_request_is_another_each_time_and_as_long() -> None:
+    heard: list[bytes] = []
+
+    class Server(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            self.transport = transport
+
+        def data_received(self, data: bytes) -> None:
+            heard.append(data)
+            self.transport.write(WHOLE)  # type: ignore[attr-defined]
+
+    async def run() -> LoadResult:
+        server = await asyncio.get_running_loop().create_server(Server, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        async with server:
+            return await run_load(url, request_bytes(url, {}, NUMBER), concurrency=1, count=3)
+
+    assert asyncio.run(asyncio.wait_for(run(), 20)).completed == 3
+    assert [data.rpartition(b"\r\n")[2] for data in heard] == [b"%012d" % number for number in (1, 2, 3)]
+    assert len(NUMBER) == 12
+
+
+def test_an_expected_refusal_is_no_error() -> None:
+    refused = WHOLE.replace(b"200 OK", b"429 Too Many Requests")
+    result = load_against([refused, WHOLE], expected=429)
+    assert (result.completed, result.errors) == (1, {"status 200": 1})
+
+
+@pytest.mark.parametrize("case", bench.ALONE)
+def test_only_the_gateway_is_asked_what_no_other_does(case: str) -> None:
+    subjects = [Subject(name, "http://x", {}, 1) for name in ("mock", "gateway", "gateway-bare", "nginx", "litellm")]
+    assert [one.name for one in bench.measured(case, subjects)] == ["gateway"]
     assert bench.measured("stream", subjects) == subjects
 
 

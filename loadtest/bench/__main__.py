@@ -28,7 +28,8 @@ import uvloop
 from loadtest.bench import plot
 from loadtest.bench import report as reporting
 from loadtest.bench.parts import (
-    TRACE_SAMPLE_RATIO,
+    CACHED,
+    TRIPPED,
     Parts,
     Subject,
     Usage,
@@ -38,18 +39,25 @@ from loadtest.bench.parts import (
     versions,
 )
 from loadtest.bench.report import Facts, Report, Sample
-from loadtest.load import LoadResult, request_bytes, run_load
+from loadtest.load import NUMBER, LoadResult, request_bytes, run_load
 from loadtest.mock_vendor import AT_ONCE, STREAM_CHUNKS
 from loadtest.processes import ROOT
 from loadtest.services import StackError
 
 CASES = {
     "unary": "1 KB chat request, 1 KB answer",
+    "large": "100 KB chat request, 1 KB answer",
     "stream": f"the same request streamed, {STREAM_CHUNKS} chunks one by one",
     "burst": f"the same request streamed, {STREAM_CHUNKS} chunks at once",
     "translated": f"the same stream asked for in Messages: {STREAM_CHUNKS} chunks one by one, each translated",
+    "miss": "another question each time to an alias whose answers are kept: looked up, asked, kept",
+    "hit": "the same question to that alias each time: answered from the cache",
+    "tripped": "a tenant whose limit is reached: refused with 429",
 }
-SUBJECTS = ("mock", "gateway", "traefik", "nginx")
+ALONE = ("translated", "miss", "hit", "tripped")
+"""Cases that the gateway alone can do."""
+SUBJECTS = ("mock", "gateway", "gateway-bare", "traefik", "nginx")
+PEERS = ("litellm", "portkey")
 ON = (
     "The gateway with everything on: service key and tenant policy, limits in Redis (requests, daily tokens, global "
     "tokens), ledger spool and shipper to PostgreSQL, metrics, access log, tracing sampled {ratio:.0%}."
@@ -60,29 +68,31 @@ REQUEST_BYTES = 1024
 
 
 def measured(case: str, subjects: Sequence[Subject]) -> list[Subject]:
-    """Who takes part in a case: the gateway alone translates."""
-    return [one for one in subjects if one.name == "gateway" or case != "translated"]
+    """Who takes part in a case."""
+    return [one for one in subjects if one.name == "gateway" or case not in ALONE]
 
 
 def chat_request(case: str) -> bytes:
-    """The body of `case`: exactly REQUEST_BYTES of JSON, unary or streamed, in either dialect."""
+    """The body of `case`: exactly REQUEST_BYTES of JSON, or a hundred times as many, in either dialect."""
     body: dict[str, object] = {
-        "model": "support-fast",
+        "model": CACHED if case in ("miss", "hit") else "support-fast",
         "messages": [
             {"role": "system", "content": "You answer customers of a parcel service, briefly and kindly."},
             {"role": "user", "content": ""},
         ],
         "max_tokens": 256,
-        "temperature": 0.2,
+        "temperature": 0 if case in ("miss", "hit") else 0.2,
     }
-    if case != "unary":
+    if case in ("stream", "burst", "translated"):
         body["stream"] = True
     if case == "burst":
         body["metadata"] = {"pace": AT_ONCE.decode()}
     question = "Where is my parcel, and when will it come? "
     if case == "translated":  # Messages have the system prompt beside the conversation
         body["system"] = body["messages"].pop(0)["content"]  # type: ignore[attr-defined]
-    room = REQUEST_BYTES - len(json.dumps(body))
+    if case == "miss":
+        question = f"{NUMBER.decode()} {question}"
+    room = REQUEST_BYTES * (100 if case == "large" else 1) - len(json.dumps(body))
     body["messages"][-1]["content"] = (question * (room // len(question) + 1))[:room]  # type: ignore[index]
     return json.dumps(body).encode()
 
@@ -111,10 +121,14 @@ class Meter:
 
     def load(self, subject: Subject, case: str, concurrency: int, seconds: float) -> LoadResult:
         headers = {"content-type": "application/json", **subject.headers}
+        if case == "tripped":
+            headers["x-tenant-id"] = TRIPPED
         url = subject.url.replace("/chat/completions", "/messages") if case == "translated" else subject.url
         request = request_bytes(url, headers, chat_request(case))
-        load = uvloop.run(run_load(url, request, concurrency=concurrency, duration_seconds=seconds))
-        self.answered[subject.name] = self.answered.get(subject.name, 0) + load.completed + load.late
+        expected = 429 if case == "tripped" else 200
+        load = uvloop.run(run_load(url, request, concurrency=concurrency, duration_seconds=seconds, expected=expected))
+        if case != "tripped":  # those rows are another tenant's
+            self.answered[subject.name] = self.answered.get(subject.name, 0) + load.completed + load.late
         return load
 
 
@@ -134,7 +148,7 @@ def run(options: argparse.Namespace) -> int:
     folder = Path(tempfile.mkdtemp(prefix="gateway-bench-"))
     show = Progress()
     try:
-        with Parts(folder, options.config, subject_core, other_cores) as parts:
+        with Parts(folder, options.config, subject_core, other_cores, options.trace_ratio) as parts:
             report = measure(parts, options, len(cores), notes, show)
     except StackError as error:
         show.clear()
@@ -160,6 +174,7 @@ def run(options: argparse.Namespace) -> int:
 def measure(parts: Parts, options: argparse.Namespace, cores: int, notes: list[str], show: Progress) -> Report:
     cases = [case for case in CASES if case in options.only] or list(CASES)
     wanted = [name for name in SUBJECTS if name in options.only] or list(SUBJECTS)
+    peers = [name for name in PEERS if options.peers or name in options.only]
     for name, installed in (
         ("traefik", traefik_installed()),
         ("nginx", nginx_program() is not None),
@@ -180,12 +195,22 @@ def measure(parts: Parts, options: argparse.Namespace, cores: int, notes: list[s
         subjects.append(gateway)
         time.sleep(1)  # what it does once after its start is not part of being idle
         idle = usage(gateway)
+    if "gateway-bare" in wanted:
+        show("starting the gateway with all off")
+        if not parts.redis_url:
+            parts.start_backing_services()
+        subjects.append(parts.start_gateway(1, bare=True)[0])
     if "traefik" in wanted:
         show("starting Traefik")
         subjects.append(parts.start_traefik())
     if "nginx" in wanted:
         show("starting nginx")
         subjects.append(parts.start_nginx())
+    found = versions([subject.name for subject in subjects])
+    for name in peers:
+        show(f"starting {name}; where it is not there it is installed, which takes minutes")
+        subject, found[name] = parts.start_peer(name)
+        subjects.append(subject)
 
     meter = Meter(options.duration)
     samples: list[Sample] = []
@@ -205,10 +230,10 @@ def measure(parts: Parts, options: argparse.Namespace, cores: int, notes: list[s
         show("waiting until the shipper has shipped")
         ledger_rows = parts.ledger_rows(meter.answered["gateway"], SHIPPING_SECONDS)
     facts = Facts(
-        on=ON.format(ratio=TRACE_SAMPLE_RATIO) if gateway else "The gateway was not measured.",
+        on=ON.format(ratio=options.trace_ratio) if gateway else "The gateway was not measured.",
         machine=machine(cores, options),
         notes=notes,
-        versions=versions([subject.name for subject in subjects]),
+        versions=found,
         cold_start_seconds=cold_starts,
         idle_memory_mb=_megabytes(idle),
         loaded_memory_mb=_megabytes(loaded),
@@ -255,15 +280,21 @@ def _parser() -> argparse.ArgumentParser:
         "--concurrency", type=int, nargs="+", default=[1, 16, 64], metavar="N", help="connections (default 1 16 64)"
     )
     parser.add_argument("--chunk-interval-ms", type=float, default=1.0, help="between a stream's chunks (default 1)")
+    parser.add_argument(
+        "--trace-ratio", type=float, default=0.1, metavar="SHARE", help="of calls that leave spans (default 0.1)"
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures, each sample included")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="write an HTML page with bars")
     parser.add_argument(
         "--only",
         nargs="+",
         default=[],
-        choices=[*CASES, *SUBJECTS],
+        choices=[*CASES, *SUBJECTS, *PEERS],
         metavar="NAME",
-        help=f"cases ({', '.join(CASES)}) and subjects ({', '.join(SUBJECTS)}); the mock is always measured",
+        help=f"cases ({', '.join(CASES)}) and subjects ({', '.join((*SUBJECTS, *PEERS))}); the mock is always measured",
+    )
+    parser.add_argument(
+        "--peers", action="store_true", help="LiteLLM's proxy and Portkey's gateway too, installed below build/"
     )
     parser.add_argument(
         "--config",

@@ -22,13 +22,15 @@ import psycopg
 import yaml
 
 from loadtest import services
+from loadtest.bench import peers
 from loadtest.processes import Child, Service, family, free_port
 from loadtest.services import StackError, get
 
-TENANT = "bench"
+TENANT, TRIPPED = "bench", "bench-tripped"
+CACHED = "bench-cached"
+"""An alias whose answers are kept."""
 ENVIRONMENT = "dev"
 START_SECONDS = 60
-TRACE_SAMPLE_RATIO = 0.1
 MAX_DELAY_MS = 60_000
 """So late no loop is, on the busiest machine: what is measured is work, and overload protection's refusals are none."""
 LIMITS = {"rpm": 1_000_000_000, "daily_token_cap": 1_000_000_000_000_000}
@@ -86,8 +88,11 @@ def _memory_bytes(pid: int) -> int:
 class Parts:
     """A context manager: nothing runs before it and nothing is left after it. All paths are below `folder`."""
 
-    def __init__(self, folder: Path, config: Path, subject_core: int, other_cores: set[int]) -> None:
+    def __init__(
+        self, folder: Path, config: Path, subject_core: int, other_cores: set[int], trace_ratio: float = 0.1
+    ) -> None:
         self._folder = folder
+        self._trace_ratio = trace_ratio
         self._config = config
         self._spawners = {
             place: ThreadPoolExecutor(1, initializer=os.sched_setaffinity, initargs=(0, cores))
@@ -134,24 +139,29 @@ class Parts:
         self.mock_url = f"http://127.0.0.1:{port}"
         return Subject("mock", f"{self.mock_url}/openai/v1/chat/completions", {}, child.pid)
 
-    def start_gateway(self, starts: int) -> tuple[Subject, list[float]]:
-        """The gateway with everything on, and the seconds from each of `starts` spawns to the first 200."""
+    def start_gateway(self, starts: int, bare: bool = False, prefix: Sequence[str] = ()) -> tuple[Subject, list[float]]:
+        """The gateway with everything on, and the seconds from each of `starts` spawns to the first 200.
+
+        `bare`: with all off that can be: no limits, so Redis is not asked, no PostgreSQL, no spans. `prefix` is what
+        its command is run under.
+        """
+        name = "gateway-bare" if bare else "gateway"
         port, admin_port = self._port(), self._port()
         public_id = "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz0123456789") for _ in range(12))
         key = f"sk-gw-{public_id}-{secrets.token_urlsafe(32)}"
-        overlay = self._folder / "overlay.yaml"
-        services.write_private(overlay, yaml.safe_dump(self._overlay(public_id, key)))
-        argv = gateway_command(port, admin_port, self._config, overlay, self._folder / "spool")
+        overlay = self._folder / f"{name}.yaml"
+        services.write_private(overlay, yaml.safe_dump(self._overlay(public_id, key, bare)))
+        argv = [*prefix, *gateway_command(port, admin_port, self._config, overlay, self._folder / f"{name}-spool")]
         given = {
             "REDIS_URL": self.redis_url,
-            "DATABASE_URL": self.postgres_url,
             "GATEWAY_ADMIN_TOKEN": secrets.token_urlsafe(32),
             "GATEWAY_USER_SALT": secrets.token_urlsafe(32),
             "SIMULATOR_API_KEY": "sk-mock",
-            "OTEL_EXPORTER_OTLP_ENDPOINT": self.mock_url,
         }
+        if not bare:
+            given |= {"DATABASE_URL": self.postgres_url, "OTEL_EXPORTER_OTLP_ENDPOINT": self.mock_url}
         env = services.replica_environment(os.environ, self._config, given)
-        service = _http_service("gateway", argv, env, port, "/health/ready")
+        service = _http_service(name, argv, env, port, "/health/ready")
         cold_starts = []
         for number in range(starts):
             child = self._start(service, "subject")
@@ -160,9 +170,9 @@ class Parts:
                 child.end()
         headers = {"authorization": f"Bearer {key}", "x-tenant-id": TENANT}
         url = f"http://127.0.0.1:{port}/v1/chat/completions"
-        return Subject("gateway", url, headers, child.pid, whole_family=False), cold_starts
+        return Subject(name, url, headers, child.pid, whole_family=False), cold_starts
 
-    def _overlay(self, public_id: str, key: str) -> Mapping[str, object]:
+    def _overlay(self, public_id: str, key: str, bare: bool) -> Mapping[str, object]:
         digest = f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"
         providers = services.providers_without_key(self._config, ENVIRONMENT, {})
         return {
@@ -171,10 +181,18 @@ class Parts:
                 | services.simulated_key(members, f"{self.mock_url}/{name}/token")
                 for name, (_, members) in providers.items()
             },
-            "service_keys": {public_id: {"digest": digest, "service": "bench", "tenants": [TENANT]}},
-            "tenants": {TENANT: {"plan": "internal", "allowed_models": ["*"], **LIMITS}},
-            "global": {"tpm": GLOBAL_TPM},
-            "gateway": {"trace_sample_ratio": TRACE_SAMPLE_RATIO, "overload": {"max_delay_ms": MAX_DELAY_MS}},
+            "service_keys": {public_id: {"digest": digest, "service": "bench", "tenants": [TENANT, TRIPPED]}},
+            "plans": {"bench": {"allowed_models": ["*"]}},
+            "tenants": {
+                TENANT: {"plan": "bench", **({} if bare else LIMITS)},
+                TRIPPED: {"plan": "bench", "rpm": 1},
+            },
+            "aliases": {CACHED: {"targets": ["openai/gpt-4o-mini"], "cache": {"mode": "exact"}}},
+            "global": {"tpm": None if bare else GLOBAL_TPM},
+            "gateway": {
+                "trace_sample_ratio": 0.0 if bare else self._trace_ratio,
+                "overload": {"max_delay_ms": MAX_DELAY_MS},
+            },
         }
 
     def ledger_rows(self, expected: int, seconds: float) -> int:
@@ -212,6 +230,17 @@ class Parts:
         env = {**services.plain_environment(os.environ), "GOMAXPROCS": "1"}
         child = self._start(_http_service("traefik", argv, env, port, "/openai/v1/models"), "subject")
         return Subject("traefik", f"http://127.0.0.1:{port}/openai/v1/chat/completions", {}, child.pid)
+
+    def start_peer(self, name: str) -> tuple[Subject, str]:
+        """LiteLLM's proxy or Portkey's gateway, and its version; installs it where that was not done. StackError."""
+        port = self._port()
+        peer = (
+            peers.portkey(port, self.mock_url)
+            if name == "portkey"
+            else peers.litellm(port, self.mock_url, self._folder)
+        )
+        child = self._start(_http_service(peer.name, peer.argv, peer.env, port, peer.health), "subject")
+        return Subject(peer.name, f"http://127.0.0.1:{port}{peer.chat}", peer.headers, child.pid), peer.version
 
     def start_nginx(self) -> Subject:
         """nginx proxy_pass with kept-alive upstream connections, unbuffered."""

@@ -201,6 +201,12 @@ def verdicts(report: Report) -> list[str]:
     unary = find(report.rows, "unary", 64, "gateway")
     single = find(report.rows, "unary", 1, "gateway")
     streams = find(report.rows, "stream", 64, "gateway")
+    for peer in ("litellm", "portkey"):
+        other = find(report.rows, "unary", 64, peer)
+        if unary and other and other.per_second:
+            lines.append(
+                f"answers/s of {peer} {facts.versions.get(peer, '')}: {unary.per_second / other.per_second:.1f} times"
+            )
     if unary:
         share = f", {unary.of_traefik:.0%} of Traefik" if unary.of_traefik else ""
         lines.append(
