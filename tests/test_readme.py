@@ -17,6 +17,7 @@ import pytest
 
 from app.cli import _parser
 from app.config import SERVICE_KEY, load
+from loadtest.bench import __main__ as bench
 from loadtest.stack import Stack
 
 ROOT = Path(__file__).parents[1]
@@ -133,7 +134,7 @@ def test_command_named_in_a_sentence_is_one(line: str, capsys: pytest.CaptureFix
 
 def test_options_named_in_a_sentence_are_ones() -> None:
     named = set(re.findall(r"`(--[a-z-]+)", PROSE)) | {"--day", "--json"}
-    assert named <= set(options(_parser()))
+    assert named <= {*options(_parser()), *options(bench._parser())}
 
 
 def test_readme_can_be_read_in_one_go() -> None:

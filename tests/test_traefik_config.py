@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import http.client
 import json
@@ -471,13 +472,14 @@ def test_first_event_of_a_stream_passes_while_the_next_is_not_there_yet(edge: Ed
     for server in edge.replicas:
         server.may_go_on.clear()
     connection = http.client.HTTPSConnection("127.0.0.1", edge.port, timeout=10, context=edge.tls)
-    connection.request("POST", "/v1/stream", b"{}", {"Accept-Encoding": "gzip"})
-    response = connection.getresponse()
-    first = response.readline()
-    for server in edge.replicas:
-        server.may_go_on.set()
-    assert (first, response.read()) == (b"data: first\n", b"\ndata: [DONE]\n\n")
-    connection.close()
+    with contextlib.closing(connection):
+        # Without a body: an answer that begins before Traefik has seen a body's end is cut now and then.
+        connection.request("GET", "/v1/stream", headers={"Accept-Encoding": "gzip"})
+        response = connection.getresponse()
+        first = response.readline()
+        for server in edge.replicas:
+            server.may_go_on.set()
+        assert (first, response.read()) == (b"data: first\n", b"\ndata: [DONE]\n\n")
 
 
 def test_body_of_20_mb_passes(edge: Edge) -> None:

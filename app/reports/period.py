@@ -1,7 +1,7 @@
 """What was used in a span of days: the numbers of `GET /v1/usage` and of the usage page.
 
 Days that the rollups hold whole come from them, the days since from the ledger's rows: right with rollups, without
-them, and while they are behind.
+them, and while they are behind. A row that arrives for a day that is already summed shows from the next rollup on.
 """
 
 from __future__ import annotations
