@@ -19,11 +19,12 @@ from app.config import Cascade, Quota, Timeouts
 from app.core import Call, Exchange, Reply, Wishes
 from app.errors import VendorFailed, VendorRefused
 from app.limits import Limits
+from app.redis_pipe import RedisPipe
 from tests import cache_parts
 from tests.cache_parts import ALIAS, body, call
 from tests.gateway_parts import DONE, UNENDED, USAGE_FRAME, Rooms, ScriptedAnswer, chunk, completion, departed
 from tests.limits_parts import Counters, pipe_to, whole
-from tests.redis_parts import AMBIENT, RedisServer, redis_server, run, running, until
+from tests.redis_parts import AMBIENT, RedisServer, redis_server, run, running, until, wire
 from tests.translation import target
 
 TOTAL = 12
@@ -77,10 +78,17 @@ class Client:
 
 
 @asynccontextmanager
-async def replica(server: RedisServer, folder: Path, *script: Any, name: str = "r1", limited: bool = False) -> Any:
-    """One replica on its own pipe; `limited` with the limits of production."""
+async def replica(
+    server: RedisServer,
+    folder: Path,
+    *script: Any,
+    name: str = "r1",
+    limited: bool = False,
+    pipe: RedisPipe | None = None,
+) -> Any:
+    """One replica on its own pipe, or on the one given; `limited` with the limits of production."""
     async with AsyncExitStack() as stack:
-        pipe = await stack.enter_async_context(running(pipe_to(server)))
+        pipe = await stack.enter_async_context(running(pipe or pipe_to(server)))
         limits = Limits(pipe, AMBIENT) if limited else None
         rooms = Rooms(folder, *script, ambient=AMBIENT, pipe=pipe, limits=limits, replica=name)
         await rooms.channel.run_once()
@@ -681,6 +689,38 @@ def test_without_redis_a_header_says_that_nothing_is_replayed(server: RedisServe
         reply = await Client(rooms).ask(wishes=ONCE)
         assert (reply.status, headers(reply)["x-gateway-idempotency"]) == (200, "unavailable")
         rooms.spool.close()
+
+    run(main())
+
+
+@pytest.mark.parametrize("delay_seconds", [0.0, 2.0], ids=["frozen", "slow"])
+def test_one_call_waits_for_a_redis_that_does_not_answer_and_the_others_go_on_without(
+    server: RedisServer, tmp_path: Path, delay_seconds: float
+) -> None:
+    async def main() -> None:
+        delay = 0.0
+        async with AsyncExitStack() as stack:
+            port = await stack.enter_async_context(wire(server.port, lambda: delay))
+            pipe = RedisPipe(f"redis://127.0.0.1:{port}", AMBIENT, timeout_ms=300, probe_seconds=0.05)
+            answers = [ScriptedAnswer(completion()) for _ in range(7)]
+            client = await stack.enter_async_context(replica(server, tmp_path, *answers, limited=True, pipe=pipe))
+            await client.ask()
+            await kept(server)
+            delay = delay_seconds
+            if not delay:
+                server.freeze()
+                stack.callback(server.thaw)
+            began = AMBIENT.monotonic()
+            for number in range(6):
+                reply = await client.ask(wishes=Wishes(idempotency_key=f"key-{number}"))
+                told = headers(reply)
+                assert (reply.status, told["x-gateway-idempotency"], told["x-cache"]) == (200, "unavailable", "MISS")
+            assert AMBIENT.monotonic() - began < 1.5  # six that waited for each of their trips: 2.0 and more
+            delay = 0.0
+            server.thaw()
+            await until(lambda: pipe.up)
+            await client.rooms.channel.run_once()
+            assert headers(await client.ask())["x-cache"] == "HIT (exact)"
 
     run(main())
 
