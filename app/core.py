@@ -582,7 +582,8 @@ class Exchange(Struct, kw_only=True, eq=False):
     `grant` is what the call holds of its vendor's key, where the key's vendor grants so much and no more.
     `left`: its client hung up, and it went on for others that listen.
     `memory` is what the call has to do with answers from before, where anything (`recall.Memory`). `recalled` is set
-    where it was answered by one, at a target's price that was saved: `spared`.
+    where it was answered by one, at a target's price that was saved: `spared`. `looking` is when the cache was asked,
+    on the monotonic clock.
     """
 
     call: Call
@@ -627,6 +628,7 @@ class Exchange(Struct, kw_only=True, eq=False):
     memory: Any = None
     recalled: Recalled | None = None
     spared: Target | None = None
+    looking: float = 0.0
     cache_seconds: float = 0.0
     event: LedgerEvent | None = None
     row: bytes | None = None

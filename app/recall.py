@@ -80,20 +80,21 @@ class Recall:
         ask = self.cache.ask(exchange, alias)
         exchange.memory = memory = Memory(ask=ask)
         exchange.spared = alias.targets[0]
-        started = self.ambient.monotonic()
         if ask.wishes.idempotency_key is not None:
+            exchange.looking = self.ambient.monotonic()
             said = await self._once(exchange, memory, alias, ask.wishes.idempotency_key)
             if said is not None:
-                exchange.cache_seconds = self.ambient.monotonic() - started
+                exchange.cache_seconds = self.ambient.monotonic() - exchange.looking
                 await self._reserve(exchange, 0, 0)
                 return said
+            exchange.looking = 0.0
         await self._reserve(exchange, tokens, nanos, self.cache.fetch(ask))
         if ask.look:
-            started = self.ambient.monotonic()
+            exchange.looking = self.ambient.monotonic()
             try:
                 found = await self._found(exchange, memory, alias, tokens, nanos)
             finally:
-                exchange.cache_seconds = self.ambient.monotonic() - started
+                exchange.cache_seconds = self.ambient.monotonic() - exchange.looking
             if found is not None:
                 return found
         elif ask.keep or memory.once is not None:

@@ -71,13 +71,18 @@ def traced(receiver: Receiver, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
     def overlay(simulator_url: str) -> dict[str, Any]:
         providers = pool_providers(folder, simulator_url)
-        return OVERLAY | {"providers": providers | {"pooled": providers["pooled"] | {"trace_context": True}}}
+        meant = {"mode": "static", "threshold": 0.8, "max_temperature": 1, "reverify_percent": 0}
+        return OVERLAY | {
+            "providers": providers | {"pooled": providers["pooled"] | {"trace_context": True}},
+            "aliases": OVERLAY["aliases"] | {"meant": {"targets": ["openai/gpt-4o-mini"], "cache": meant}},
+        }
 
     with (
         Stack(folder, replicas=1, overlay=overlay, environ=environ) as stack,
         Journey(stack) as journey,
     ):
         until(lambda: journey.query("SELECT to_regclass('ledger') AS made")[0]["made"])
+        until(lambda: journey.post(chat(model="remembered")).headers["x-cache"] != "BYPASS")  # the channel was heard
         yield journey
 
 
@@ -131,6 +136,89 @@ def test_every_station_of_a_call_is_a_span_under_the_callers_trace(traced: Journ
     assert said["gen_ai.usage.output_tokens"] == 5
     assert attributes(root)["tenant_id"] == "tenant-a"
     assert traced.row(answer.headers["x-request-id"])["trace_id"] == trace
+
+
+def remembered(traced: Journey, receiver: Receiver, trace: str, prompt: str, model: str, **headers: str) -> Any:
+    """A call that the cache is asked for: its answer's x-cache, its spans once the one of the cache is there."""
+    answer = traced.post(chat(prompt, model), traceparent=f"00-{trace}-b7ad6b7169203331-01", **headers)
+    assert answer.status_code == 200
+    spans = until(lambda: found if "gateway.cache" in (found := receiver.of(trace)) else None)
+    root, cache = spans["gateway.request"], spans["gateway.cache"]
+    assert cache.parent_span_id == root.span_id
+    assert root.start_time_unix_nano <= cache.start_time_unix_nano < cache.end_time_unix_nano
+    assert cache.end_time_unix_nano <= root.end_time_unix_nano + 1_000  # a total of whole microseconds
+    return answer.headers["x-cache"], spans
+
+
+def trace_of(number: int) -> str:
+    return f"{number:x}".rjust(4, "e") + TRACE[4:]
+
+
+def test_cache_that_is_asked_is_a_span_of_its_own(traced: Journey, receiver: Receiver) -> None:
+    traced.clear()
+    told, spans = remembered(traced, receiver, trace_of(1), "Seen by spans? tokens=4", "remembered")
+    assert told == "MISS"
+    assert attributes(spans["gateway.cache"]) == {"cache_hit": False, "saved_usd": 0, "semantic": False}
+    assert set(spans) == {"gateway.request", "gateway.cache", *STATIONS}
+    order = ["gateway.auth", "gateway.limits", "gateway.cache", "gateway.route", "gateway.provider"]
+    ends = [spans[name].end_time_unix_nano for name in order]
+    starts = [spans[name].start_time_unix_nano for name in order]
+    assert all(end <= start for end, start in zip(ends, starts[1:], strict=False))
+
+
+def test_answer_from_before_is_the_cache_s_span_and_no_vendor_s(traced: Journey, receiver: Receiver) -> None:
+    traced.clear()
+    asked, numbers = ("Seen again by spans? tokens=4", "remembered"), iter(range(2, 200))
+    traced.post(chat(*asked))
+
+    def hit() -> Any:
+        told, spans = remembered(traced, receiver, trace_of(next(numbers)), *asked)
+        return spans if told == "HIT (exact)" else None
+
+    spans = until(hit)
+    said = attributes(spans["gateway.cache"])
+    assert (said["cache_hit"], said["cache_kind"], said["semantic"]) == (True, "exact", False)
+    assert said["saved_usd"] > 0
+    assert set(spans) == {"gateway.request", "gateway.auth", "gateway.limits", "gateway.cache"}
+
+
+def test_question_that_means_the_same_tells_its_similarity_in_the_cache_s_span(
+    traced: Journey, receiver: Receiver
+) -> None:
+    traced.clear()
+    numbers = iter(range(200, 400))
+
+    def asked(prompt: str) -> Any:
+        return remembered(traced, receiver, trace_of(next(numbers)), prompt, "meant")
+
+    told, spans = asked("How do I get a refund for my order? tokens=4")
+    assert told == "MISS"
+    assert attributes(spans["gateway.cache"]) == {"cache_hit": False, "saved_usd": 0, "semantic": True}
+
+    def hit() -> Any:
+        told, spans = asked("How can I get a refund for my order? tokens=4")
+        return spans if told == "HIT (semantic)" else None
+
+    said = attributes(until(hit)["gateway.cache"])
+    assert (said["cache_hit"], said["cache_kind"], said["semantic"]) == (True, "semantic", True)
+    assert 0.8 <= said["similarity"] < 1
+    assert said["saved_usd"] > 0
+
+
+def test_answer_to_the_same_key_is_looked_up_before_anything_is_reserved(traced: Journey, receiver: Receiver) -> None:
+    traced.clear()
+    key = {"idempotency_key": "seen-by-spans"}
+    traced.post(chat("Once only. tokens=4"), **key)
+    answer = traced.post(chat("Once only. tokens=4"), traceparent=f"00-{trace_of(400)}-b7ad6b7169203331-01", **key)
+    assert answer.headers["x-cache"] == "HIT (idempotent)"
+    spans = until(lambda: found if len(found := receiver.of(trace_of(400))) == 4 else None)
+    cache, limits = spans["gateway.cache"], spans["gateway.limits"]
+    assert attributes(cache)["cache_kind"] == "idempotent"
+    assert cache.end_time_unix_nano <= limits.start_time_unix_nano
+    other = traced.post(chat("Another."), traceparent=f"00-{trace_of(401)}-b7ad6b7169203331-01", **key)
+    assert other.json()["error"]["code"] == "idempotency_mismatch"
+    spans = until(lambda: found if len(found := receiver.of(trace_of(401))) == 3 else None)
+    assert set(spans) == {"gateway.request", "gateway.auth", "gateway.cache"}
 
 
 def test_span_of_a_stream_ends_with_its_last_byte(traced: Journey, receiver: Receiver) -> None:

@@ -97,16 +97,20 @@ class Spans:
             span("gateway.auth", AUTH, call.started, ended, auth_attributes(event, False), inside)
             return
         span("gateway.auth", AUTH, call.started, exchange.authorized, auth_attributes(event, True), inside)
+        passed = exchange.authorized
+        if looking := exchange.looking:
+            looked = looking + exchange.cache_seconds if exchange.cache_seconds else ended
+            span("gateway.cache", CACHE, looking, looked, cache_attributes(exchange, event), inside)
+            if not (exchange.reserved or exchange.cache_seconds):
+                return  # what its Idempotency-Key came to is known before anything is reserved
+            if event.cache_kind == "idempotent":
+                passed = looked
         reserved = exchange.reserved or ended
-        span("gateway.limits", LIMITS, exchange.authorized, reserved, limits_attributes(exchange, event), inside)
-        if not exchange.reserved:
-            return
-        looked_up = reserved + event.latency_ms.cache_lookup / 1000
-        if event.latency_ms.cache_lookup or event.cache_kind is not None:
-            span("gateway.cache", CACHE, reserved, looked_up, cache_attributes(event), inside)
+        span("gateway.limits", LIMITS, passed, reserved, limits_attributes(exchange, event), inside)
         if event.fallback_chain:
+            planned = looked if looking else reserved
             started = event.attempts[0].started_ms / 1000 + call.started if event.attempts else ended
-            span("gateway.route", ROUTE, looked_up, started, route_attributes(event), inside)
+            span("gateway.route", ROUTE, planned, started, route_attributes(event), inside)
         for place, attempt in enumerate(event.attempts, FIRST_ATTEMPT):
             start = call.started + attempt.started_ms / 1000
             last = place - FIRST_ATTEMPT == exchange.served % len(event.attempts)
@@ -156,8 +160,13 @@ def limits_attributes(exchange: Exchange, event: LedgerEvent) -> Attributes:
     return attributes
 
 
-def cache_attributes(event: LedgerEvent) -> Attributes:
-    attributes: Attributes = {"cache_hit": event.cache_hit, "saved_usd": float(bytes(event.saved_usd))}
+def cache_attributes(exchange: Exchange, event: LedgerEvent) -> Attributes:
+    """`semantic`: questions that mean the same were looked for, after no answer to the same words was there."""
+    attributes: Attributes = {
+        "cache_hit": event.cache_hit,
+        "saved_usd": float(bytes(event.saved_usd)),
+        "semantic": exchange.memory.seen is not None,
+    }
     if event.cache_kind:
         attributes["cache_kind"] = event.cache_kind
     if event.similarity is not None:
