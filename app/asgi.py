@@ -9,22 +9,22 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
-import msgspec
 import uvloop
 from msgspec import Struct
 
-from app import admin, api, cache_door, guardrails, status_page, usage_pages
-from app.ambient import Ambient, timestamp
+from app import admin, api, cache_door, guardrails, status_page, usage_pages, vitals
+from app.ambient import Ambient
 from app.archive import ArchiveError
 from app.auth import Callers, KeySets, Tokens, jwks
 from app.cache import INVALIDATED, SEMANTIC, VERIFIER, Cache, Embedders, Learning, Questions
-from app.config import PRIORITIES, Config, ConfigError, ConfigSource, Secret, utc_day
+from app.config import Config, ConfigError, ConfigSource, Secret
 from app.content import Content
 from app.control import REVOKED, Control, Entry
-from app.cooldowns import COOLDOWN, Cooldowns, is_resting
+from app.cooldowns import COOLDOWN, Cooldowns
 from app.credentials import Credentials, client
 from app.dialogue import Dialogue
 from app.gateway import Gateway
@@ -32,13 +32,14 @@ from app.guardrails import Guardrails
 from app.ledger import Spool
 from app.limits import Limits
 from app.limits.budgets import ReadSpent
-from app.modes import STRICTNESS, Modes
+from app.modes import Modes
 from app.overload import Overload
 from app.redis_pipe import RedisPipe
 from app.reports.period import UsageReader
 from app.reports.spent import SpentReader
 from app.server import Server
-from app.telemetry import MAX_TENANTS, JsonLog, Lines, Telemetry, open_spans
+from app.shipping import Shipper
+from app.telemetry import JsonLog, Lines, Telemetry, open_spans
 from app.upstream import engine
 from app.warnings import Warnings
 from app.warnings import client as warnings_client
@@ -47,8 +48,6 @@ log = logging.getLogger("gateway")
 
 RELOAD_SECONDS = 2.0
 """How often the configuration's files are looked at: with the load itself, every replica follows within 5 s."""
-SHIP_SECONDS = 10.0
-"""How long the drain waits for the shipper; what remains is adopted by a living replica."""
 LAKE_RESERVES = 2
 """Segments that only the lake still waits for are let go at so many times the spool's reserve, before calls suffer."""
 CUT_SECONDS = 5.0
@@ -69,90 +68,6 @@ class Options(Struct, frozen=True):
     redis_url: str | None
     database_url: str | None
     admin_token: Secret | None
-
-
-class LakeStatus(Struct):
-    """The part of it that is about the lake, where there is one."""
-
-    files: int = 0
-    backlog_bytes: int = 0
-    dropped_segments: int = 0
-    error: str | None = None
-
-
-class ShipperStatus(Struct):
-    """The shipper's last word: a line of JSON on its standard output."""
-
-    postgres: str = "down"
-    shipped_rows: int = 0
-    dead_letters: int = 0
-    backlog_bytes: int = 0
-    lag_seconds: float = 0.0
-    adopted_segments: int = 0
-    error: str | None = None
-    lake: LakeStatus | None = None
-
-
-class Shipper:
-    """Keeps `ledger_shipper` running as a child, so that PostgreSQL never shares the hot loop."""
-
-    def __init__(self, options: Options, ambient: Ambient, keep_free_bytes: int) -> None:
-        """Below `keep_free_bytes` of free disk no segment waits for the lake."""
-        self.status = ShipperStatus()
-        self._keep_free_bytes = keep_free_bytes
-        self._options = options
-        self._ambient = ambient
-        self._process: asyncio.subprocess.Process | None = None
-        self._stopping = self._renewing = False
-
-    async def run(self) -> None:
-        while not self._stopping:
-            await self.run_once()
-            if self._renewing:
-                self._renewing = False
-            elif not self._stopping:
-                self.status = ShipperStatus(error="the shipper process ended")
-                log.error("the shipper process ended; it is started again")
-                await self._ambient.sleep(1.0)
-
-    async def run_once(self) -> int:
-        """One life of the child: returns how many status lines it wrote."""
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "app.ledger_shipper",
-            "--spool-dir", str(self._options.spool_dir), "--replica", self._options.name,
-            "--keep-free-bytes", str(self._keep_free_bytes),
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-            start_new_session=True,
-        )  # fmt: skip
-        lines = 0
-        async for line in self._process.stdout:
-            with contextlib.suppress(msgspec.DecodeError):
-                self.status = msgspec.json.decode(line, type=ShipperStatus)
-                lines += 1
-        await self._process.wait()
-        return lines
-
-    def keep_free(self, keep_free_bytes: int) -> None:
-        """Has the child begin anew where it changes; it ends as in a drain."""
-        if keep_free_bytes != self._keep_free_bytes:
-            self._keep_free_bytes = keep_free_bytes
-            self._renewing = True
-            if self._process is not None and self._process.returncode is None:
-                self._process.stdin.close()
-
-    async def stop(self) -> None:
-        """Closes its standard input: it ships what it can and exits; past the limit it is ended."""
-        self._stopping = True
-        process = self._process
-        if process is None or process.returncode is not None:
-            return
-        process.stdin.close()
-        try:
-            async with asyncio.timeout(SHIP_SECONDS + 1):
-                await process.wait()
-        except TimeoutError:
-            process.kill()
-            await process.wait()
 
 
 class Replica:
@@ -177,7 +92,9 @@ class Replica:
         self.credentials = Credentials(client, ambient)
         self.upstream = engine(ambient)
         self.shipper = (
-            Shipper(options, ambient, LAKE_RESERVES * settings.spool.reserve_bytes) if options.database_url else None
+            Shipper(options.spool_dir, options.name, ambient, LAKE_RESERVES * settings.spool.reserve_bytes)
+            if options.database_url
+            else None
         )
         self.cooldowns = Cooldowns(ambient, self.control, options.name)
         limits = Limits(self.pipe, ambient, lambda: source.current, self._spent_reader())
@@ -191,7 +108,7 @@ class Replica:
             ambient=ambient,
         )
         self.modes = Modes(self.control, ambient)
-        self.overload = Overload(lambda: source.current, ambient)
+        self.overload = Overload(lambda: source.current, ambient, self.telemetry.woke)
         self.guardrails = Guardrails(guardrails.client, self.telemetry.guarded, ambient)
         self.embedders = Embedders()
         self.learning = Learning(self.pipe, self.control, ambient, options.name)
@@ -221,9 +138,9 @@ class Replica:
         self.usage = self._usage_reader()
         self.stop = asyncio.Event()
         self.hurry = asyncio.Event()
-        self._started = ambient.monotonic()
-        self._config_fault: str | None = None
-        self._gauges()
+        self.started = ambient.monotonic()
+        self.config_fault: str | None = None
+        vitals.gauges(self)
 
     async def run(self) -> None:
         """Serves until SIGTERM or SIGINT, then drains. A second signal ends open streams at once."""
@@ -238,7 +155,7 @@ class Replica:
                 *(self.pipe.run, self.spool.run, self.reload, self.control.run, self.key_sets.run),
                 *(self.gateway.limits.run, self.gateway.limits.budgets.run, self.cache.run),
                 *(self.learning.run, self._prepare_embedders),
-                *(self.warnings.run, self.telemetry.run, self.overload.run),
+                *(self.warnings.run, self.overload.run),
             )
         ]
         shipping = asyncio.ensure_future(self._keep(self.shipper.run)) if self.shipper else None
@@ -278,11 +195,12 @@ class Replica:
         """The main port and the admin port, with all their routes."""
         options, token = self.options, self.options.admin_token
         pages = usage_pages.tenant_routes(self.source, self.usage, self.ambient, self.door.callers, self.telemetry)
-        pages.append(status_page.route(token, self.status))
+        status = partial(vitals.status, self)
+        pages.append(status_page.route(token, status))
         for_admins = usage_pages.admin_routes(self.source, self.usage, self.ambient, token, self.telemetry)
         for_admins.append(cache_door.route(token, self.cache, self.telemetry))
         main = Server(api.app(self.door, pages), options.host, options.port, api.calls(self.door))
-        control = admin.app(token, self.telemetry, self.status, for_admins)
+        control = admin.app(token, self.telemetry, status, for_admins)
         return main, Server(control, options.host, options.admin_port)
 
     async def _prepare_embedders(self) -> None:
@@ -367,11 +285,11 @@ class Replica:
         try:
             swapped = await asyncio.to_thread(self.source.reload)
         except ConfigError as error:
-            self._config_fault = str(error)
+            self.config_fault = str(error)
             self.telemetry.config_refused()
             log.error("configuration refused, %s keeps serving: %s", self.source.current.version, error)
             return 0
-        self._config_fault = None
+        self.config_fault = None
         if not swapped:
             self.telemetry.config_restored()
             return 0
@@ -409,143 +327,6 @@ class Replica:
             keys_revoked=sorted(id for id, revoked in new - old if revoked),
             keys_removed=sorted({id for id, _ in old} - {id for id, _ in new}),
         )
-
-    def _price_age_days(self) -> float:
-        checked = self.source.current.prices_checked_on
-        return 0.0 if checked is None else float((utc_day(self.ambient) - checked).days)
-
-    def status(self) -> dict[str, object]:
-        """What the admin port's /status says."""
-        now = self.ambient.monotonic()
-        config, resting = self.source.current, self.cooldowns.resting()
-        mode, told = self.modes.told(config)
-        return {
-            "replica": self.options.name,
-            "environment": self.source.current.environment,
-            "config_version": self.source.current.version,
-            "config_fault": self._config_fault,
-            "uptime_seconds": round(now - self._started, 1),
-            "mode": mode,
-            "mode_until": None if told is None or told.until is None else timestamp(told.until),
-            "tenant_modes": {
-                name: {"mode": entry.value, "until": None if entry.until is None else timestamp(entry.until)}
-                for name, entry in self.modes.tenants().items()
-            },
-            "draining": self.door.draining,
-            "in_flight": len(self.door.in_flight),
-            "overload": {
-                "calls": self.overload.calls,
-                "level": round(self.overload.level, 2),
-                "delay_ms": round(self.overload.delay_seconds * 1000, 1),
-            },
-            "redis": "up" if self.pipe.up else "down",
-            "budgets": "whole" if self.gateway.limits.budgets.made_good else "not whole",
-            "postgres": self.shipper.status.postgres if self.shipper else "not configured",
-            "control_age_seconds": round(self.control.age_seconds, 1),
-            "resting": sorted(resting),
-            "targets": {
-                target.name: "resting" if is_resting(target, resting) else "ok"
-                for alias in config.aliases.values()
-                for target in alias.targets
-            },
-            "vendor_errors": self.telemetry.vendor_errors(),
-            "spool": {
-                "available": self.spool.available,
-                "open_intents": self.spool.open_intents,
-            },
-            "shipper": msgspec.to_builtins(self.shipper.status) if self.shipper else None,
-        }
-
-    def _targets_up(self) -> Iterator[tuple[tuple[str, str], float]]:
-        resting = self.cooldowns.resting()
-        for target in self.source.current.targets.values():
-            yield (target.provider.name, target.name), not is_resting(target, resting)
-
-    def _keys_up(self) -> Iterator[tuple[tuple[str, str], float]]:
-        """A key that rests at one target only is up."""
-        resting = self.cooldowns.resting()
-        providers = {target.provider.name: target.provider for target in self.source.current.targets.values()}
-        for provider in providers.values():
-            for key in provider.keys:
-                yield (provider.name, key.name), f"key:{key.name}" not in resting
-
-    def _budgets(self) -> Iterator[tuple[tuple[str, str], float]]:
-        """The fullest by name; of the others the fullest, as `other`."""
-        used = self.gateway.limits.budgets_used()
-        for owner, limit, ratio in used[:MAX_TENANTS]:
-            yield (owner, limit), ratio
-        if len(used) > MAX_TENANTS:
-            yield ("other", used[MAX_TENANTS][1]), used[MAX_TENANTS][2]
-
-    def _gauges(self) -> None:
-        gauge, shipper, limits = self.telemetry.gauge, self.shipper, self.gateway.limits
-        gauge("gateway_inflight", "Calls being served.", lambda: len(self.door.in_flight))
-        gauge("gateway_tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks()))
-        gauge("gateway_body_bytes", "Request bodies in memory.", lambda: self.door.bodies.held)
-        overload = self.overload
-        gauge("gateway_overload_level", "Classes of tenants that are shed for it.", lambda: overload.level)
-        for place, priority in enumerate(PRIORITIES):
-            gauge(
-                "gateway_shed_calls", "Calls refused in an overload.", lambda place=place: overload.shed[place],
-                priority=priority,
-            )  # fmt: skip
-        gauge(
-            "gateway_mode", "0 normal, 1 cache-only, 2 read-only, for everybody.",
-            lambda: STRICTNESS[self.modes.told(self.source.current)[0]],
-        )  # fmt: skip
-        gauge("gateway_draining", "1 while this replica drains.", lambda: self.door.draining)
-        gauge("gateway_dependency_up", "1 when the dependency answers.", lambda: self.pipe.up, name="redis")
-        gauge("gateway_dependency_changes", "Turns between up and down.", lambda: self.pipe.changes, name="redis")
-        cache = self.cache
-        gauge("gateway_cache_lost", "Answers that Redis did not keep.", lambda: cache.lost)
-        gauge("gateway_cache_damaged", "Entries that were none: deleted.", lambda: cache.damaged)
-        gauge("gateway_cache_flights", "Answers under way that others may join.", lambda: len(cache.flights))
-        gauge("gateway_control_age_seconds", "Since the control channel was read.", lambda: self.control.age_seconds)
-        gauge("gateway_price_age_days", "Days since the oldest price in use was checked.", self._price_age_days)
-        gauge("gateway_spool_available", "0 when the spool cannot take rows.", lambda: self.spool.available)
-        gauge("gateway_spool_open_intents", "Calls at a vendor.", lambda: self.spool.open_intents)
-        gauge(
-            "gateway_spool_unsynced_seconds", "Age of the oldest line not on disk.", lambda: self.spool.unsynced_seconds
-        )
-        gauge("gateway_log_lines_dropped", "Lines its consumer was too slow for.", lambda: self.lines.dropped)
-        gauge("gateway_limits_local_calls", "Calls judged here alone: Redis was away.", lambda: limits.local_calls)
-        gauge("gateway_limits_budgets_whole", "0 while Redis lacks what was used.", lambda: limits.budgets.whole)
-        gauge("gateway_limits_lost_settlements", "Settlements given up.", lambda: limits.lost_settlements)
-        states = self.telemetry.states
-        states("gateway_target_up", "0 while a target rests.", ("provider", "target"), self._targets_up)
-        states("gateway_vendor_key_up", "0 while a vendor's key rests.", ("provider", "key"), self._keys_up)
-        states(
-            "gateway_budget_used_ratio", "Of a day's or month's budget; 1 is all.", ("tenant", "limit"), self._budgets
-        )
-        warnings, warned = self.warnings, "Warnings of budgets nearly used up, by what became of them."
-        gauge("gateway_budget_warnings", warned, lambda: warnings.sent, outcome="sent")
-        gauge("gateway_budget_warnings", warned, lambda: warnings.left, outcome="left")
-        gauge("gateway_budget_warnings", warned, lambda: warnings.dropped, outcome="dropped")
-        gauge("gateway_webhook_failures", "Failed attempts to send a warning.", lambda: warnings.failed)
-        gauge("gateway_spool_rows", "Rows written by this process.", lambda: self.spool.rows)
-        gauge("gateway_spool_write_failures", "Rows that could not be written.", lambda: self.spool.write_failures)
-        if self.content is not None:
-            content = self.content
-            gauge("gateway_content_captured", "Calls whose content was handed to its writer.", lambda: content.taken)
-            gauge("gateway_content_dropped", "Calls whose content it could not take.", lambda: content.dropped)
-        if shipper is None:
-            return
-        gauge(
-            "gateway_dependency_up", "1 when the dependency answers.", lambda: shipper.status.postgres == "up",
-            name="postgres",
-        )  # fmt: skip
-        gauge("gateway_spool_bytes", "Bytes not shipped yet.", lambda: shipper.status.backlog_bytes)
-        gauge("gateway_ledger_lag_seconds", "Age of the oldest unshipped row.", lambda: shipper.status.lag_seconds)
-        gauge("gateway_ledger_shipped_rows", "Rows shipped.", lambda: shipper.status.shipped_rows)
-        gauge("gateway_ledger_dead_letters", "Undecodable lines set aside.", lambda: shipper.status.dead_letters)
-
-        def lake() -> LakeStatus:
-            return shipper.status.lake or LakeStatus()
-
-        gauge("gateway_lake_files", "Files written to the lake.", lambda: lake().files)
-        gauge("gateway_lake_backlog_bytes", "Bytes of segments that wait for the lake.", lambda: lake().backlog_bytes)
-        gauge("gateway_lake_dropped_segments", "Let go, the disk being short.", lambda: lake().dropped_segments)
-        gauge("gateway_lake_up", "0 while the lake takes no files.", lambda: lake().error is None)
 
 
 def serve(options: Options) -> int:

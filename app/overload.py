@@ -28,9 +28,11 @@ class Overload:
     class goes, so that what is admitted is about what can be served.
     """
 
-    def __init__(self, config: Callable[[], Config], ambient: Ambient) -> None:
+    def __init__(self, config: Callable[[], Config], ambient: Ambient, woke: Callable[[float, float], None]) -> None:
+        """`woke` is told of every look at the event loop: how late it woke, and how long it was to sleep."""
         self._config = config
         self._ambient = ambient
+        self._woke = woke
         self.calls = 0
         self.level = 0.0
         self.delay_seconds = 0.0
@@ -76,6 +78,7 @@ class Overload:
         """Sleeps for a tick and looks at how late it woke; returns 1 while calls are shed."""
         slept = self._ambient.monotonic()
         await self._ambient.sleep(TICK_SECONDS)
-        late = self._ambient.monotonic() - slept - TICK_SECONDS
-        self.tick(max(0.0, late), self._config().settings.overload.max_delay_ms / 1000)
+        late = max(0.0, self._ambient.monotonic() - slept - TICK_SECONDS)
+        self.tick(late, self._config().settings.overload.max_delay_ms / 1000)
+        self._woke(late, TICK_SECONDS)
         return int(self.level > 0)

@@ -283,7 +283,7 @@ class Rooms:
         self.control = KeptControl()
         self.channel = Control(pipe, ambient)
         self.cache = Cache(pipe, self.channel, ambient)
-        self.overload = Overload(config, ambient)
+        self.overload = Overload(config, ambient, lambda late, tick: None)
         self.guardrails = Guardrails(guardrails.client, self.telemetry.guarded, ambient)
         self.spool = spool(folder, replica, WrittenSpool(reserve_bytes=0), ambient)
         self.dialogue = Dialogue(

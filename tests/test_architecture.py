@@ -24,7 +24,7 @@ LAYERS = (
     ("providers", "dialects"),
     (
         "auth", "cache", "control", "cooldowns", "limits", "redis_pipe", "ledger", "credentials", "upstream", "http1",
-        "telemetry", "warnings", "content", "paces", "allowance", "modes", "overload", "guardrails",
+        "telemetry", "warnings", "content", "paces", "allowance", "modes", "overload", "guardrails", "shipping",
     ),
     (
         "routing", "estimate", "settlement", "relay", "confidence", "recall", "dialogue", "shadows", "gateway",
@@ -36,7 +36,7 @@ LAYERS = (
         "content_writer",
     ),
     (
-        "asgi", "cli", "cache_commands", "operator", "lint_apps", "jobs", "explain",
+        "asgi", "vitals", "cli", "cache_commands", "operator", "lint_apps", "jobs", "explain",
         "ledger_commands", "mode_commands", "content_commands", "top", "top_screen", "money_commands", "price_commands",
     ),
 )  # fmt: skip
@@ -90,6 +90,8 @@ WITHIN_A_LAYER = {
     ("usage_pages", "archive"): "pages say when there is nothing to read from",
     ("usage_pages", "reports"): "pages show what reports found",
     ("rerate", "archive"): "adjustments are rows of the ledger",
+    ("asgi", "vitals"): "a replica's figures",
+    ("vitals", "asgi"): "whose they are",
     ("cli", "asgi"): "`gateway serve`",
     ("cli", "explain"): "`gateway check --explain`",
     ("cli", "content_commands"): "`gateway content`",

@@ -43,7 +43,7 @@ def chance() -> Chance:
 
 @pytest.fixture
 def overload(chance: Chance) -> Overload:
-    return Overload(config, chance)
+    return Overload(config, chance, lambda late, tick: None)
 
 
 def admits(overload: Overload, priority: int) -> bool:
@@ -140,10 +140,14 @@ def test_a_loop_that_is_punctual_again_lets_all_in_again(overload: Overload, cha
 def test_a_blocked_loop_is_noticed() -> None:
     """On a real loop: something that holds it for longer than the limit, time and again."""
 
+    told: list[float] = []
+
     async def scenario() -> float:
         at = config()
         eager = msgspec.structs.replace(at.settings, overload=WrittenOverload(max_delay_ms=5))
-        overload = Overload(lambda: msgspec.structs.replace(at, settings=eager), Ambient())
+        overload = Overload(
+            lambda: msgspec.structs.replace(at, settings=eager), Ambient(), lambda late, tick: told.append(late)
+        )
         task = asyncio.ensure_future(overload.run())
         while overload.level == 0:
             time.sleep(0.06)  # noqa: ASYNC251 - holding the loop is the point
@@ -152,6 +156,7 @@ def test_a_blocked_loop_is_noticed() -> None:
         return overload.delay_seconds
 
     assert asyncio.run(asyncio.wait_for(scenario(), 30)) > 0.005
+    assert max(told) > 0.005  # the histogram has it too
 
 
 # --- on the way of a call ---------------------------------------------------------------------------------------------

@@ -32,8 +32,6 @@ _TIMINGS = {
     "ttft": "Time to a stream's first content.",
     "interchunk": "From one chunk of a stream to the next.",
 }
-LOOP_SECONDS = 0.25
-"""How often it is looked how late the event loop is."""
 _LATE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 
 States = Callable[[], Iterable[tuple[tuple[str, ...], float]]]
@@ -140,16 +138,13 @@ class Telemetry:
         """The files are again what is served."""
         self._config_refused.set(0)
 
-    async def run(self) -> None:
-        """Sees how late the event loop is, until cancelled."""
-        while True:
-            await self.run_once()
-
-    async def run_once(self) -> int:
-        started = self._ambient.monotonic()
-        await self._ambient.sleep(LOOP_SECONDS)
-        self._late.observe(max(0.0, self._ambient.monotonic() - started - LOOP_SECONDS))
-        return 1
+    def woke(self, late_seconds: float, tick_seconds: float) -> None:
+        """The event loop came back so late from a sleep of a tick. The ticks that it slept through were late too: one
+        long step counts as often as calls would have met it ("coordinated omission", Gil Tene).
+        """
+        self._late.observe(late_seconds)
+        while (late_seconds := late_seconds - tick_seconds) > 0:
+            self._late.observe(late_seconds)
 
     def scrape(self) -> bytes:
         """Prometheus text."""
