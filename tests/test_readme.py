@@ -137,6 +137,14 @@ def test_options_named_in_a_sentence_are_ones() -> None:
     assert named <= {*options(_parser()), *options(bench._parser())}
 
 
+def test_every_command_tells_how_it_is_used() -> None:
+    def told(parser: argparse.ArgumentParser) -> list[str]:
+        below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+        return [parser.format_help(), *(text for one in below for each in one.choices.values() for text in told(each))]
+
+    assert any("above 5 %." in text for text in told(_parser()))
+
+
 def test_readme_can_be_read_in_one_go() -> None:
     assert len(README.splitlines()) <= 200
 
