@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime, timedelta
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
@@ -24,7 +23,7 @@ import pytest
 
 from app.cli import _parser
 from loadtest import local_ca, services
-from loadtest.processes import has_ended
+from loadtest.processes import free_port, has_ended
 from loadtest.stack import Stack
 from tests.journey import until
 
@@ -101,10 +100,10 @@ def test_metrics_are_ones(name: str) -> None:
 class Site:
     """A stack with a configuration of its own, and a shell as runbooks/README.md sets it up."""
 
-    def __init__(self, stack: Stack, folder: Path, start_url: str) -> None:
+    def __init__(self, stack: Stack, folder: Path) -> None:
         self.stack = stack
         self.config = folder / "config"
-        self._start_url = start_url
+        self.start_url = ""
         self.environ = {name: value for name, value in os.environ.items() if not name.endswith("_API_KEY")} | {
             "PATH": f"{folder}:{Path(services.postgres_program('psql')).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
@@ -117,10 +116,13 @@ class Site:
             "REDIS_URL": stack.redis_url,
             "DATABASE_URL": stack.postgres_url,
             "CONFIG": str(self.config),
+            "SPOOL_DIR": str(stack.state_dir / "spool"),
+            "JOBS_URL": f"http://127.0.0.1:{free_port(set())}",
         }
+        self.jobs: subprocess.Popen[bytes] | None = None
 
     def bash(self, script: str, patient: bool = True, **environ: str) -> subprocess.CompletedProcess[str]:
-        start = f'start() {{ for name in "$@"; do curl -sf -X POST {self._start_url}/$name; done; }}'
+        start = f'start() {{ for name in "$@"; do curl -sf -X POST {self.start_url}/$name; done; }}'
         hasty = "" if patient else 'within() { shift; "$@"; }'
         return subprocess.run(
             ["bash", "-c", f"{start}\n{SETUP}\n{hasty}\nset -euo pipefail\n{script}"],
@@ -144,6 +146,24 @@ class Site:
 
     def headers(self, tenant: str) -> dict[str, str]:
         return {"authorization": f"Bearer {self.stack.key}", "x-tenant-id": tenant}
+
+    def start(self, name: str) -> None:
+        """As `docker compose up` does with a container of another image: what runs is stopped in its orderly way."""
+        if name == "jobs":
+            port = self.environ["JOBS_URL"].rpartition(":")[2]
+            with (self.stack.log_dir / "jobs.log").open("wb") as log:
+                command = [sys.executable, "-m", "app.cli", "jobs", "--port", port]
+                self.jobs = subprocess.Popen(command, cwd=ROOT, env=self.environ, stdout=log, stderr=log)
+            return
+        name = name.replace("gateway-", "replica-")
+        if not has_ended(self.stack.pid(name)):
+            self.stack.stop(name)
+        self.stack.start(name)
+
+    def close(self) -> None:
+        if self.jobs is not None:
+            self.jobs.terminate()
+            self.jobs.wait()
 
     def says(self, text: str) -> bool:
         """Whether every replica's status has `text`."""
@@ -172,19 +192,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     environ = {name: value for name, value in os.environ.items() if not name.endswith(("_API_KEY", "_ACCESS_KEY"))}
     with (
         Stack(folder / "state", config=folder / "config", environ=environ) as stack,
-        _starter(partial(_start, stack)) as url,
+        contextlib.closing(Site(stack, folder)) as site,
+        _starter(site.start) as site.start_url,
     ):
-        site = Site(stack, folder, url)
         until(lambda: site.says('"budgets":"whole"'), 30)  # a Redis that was never used gets them from the ledger
         yield site
-
-
-def _start(stack: Stack, name: str) -> None:
-    """As `docker compose up` does with a container whose image is another: what runs is stopped in its orderly way."""
-    name = name.replace("gateway-", "replica-")
-    if not has_ended(stack.pid(name)):
-        stack.stop(name)
-    stack.start(name)
 
 
 class _starter:
@@ -370,6 +382,68 @@ def test_overload_is_mended(site: Site) -> None:
     assert site.bash(commands(section("overload", "Undo")), FLOODER=flooder).returncode == 0
     settings.write_text(before)
     until(lambda: site.bash("code", TENANT=flooder).stdout == "200")
+
+
+def test_spool_that_is_full_lets_calls_in_again(site: Site) -> None:
+    settings = site.config / "gateway.yaml"
+    before = settings.read_text()
+    settings.write_text(before.replace("reserve_bytes: 268_435_456", f"reserve_bytes: {2**62}"))
+    until(lambda: all(answer.status_code == 503 for answer in site.each()))
+    assert '"ledger_unavailable"' in site.bash("call").stdout
+    site.mend("spool-full", RESERVE="67_108_864")
+    settings.write_text(before)
+    until(lambda: site.says('"available":true'))
+
+
+@pytest.mark.drill
+def test_rows_that_were_refused_are_rows_after_all(site: Site) -> None:
+    refusing = """CREATE FUNCTION suite_refuses() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        IF NEW.tenant_id = 'smoke-test' THEN RAISE EXCEPTION 'refused' USING ERRCODE = '22023'; END IF; RETURN NEW;
+    END $$; CREATE TRIGGER suite BEFORE INSERT ON ledger FOR EACH ROW EXECUTE FUNCTION suite_refuses()"""
+    broken = site.bash('psql "$DATABASE_URL" -c "$SQL"', SQL=refusing)
+    assert broken.returncode == 0, broken.stderr
+    assert site.bash("code", TENANT="smoke-test").stdout == "200"
+    until(lambda: re.search(r" [1-9]", site.bash("metric gateway_ledger_dead_letters").stdout))
+    assert site.bash('psql "$DATABASE_URL" -c "DROP FUNCTION suite_refuses CASCADE"').returncode == 0
+    site.mend("rows-unreadable")
+
+
+def test_jobs_that_nobody_does_are_done(site: Site) -> None:
+    site.mend("jobs-missed")
+
+
+@pytest.mark.drill
+def test_price_that_is_missing_or_old_is_written_and_charged(site: Site, tmp_path: Path) -> None:
+    tables = sorted((site.config / "prices").iterdir())
+    written = {table: table.read_text() for table in tables}
+    right = re.sub(r"checked_on: [\d-]+", f"checked_on: {date.today()}", written[tables[-1]])
+    model = r"(?m)^    gpt-4o-mini-2024-07-18:\n(?:      .*\n)+"
+    for table, text in written.items():
+        table.write_text(re.sub(model, "", re.sub(r"checked_on: [\d-]+", "checked_on: 2020-01-01", text)))
+    until(
+        lambda: "unpriced" in site.bash("metric gateway_unpriced_total | grep -v ' 0.0' && echo unpriced; code").stdout
+    )
+    prices = tmp_path / f"{datetime.now(UTC):%Y-%m-%d}.yaml"
+    prices.write_text(right)
+    days = {"FIRST_DAY": f"{date.today() - timedelta(days=1)}", "LAST_DAY": f"{date.today() + timedelta(days=1)}"}
+    site.mend("prices", PRICES=str(prices), **days)
+    adjusted = "SELECT count(*) > 0 FROM ledger WHERE event->>'adjusts' IS NOT NULL"
+    assert site.bash('psql "$DATABASE_URL" -Atc "$SQL"', SQL=adjusted).stdout.strip() == "t"
+    (site.config / "prices" / prices.name).unlink()
+    for table, text in written.items():
+        table.write_text(text)
+
+
+@pytest.mark.drill
+def test_answers_that_are_kept_too_short_are_kept_longer(site: Site) -> None:
+    models = site.config / "gateway_models.yaml"
+    before = models.read_text()
+    kept = "    cache: {mode: exact, max_temperature: 1, ttl_seconds: 1}\n"
+    models.write_text(before.replace("\naliases:\n  support-fast:\n", f"\naliases:\n  support-fast:\n{kept}"))
+    until(lambda: all("x-cache" in answer.headers for answer in site.each()))
+    site.mend("cache-hits-low", TTL="600")
+    models.write_text(before)
+    until(lambda: not any("x-cache" in answer.headers for answer in site.each()))
 
 
 @pytest.mark.drill
