@@ -42,8 +42,12 @@ def run(main: Coroutine[Any, Any, T], loop: str = "uvloop") -> T:
         gc.collect()  # a future says that its exception was forgotten when it goes
         return result
 
-    with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
-        result = runner.run(watched())
+    gc.freeze()  # what was there before is not looked through: all of a session's, at each of hundreds of runs
+    try:
+        with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+            result = runner.run(watched())
+    finally:
+        gc.unfreeze()
     assert complaints == []
     return result
 
