@@ -84,7 +84,7 @@ class FrontDoor:
                 key = await self.callers.verified(config, headers, received_at)
         except (InvalidApiKey, IssuerUnavailable) as error:
             self.gateway.telemetry.unidentified(error)
-            await self._not_too_soon(started)
+            await self._not_too_soon(visit, started)
             self._refuse(visit, dialect, error)
             return
         fault: GatewayError | None = None
@@ -147,7 +147,7 @@ class FrontDoor:
         if self.draining or isinstance(exchange.call.fault, RequestTooLarge | Overloaded):
             reply.headers.append((b"connection", b"close"))
         if reply.status >= 400:
-            await self._not_too_soon(exchange.call.started)
+            await self._not_too_soon(visit, exchange.call.started)
         if reply.frames is None:
             if kept is not None:
                 kept.add(reply.first)
@@ -163,8 +163,9 @@ class FrontDoor:
                     await visit.drained()
         visit.end()
 
-    async def _not_too_soon(self, started: float) -> None:
-        wait = started + REFUSAL_SECONDS - self.ambient.monotonic()
+    async def _not_too_soon(self, visit: Visit, started: float) -> None:
+        """Waits, unless the request has waited for its turn so long already. One that is not here whole has not."""
+        wait = (visit.came_at or started) + REFUSAL_SECONDS - self.ambient.monotonic()
         if wait > 0:
             await self.ambient.sleep(wait)
 

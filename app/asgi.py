@@ -199,9 +199,9 @@ class Replica:
         pages.append(status_page.route(token, status))
         for_admins = usage_pages.admin_routes(self.source, self.usage, self.ambient, token, self.telemetry)
         for_admins.append(cache_door.route(token, self.cache, self.telemetry))
-        main = Server(api.app(self.door, pages), options.host, options.port, api.calls(self.door))
+        main = Server(api.app(self.door, pages), options.host, options.port, self.ambient, api.calls(self.door))
         control = admin.app(token, self.telemetry, status, for_admins)
-        return main, Server(control, options.host, options.admin_port)
+        return main, Server(control, options.host, options.admin_port, self.ambient)
 
     async def _prepare_embedders(self) -> None:
         """Loads the models that the configuration asks for, so that the first call does not miss for want of one."""

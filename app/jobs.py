@@ -101,7 +101,8 @@ class JobsProcess:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         options = self._options
-        port = Server(admin.app(options.admin_token, self._telemetry, self._status), options.host, options.port)
+        door = admin.app(options.admin_token, self._telemetry, self._status)
+        port = Server(door, options.host, options.port, self._ambient)
         await port.start()
         log.info("jobs run; metrics on %s:%s", options.host, options.port)
         try:

@@ -17,6 +17,9 @@ RISE, FALL = 0.1, 0.025
 in as fast as it was shut out, the load that was too much would be back at once."""
 SHARES = (0.7, 0.85, 1.0)
 """Of `max_calls`, by priority: what is left above them is for those who matter more."""
+LATE_SHARES = (0.2, 0.5, 1.0)
+"""Of `max_delay_ms`, by the priority that would be shed next: a refusal waits for its turn as all else does, so the
+first ones are made before turns are long."""
 RETRY_SECONDS = 5.0
 """A refused client is told to wait up to this; each another time, or they would all come back together."""
 
@@ -65,7 +68,8 @@ class Overload:
         if len(self._late) > WINDOW_TICKS:
             del self._late[0]
         self.delay_seconds = min(self._late)
-        if self.delay_seconds > max_delay_seconds and len(self._late) == WINDOW_TICKS:
+        bearable = max_delay_seconds * LATE_SHARES[min(int(self.level), len(PRIORITIES) - 1)]
+        if self.delay_seconds > bearable and len(self._late) == WINDOW_TICKS:
             self.level = min(float(len(PRIORITIES)), self.level + RISE)
         elif self.level:
             self.level = max(0.0, self.level - FALL)

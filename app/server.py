@@ -16,6 +16,7 @@ from urllib.parse import unquote
 import httptools
 from litestar.types import ASGIApp, HTTPScope, Message
 
+from app.ambient import Ambient
 from app.visits import Connection, Handler, Visit
 
 SWEEP_SECONDS = 5.0
@@ -26,7 +27,10 @@ BACKLOG = 4096
 class Server:
     """One port. `calls` has the handlers of its routes by path; all other requests are `app`'s, an ASGI application."""
 
-    def __init__(self, app: ASGIApp, host: str, port: int, calls: Mapping[bytes, Handler] | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, host: str, port: int, ambient: Ambient, calls: Mapping[bytes, Handler] | None = None
+    ) -> None:
+        self.ambient = ambient
         self.connections: set[Connection] = set()
         self.tasks: set[asyncio.Task[None]] = set()
         """Of the visits under way, those whose client is gone too."""

@@ -16,7 +16,7 @@ from typing import Protocol
 import httptools
 from litestar.types import Message
 
-from app.ambient import Patience
+from app.ambient import Ambient, Patience
 from app.dialects import openai_chat
 from app.errors import InternalError, InvalidRequest, RequestTooLarge
 
@@ -41,6 +41,7 @@ class Port(Protocol):
     """Where a connection arrived."""
 
     loop: asyncio.AbstractEventLoop
+    ambient: Ambient
     connections: set[Connection]
     tasks: set[asyncio.Task[None]]
     closing: bool
@@ -61,10 +62,9 @@ class Visit:
     """
 
     __slots__ = (
-        "_chunked", "_connection", "_head", "_left", "_parts", "_waiter", "complete", "continued", "ended", "gone",
-        "keep_alive",
-        "method", "on_hang_up", "patience", "raw_headers", "started", "target", "task", "told", "unread_bytes",
-        "version",
+        "_chunked", "_connection", "_head", "_left", "_parts", "_waiter", "came_at", "complete", "continued", "ended",
+        "gone", "keep_alive", "method", "on_hang_up", "patience", "raw_headers", "started", "target", "task", "told",
+        "unread_bytes", "version",
     )  # fmt: skip
 
     def __init__(self, connection: Connection) -> None:
@@ -76,7 +76,8 @@ class Visit:
         """In their order, with names in lower case."""
         self.keep_alive = True
         self.complete = False
-        """Whether the whole request is here."""
+        """Whether the whole request is here; since when, by the ambient's clock."""
+        self.came_at = 0.0
         self.told = self.continued = False
         """Whether `receive` has said so; whether a client that asked was told to send the body."""
         self.unread_bytes = 0
@@ -339,7 +340,7 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         visit = self._arriving
-        visit.complete = True
+        visit.complete, visit.came_at = True, self.port.ambient.monotonic()
         if visit._waiter is not None:
             visit.wake()
 

@@ -8,6 +8,8 @@ and, for an event stream, `data: [DONE]` at its end. Anything else is an error, 
 from __future__ import annotations
 
 import asyncio
+import random
+import ssl
 import time
 from array import array
 from collections import Counter
@@ -81,8 +83,9 @@ def request_bytes(url: str, headers: Mapping[str, str], body: bytes) -> bytes:
 class Tally:
     """What the connections of one run share. `stopping` ends the sending; only answers before it are measured."""
 
-    def __init__(self, count: int | None, expected: int = 200) -> None:
+    def __init__(self, count: int | None, expected: int = 200, interval_seconds: float = 0.0) -> None:
         self.expected = expected
+        self.interval_seconds = interval_seconds
         self.sent = 0
         self.latencies = array("d")
         self.first_bytes = array("d")
@@ -111,16 +114,29 @@ class Connection(asyncio.Protocol):
         self._over = over
         self._transport: asyncio.Transport
         self._waiting = False
+        self._next_at = 0.0
+        self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._send()
+        self._send_when_due()
+
+    def _send_when_due(self) -> None:
+        """Now, or with an interval when it is time: the first of each connection at a time of its own."""
+        interval, now = self._tally.interval_seconds, time.perf_counter()
+        if not interval:
+            self._send()
+            return
+        self._next_at = max(now, self._next_at + interval) if self._next_at else now + random.random() * interval
+        self._timer = asyncio.get_running_loop().call_later(self._next_at - now, self._send)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._fail("truncated")
 
     def give_up(self) -> None:
         """Counts the answer under way, if any, as unfinished and closes."""
+        if self._timer is not None:
+            self._timer.cancel()
         self._fail("unfinished")
 
     def _send(self) -> None:
@@ -217,7 +233,7 @@ class Connection(asyncio.Protocol):
         if self._closes:
             self._end(True)
         else:
-            self._send()
+            self._send_when_due()
 
 
 async def run_load(
@@ -228,10 +244,13 @@ async def run_load(
     duration_seconds: float | None = None,
     count: int | None = None,
     expected: int = 200,
+    interval_seconds: float = 0.0,
+    tls: ssl.SSLContext | None = None,
 ) -> LoadResult:
     """Sends `request` to the host of `url` for a time or a number of requests, whichever ends first.
 
-    An answer with another status than `expected` is an error.
+    An answer with another status than `expected` is an error. With an interval each connection sends no more often than
+    that, and never before its last answer is complete.
 
     Answers under way when the time is up are waited for, so that the server is idle afterwards.
     """
@@ -239,7 +258,7 @@ async def run_load(
     if host is None or port is None or (duration_seconds is None and count is None):
         raise ValueError("a load needs a host, a port, and a duration or a count")
     loop = asyncio.get_running_loop()
-    tally = Tally(count, expected)
+    tally = Tally(count, expected, interval_seconds)
     live: set[Connection] = set()
 
     async def keep_connected() -> None:
@@ -247,7 +266,9 @@ async def run_load(
         while replaced and not tally.stopping:
             over: asyncio.Future[bool] = loop.create_future()
             try:
-                _, connection = await loop.create_connection(partial(Connection, request, tally, over), host, port)
+                _, connection = await loop.create_connection(
+                    partial(Connection, request, tally, over), host, port, ssl=tls
+                )
             except OSError:
                 tally.errors["connect"] += 1
                 replaced = tally.take()

@@ -94,6 +94,7 @@ OVERLAY: dict[str, Any] = {
         "retry": {"backoff_base_seconds": 0.02, "backoff_cap_seconds": 1, "cooldown_seconds": 1, "budget_percent": 100},
         "breaker": {"failures": 1000},
         "redis": {"timeout_ms": 1000},  # on a busy machine it is slow, not away
+        "overload": {"max_delay_ms": 60_000},  # and a replica late, not overloaded
         "drain": {"delay_seconds": 2.5, "limit_seconds": 60},
     },
     "targets": {

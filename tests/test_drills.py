@@ -8,6 +8,8 @@ import shutil
 import signal
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ import httpx
 import pytest
 import redis
 
+from loadtest.processes import ROOT
 from loadtest.stack import Stack
 from tests.journey import Journey, chat, events, until
 from tests.traffic import Traffic, p95
@@ -243,3 +246,12 @@ def test_readers_that_do_not_read_hold_no_memory(whole: Journey) -> None:
         grown = memory() - before
     assert traffic.outcomes() == {"whole"}
     assert grown < 150_000_000
+
+
+# --- overload -------------------------------------------------------------------------------------------------------
+
+
+def test_the_least_urgent_are_refused_within_50_ms_and_health_stays_green() -> None:
+    """A replica on a core of its own, asked for twice what it can do; on a machine that does nothing else."""
+    ran = subprocess.run([sys.executable, "-m", "loadtest.shedding"], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -46,6 +46,7 @@ class Client:
         self.raw_headers = headers
         self.method = "POST"
         self.gone = self.started = self.ended = False
+        self.came_at = 0.0
         self.on_hang_up: Callable[[], object] | None = None
         self.status = 0
         self.body = b""

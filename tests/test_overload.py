@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import msgspec
 import pytest
 
 from app.ambient import Ambient, Patience
-from app.api import FrontDoor, app
+from app.api import REFUSAL_SECONDS, FrontDoor, app
 from app.auth import Callers
 from app.config import PRIORITIES, WrittenOverload, load
 from app.core import Exchange, Reply
@@ -130,6 +131,17 @@ def test_a_loop_that_stays_late_sheds_one_class_after_the_other(overload: Overlo
     assert seen == [[], [LOW], [LOW, NORMAL], [LOW, NORMAL, HIGH]]
 
 
+@pytest.mark.parametrize(
+    ("milliseconds", "shed"), [(9, []), (11, [LOW]), (26, [LOW, NORMAL]), (51, [LOW, NORMAL, HIGH])]
+)
+def test_the_less_urgent_are_shed_before_turns_are_long(
+    overload: Overload, chance: Chance, milliseconds: float, shed: list[int]
+) -> None:
+    chance.said = 0.0
+    late(overload, 200, milliseconds / 1000)
+    assert [priority for priority in (LOW, NORMAL, HIGH) if not admits(overload, priority)] == shed
+
+
 def test_a_loop_that_is_punctual_again_lets_all_in_again(overload: Overload, chance: Chance) -> None:
     late(overload, 60)
     late(overload, 200, 0.001)
@@ -181,6 +193,28 @@ def test_refused_call_is_told_when_to_retry_and_leaves_a_row(rooms: Rooms) -> No
     assert 1 <= int(dict(reply.headers)[b"retry-after"]) <= RETRY_SECONDS
     row = rooms.row()
     assert (row["error_code"], row["attempts"], row["tenant_id"]) == ("gateway_overloaded", [], "acme-corp")
+
+
+@pytest.mark.parametrize(("waited", "sleeps"), [(0.0, 1), (2 * REFUSAL_SECONDS, 0)])
+def test_refusal_waits_for_nothing_but_what_its_request_has_not_waited_already(
+    rooms: Rooms, waited: float, sleeps: int
+) -> None:
+    """Neither Redis nor the vendor nor the disk is waited for: where turns are long, a refusal takes one of them."""
+    rooms.overload.calls = 2000
+    client = Client(request(), headers())
+
+    async def scenario() -> int:
+        client.came_at = rooms.ambient.monotonic() - waited
+        serving = client.visit(FrontDoor(Source(config()), rooms.gateway, Callers(NoTokens()), rooms.ambient))
+        turns = 0
+        with contextlib.suppress(StopIteration):
+            while True:
+                waits = serving.send(None)
+                turns += 1
+                await asyncio.wait([waits])
+        return turns
+
+    assert (asyncio.run(scenario()), client.status) == (sleeps, 503)
 
 
 def test_refused_call_takes_nothing_of_limits_and_room(rooms: Rooms) -> None:

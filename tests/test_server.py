@@ -13,6 +13,7 @@ import uvloop
 from litestar.types import Receive, Scope, Send
 
 import app.visits
+from app.ambient import Ambient
 from app.server import Server
 from app.visits import MAX_HEAD_BYTES, Visit
 
@@ -95,7 +96,9 @@ class Running:
     def __init__(self, calls: Calls) -> None:
         self.loop = uvloop.new_event_loop()
         names = ("whole", "stream", "endless", "silent", "refuses", "fails", "breaks", "short")
-        self.server = Server(echo, "127.0.0.1", 0, {b"/" + name.encode(): getattr(calls, name) for name in names})
+        self.server = Server(
+            echo, "127.0.0.1", 0, Ambient(), {b"/" + name.encode(): getattr(calls, name) for name in names}
+        )
         self._thread = threading.Thread(target=self.loop.run_forever)
         self._thread.start()
         self.run(self.server.start())
@@ -419,7 +422,7 @@ def test_a_port_that_is_taken_is_named(running: Running) -> None:
     host, port = running.server.address
 
     async def second() -> None:
-        await Server(echo, host, port).start()
+        await Server(echo, host, port, Ambient()).start()
 
     with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}"):
         running.run(second())

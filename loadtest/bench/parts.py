@@ -21,17 +21,19 @@ import msgspec
 import psycopg
 import yaml
 
-from loadtest import services
+from loadtest import local_ca, services
 from loadtest.bench import peers
 from loadtest.processes import Child, Service, family, free_port
 from loadtest.services import StackError, get
 
 TENANT, TRIPPED = "bench", "bench-tripped"
+URGENT, PATIENT = "bench-urgent", "bench-patient"
+"""Tenants of high and of low priority."""
 CACHED = "bench-cached"
 """An alias whose answers are kept."""
 ENVIRONMENT = "dev"
 START_SECONDS = 60
-MAX_DELAY_MS = 60_000
+NO_SHEDDING = {"max_delay_ms": 60_000}
 """So late no loop is, on the busiest machine: what is measured is work, and overload protection's refusals are none."""
 LIMITS = {"rpm": 1_000_000_000, "daily_token_cap": 1_000_000_000_000_000}
 GLOBAL_TPM = 1_000_000_000_000
@@ -89,10 +91,17 @@ class Parts:
     """A context manager: nothing runs before it and nothing is left after it. All paths are below `folder`."""
 
     def __init__(
-        self, folder: Path, config: Path, subject_core: int, other_cores: set[int], trace_ratio: float = 0.1
+        self,
+        folder: Path,
+        config: Path,
+        subject_core: int,
+        other_cores: set[int],
+        trace_ratio: float = 0.1,
+        overload: Mapping[str, object] = NO_SHEDDING,
     ) -> None:
         self._folder = folder
         self._trace_ratio = trace_ratio
+        self._overload = overload
         self._config = config
         self._spawners = {
             place: ThreadPoolExecutor(1, initializer=os.sched_setaffinity, initargs=(0, cores))
@@ -181,17 +190,19 @@ class Parts:
                 | services.simulated_key(members, f"{self.mock_url}/{name}/token")
                 for name, (_, members) in providers.items()
             },
-            "service_keys": {public_id: {"digest": digest, "service": "bench", "tenants": [TENANT, TRIPPED]}},
+            "service_keys": {public_id: {"digest": digest, "service": "bench", "tenants": [f"{TENANT}*"]}},
             "plans": {"bench": {"allowed_models": ["*"]}},
             "tenants": {
                 TENANT: {"plan": "bench", **({} if bare else LIMITS)},
                 TRIPPED: {"plan": "bench", "rpm": 1},
+                URGENT: {"plan": "bench", "priority": "high", **LIMITS},
+                PATIENT: {"plan": "bench", "priority": "low", **LIMITS},
             },
             "aliases": {CACHED: {"targets": ["openai/gpt-4o-mini"], "cache": {"mode": "exact"}}},
             "global": {"tpm": None if bare else GLOBAL_TPM},
             "gateway": {
                 "trace_sample_ratio": 0.0 if bare else self._trace_ratio,
-                "overload": {"max_delay_ms": MAX_DELAY_MS},
+                "overload": self._overload,
             },
         }
 
@@ -230,6 +241,18 @@ class Parts:
         env = {**services.plain_environment(os.environ), "GOMAXPROCS": "1"}
         child = self._start(_http_service("traefik", argv, env, port, "/openai/v1/models"), "subject")
         return Subject("traefik", f"http://127.0.0.1:{port}/openai/v1/chat/completions", {}, child.pid)
+
+    def start_edge(self, subject: Subject) -> Subject:
+        """Traefik as shipped, with TLS and all its middlewares, before the subject and not on its core."""
+        port = self._port()
+        folder = self._folder / "edge"
+        folder.mkdir()
+        certificates = local_ca.ensure(folder)
+        replica = subject.url.removesuffix("/v1/chat/completions")
+        service = services.traefik(folder, port, self._port(), [replica], certificates)
+        self.ca_file = certificates.ca_file
+        child = self._start(service)
+        return Subject("edge", subject.url.replace(replica, f"https://127.0.0.1:{port}"), subject.headers, child.pid)
 
     def start_peer(self, name: str) -> tuple[Subject, str]:
         """LiteLLM's proxy or Portkey's gateway, and its version; installs it where that was not done. StackError."""
