@@ -33,10 +33,13 @@ class Stream:
         size = 0
         while not self._started and size <= self._start_buffer_bytes:
             chunk = await answer.chunk()
-            if chunk is None:
+            if chunk is not None:
+                size += len(chunk)
+                self._take(self.reader.feed(chunk))
+            elif self.reader.finished:
+                self._take(self.reader.end())
+            else:
                 raise VendorBroke("the vendor's stream ended before any content")
-            size += len(chunk)
-            self._take(self.reader.feed(chunk))
             if self._fault and not self._started:
                 raise self._fault
             if self._done and not self._started:

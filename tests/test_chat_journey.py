@@ -9,12 +9,10 @@ import pytest
 from openai.types.chat import ChatCompletion
 from pydantic import BaseModel
 
-from tests.journey import Journey, chat
-from tests.test_responses_journey import ALIASES, PIXEL
+from tests.journey import Journey, chat, until
+from tests.test_responses_journey import ALIASES
 
 over_every_vendor = pytest.mark.parametrize("alias", ALIASES)
-SEVERAL = pytest.mark.parametrize("alias", ["one-target", "azure", "gemini", "vertex"])
-"""Vendors that give several answers, and log probabilities."""
 
 
 class Order(BaseModel):
@@ -27,21 +25,6 @@ def streamed(client: openai.OpenAI, asked: dict[str, Any]) -> ChatCompletion:
         return stream.get_final_completion()
 
 
-def said(answer: ChatCompletion) -> list[Any]:
-    choices = [
-        (choice.index, choice.message.content, choice.finish_reason, choice.logprobs and choice.logprobs.content)
-        for choice in answer.choices
-    ]
-    return [*sorted(choices, key=lambda choice: choice[0]), answer.usage.total_tokens]
-
-
-@over_every_vendor
-def test_an_empty_list_of_tools_asks_for_none(journey: Journey, alias: str) -> None:
-    client = journey.openai()
-    asked = chat("tokens=5", model=alias, tools=[])
-    assert said(streamed(client, asked)) == said(client.chat.completions.create(**asked))
-
-
 @over_every_vendor
 def test_an_answer_by_schema_is_parsed_by_the_sdk_streamed_and_not(journey: Journey, alias: str) -> None:
     client = journey.openai()
@@ -52,30 +35,21 @@ def test_an_answer_by_schema_is_parsed_by_the_sdk_streamed_and_not(journey: Jour
 
 
 @over_every_vendor
-def test_images_are_seen(journey: Journey, alias: str) -> None:
-    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PIXEL}"}}
-    turn = {"role": "user", "content": [{"type": "text", "text": "What is it?"}, image]}
-    answer = journey.openai().chat.completions.create(model=alias, messages=[turn])
-    assert answer.choices[0].message.content
-    assert PIXEL in str(journey.asked(ALIASES[alias])[-1]["body"])
+def test_a_client_that_leaves_amid_a_stream_ends_the_vendor_s_work(journey: Journey, alias: str) -> None:
+    asked = chat("tokens=400 chunk_ms=20", model=alias, stream=True)
+    with journey.openai().chat.completions.with_streaming_response.create(**asked) as response:
+        next(line for line in response.iter_lines() if '"content":"' in line.replace('"content":""', ""))
+        request_id = response.headers["x-request-id"]
+    assert journey.row(request_id)["status"] == "client_closed"
+    until(lambda: journey.counts(ALIASES[alias]).get("aborted"))
 
 
-@SEVERAL
-def test_several_answers_are_told_apart(journey: Journey, alias: str) -> None:
-    client = journey.openai()
-    asked = chat("tokens=5", model=alias, n=3)
-    whole = client.chat.completions.create(**asked)
-    assert len({choice.message.content for choice in whole.choices}) == 3
-    assert said(streamed(client, asked)) == said(whole)
-
-
-@SEVERAL
-def test_log_probabilities_are_of_each_token(journey: Journey, alias: str) -> None:
-    client = journey.openai()
-    asked = chat("tokens=4", model=alias, logprobs=True, top_logprobs=2)
-    whole = client.chat.completions.create(**asked)
-    assert [len(token.top_logprobs) for token in whole.choices[0].logprobs.content] == [2] * 4
-    assert said(streamed(client, asked)) == said(whole)
+@over_every_vendor
+def test_an_error_amid_a_stream_is_raised_by_the_sdk(journey: Journey, alias: str) -> None:
+    journey.fault(ALIASES[alias], kind="cut", after_chunks=8)
+    with pytest.raises(openai.APIError) as raised:
+        list(journey.openai().chat.completions.create(**chat("tokens=40", model=alias, stream=True)))
+    assert raised.value.code == "upstream_unavailable"
 
 
 @over_every_vendor

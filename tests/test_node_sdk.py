@@ -13,8 +13,16 @@ from typing import Any
 import pytest
 
 from tests.journey import KEY, Journey
+from tests.test_answer_matrix import outcome
 from tests.test_responses_journey import ALIASES
 
+OF_EVERY_VENDOR = (
+    "chat", "tools", "beside", "noTools", "refusal", "reasoning", "image",
+    "responses", "responseTools", "responseBeside", "responseRefusal", "responseReasoning", "responseImage",
+)  # fmt: skip
+OF_SOME = ("several", "logprobs", "responseLogprobs")
+SOME = ("one-target", "azure", "gemini", "vertex")
+"""Vendors that give several answers, and log probabilities."""
 FOLDER = Path(__file__).parent / "node"
 OLDEST = 20
 """The oldest Node that the SDK supports."""
@@ -47,6 +55,7 @@ def seen(stack: Any) -> dict[str, Any]:
         "GATEWAY_TENANT": "tenant-a",
         "GATEWAY_FEW": "tenant-few-node",
         "ALIASES": ",".join(ALIASES),
+        "SOME": ",".join(SOME),
         "NODE_EXTRA_CA_CERTS": str(stack.ca_file),
     }
     with Journey(stack) as journey:
@@ -58,20 +67,40 @@ def seen(stack: Any) -> dict[str, Any]:
     return json.loads(ran.stdout)
 
 
-@pytest.mark.parametrize("scenario", ["chat", "tools", "responses", "responseTools"])
-@pytest.mark.parametrize("alias", ALIASES)
-def test_a_stream_accumulates_to_the_whole_answer(seen: dict[str, Any], scenario: str, alias: str) -> None:
-    told = seen[scenario][alias]
-    assert told["whole"] == told["streamed"]
-    assert told.get("numbered", True)
+@pytest.mark.parametrize("scenario", [*OF_EVERY_VENDOR, *OF_SOME])
+def test_a_stream_accumulates_to_the_whole_answer(seen: dict[str, Any], scenario: str) -> None:
+    assert set(seen[scenario]) == set(SOME if scenario in OF_SOME else ALIASES)
+    for alias, told in seen[scenario].items():
+        assert told["whole"] == told["streamed"], alias
+        assert told.get("numbered", True), alias
 
 
 def test_every_vendor_answers_by_schema(seen: dict[str, Any]) -> None:
     assert seen["schema"] == dict.fromkeys(ALIASES, "string")
 
 
-def test_tools_are_called_in_parallel(seen: dict[str, Any]) -> None:
-    assert {alias: len(told["whole"]) for alias, told in seen["tools"].items()} == dict.fromkeys(ALIASES, 2)
+@pytest.mark.parametrize("scenario", ["tools", "beside"])
+def test_tools_are_called_in_parallel_with_text_beside_them(seen: dict[str, Any], scenario: str) -> None:
+    for told in seen[scenario].values():
+        ((answer,), _) = told["whole"]
+        assert (len(answer["calls"]), bool(answer["said"])) == (2, scenario == "beside")
+
+
+def test_refusals_are_told_as_the_page_says(seen: dict[str, Any]) -> None:
+    for alias, vendor in ALIASES.items():
+        ((answer,), _) = seen["refusal"][alias]["whole"]
+        word, *_ = outcome("chat", "Refusal in its own member", vendor)
+        assert (word == "yes") == bool(answer["refusal"]), alias
+
+
+def test_several_answers_are_told_apart(seen: dict[str, Any]) -> None:
+    for told in seen["several"].values():
+        assert len({answer["said"] for answer in told["whole"][0]}) == 3
+
+
+def test_log_probabilities_are_of_each_token(seen: dict[str, Any]) -> None:
+    for told in seen["logprobs"].values():
+        assert len(told["whole"][0][0]["tokens"]) == 4
 
 
 def test_a_client_that_leaves_amid_a_stream_has_its_row(seen: dict[str, Any], journey: Journey) -> None:

@@ -359,6 +359,13 @@ def test_a_filtered_stream_is_an_answer_where_there_is_nobody_else(table: Make) 
     assert body.endswith(DONE)
 
 
+def test_what_a_filter_left_of_a_stream_is_an_answer_where_the_vendor_has_no_terminator(table: Make) -> None:
+    at = table(Vendors(cheap=[ScriptedAnswer(chunk(finish_reason="content_filter"))]), CHEAP)
+    reply, body = at.serve(request(stream=True))
+    assert (reply.status, at.row()["finish_reason"]) == (200, "content_filter")
+    assert body.endswith(DONE)
+
+
 @pytest.mark.parametrize("code", ["context_length_exceeded", "content_filter", "invalid_value"])
 def test_other_refusals_and_those_without_a_list_go_to_the_client(table: Make, code: str) -> None:
     lists = {} if code != "invalid_value" else {"on_context_length": (DEAR,), "on_content_filter": (DEAR,)}

@@ -61,9 +61,9 @@ class StreamOutcome(Struct, frozen=True):
     error: VendorError | None
 
 
-def read_stream(translator: Translator, chunks: Iterable[bytes]) -> StreamOutcome:
+def read_stream(translator: Translator, chunks: Iterable[bytes], stamp: Stamp = STAMP) -> StreamOutcome:
     """Splits and scans as the relay does; stops at the last frame or at the first error, as it does."""
-    reader = translator.stream(STAMP)
+    reader = translator.stream(stamp)
     kinds: list[str] = []
     frames: list[bytes] = []
     text_bytes = 0

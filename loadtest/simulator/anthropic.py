@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from loadtest.simulator.content import Ask, Content, Function, Tool, content_of, text_tokens
+from loadtest.simulator.content import Ask, Choice, Content, Function, Tool, Words, content_of, text_tokens
 from loadtest.simulator.content import Message as Said
 from loadtest.simulator.http import Headers, Request
 from loadtest.simulator.identity import hexadecimal, letters
@@ -133,7 +133,7 @@ def _messages(ask: MessagesAsk, quota: Quota) -> Unary | Stream:
         )
     message = _message(ask) | {
         "content": _blocks(ask, content),
-        "stop_reason": _STOP_REASONS[content.choices[0].finish_reason],
+        **_end(content.choices[0]),
         "usage": usage,
     }
     return Unary(200, headers(quota, False), msgspec.json.encode(message), content.latency_ms, tokens)
@@ -251,13 +251,25 @@ def _message(ask: MessagesAsk) -> dict[str, Any]:
     }
 
 
+def _end(choice: Choice) -> dict[str, Any]:
+    """Why it stopped. A model that is stopped has begun to answer, and the vendor says what was wrong with that."""
+    if not choice.refusal:
+        return {"stop_reason": _STOP_REASONS[choice.finish_reason], "stop_sequence": None, "stop_details": None}
+    details = {"type": "refusal", "category": "cyber", "explanation": "".join(choice.refusal)}
+    return {"stop_reason": "refusal", "stop_sequence": None, "stop_details": details}
+
+
+def _text(choice: Choice) -> Words | list[str]:
+    return choice.refusal[:1] or choice.pieces
+
+
 def _blocks(ask: MessagesAsk, content: Content) -> list[dict[str, Any]]:
     blocks: list[dict[str, Any]] = []
     if ask.thinks and len(content.reasoning):
         blocks.append({"type": "thinking", "thinking": "".join(content.reasoning), "signature": _signature()})
     choice = content.choices[0]
-    if len(choice.pieces):
-        blocks.append({"type": "text", "text": "".join(choice.pieces)})
+    if text := _text(choice):
+        blocks.append({"type": "text", "text": "".join(text)})
     for call in choice.calls:
         blocks.append(_call(call.name) | {"input": _whole("".join(call.fragments)), "caller": {"type": "direct"}})
     return blocks
@@ -294,10 +306,8 @@ def _events(ask: MessagesAsk, content: Content, usage: dict[str, Any]) -> Iterat
         yield event({"type": "content_block_stop", "index": index})
     told = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "output_tokens",
             "output_tokens_details")  # fmt: skip
-    delta = {"stop_reason": _STOP_REASONS[choice.finish_reason], "stop_sequence": None, "stop_details": None}
-    yield event(
-        {"type": "message_delta", "delta": delta, "usage": {name: usage[name] for name in told if name in usage}}
-    )
+    figures = {name: usage[name] for name in told if name in usage}
+    yield event({"type": "message_delta", "delta": _end(choice), "usage": figures})
     yield event({"type": "message_stop"})
 
 
@@ -306,8 +316,8 @@ def _streamed_blocks(ask: MessagesAsk, content: Content) -> Iterator[tuple[dict[
     choice = content.choices[0]
     if ask.thinks and len(content.reasoning):
         yield {"type": "thinking", "thinking": "", "signature": ""}, _thoughts(content)
-    if len(choice.pieces):
-        yield {"type": "text", "text": ""}, ({"type": "text_delta", "text": piece} for piece in choice.pieces)
+    if text := _text(choice):
+        yield {"type": "text", "text": ""}, ({"type": "text_delta", "text": piece} for piece in text)
     for call in choice.calls:
         fragments = ["", *(fragment for fragment in call.fragments if call.fragments != ["{}"])]
         deltas = ({"type": "input_json_delta", "partial_json": fragment} for fragment in fragments)

@@ -40,6 +40,8 @@ _TYPES = {
     503: "ServiceUnavailableException",
 }
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+_GUARDED = "guardrail_intervened"
+"""How an answer ends that a guardrail has put its own words in the place of."""
 _TITAN_DIMENSIONS = (1024, 512, 256)
 _COHERE_DIMENSIONS = {"cohere.embed-v4": 1536}
 _COHERE_MOST_TEXTS = 96
@@ -241,7 +243,7 @@ def _whole(model: str, content: Content) -> bytes:
         text = {"signature": _signature(), "text": "".join(content.reasoning)}
         blocks.append({"reasoningContent": {"reasoningText": text}})
     if choice.pieces or not choice.calls:
-        blocks.append({"text": "".join(choice.pieces)})
+        blocks.append({"text": "".join(choice.refusal or choice.pieces)})
     for call in choice.calls:
         use = {"input": _object("".join(call.fragments)), "name": call.name, "toolUseId": _tool_use_id()}
         blocks.append({"toolUse": use})
@@ -249,7 +251,7 @@ def _whole(model: str, content: Content) -> bytes:
         {
             "metrics": {"latencyMs": 10 + content.completion_tokens},
             "output": {"message": {"content": blocks, "role": "assistant"}},
-            "stopReason": _STOP_REASONS[choice.finish_reason],
+            "stopReason": _GUARDED if choice.refusal else _STOP_REASONS[choice.finish_reason],
             "usage": _usage(content, cache="anthropic." in model),
         }
     )
@@ -275,14 +277,14 @@ def _events(content: Content) -> Iterator[bytes]:
         yield _event("contentBlockStop", {"contentBlockIndex": place})
         place += 1
     yield from _choice_events(choice, place)
-    yield _event("messageStop", {"stopReason": _STOP_REASONS[choice.finish_reason]})
+    yield _event("messageStop", {"stopReason": _GUARDED if choice.refusal else _STOP_REASONS[choice.finish_reason]})
     metrics = {"latencyMs": 10 + content.completion_tokens}
     yield _event("metadata", {"metrics": metrics, "usage": _usage(content, cache=False)})
 
 
 def _choice_events(choice: Choice, place: int) -> Iterator[bytes]:
     if choice.pieces or not choice.calls:
-        for piece in choice.pieces:
+        for piece in choice.refusal or choice.pieces:
             yield _delta(place, {"text": piece})
         yield _event("contentBlockStop", {"contentBlockIndex": place})
         place += 1

@@ -35,6 +35,8 @@ class Habits(Struct, frozen=True):
     error_event: Callable[[str, str | None], bytes] = openai.error_event
     extra: Callable[[], dict[str, Any]] = dict
     """Members of an answer that no other vendor has."""
+    refusal: str = "content"
+    """The member that a refusal stands in: where there is none for it, it is a text like any other."""
 
 
 def _shape(habits: Habits, bad_key: Problem) -> Shape:
@@ -90,11 +92,14 @@ def _unary(habits: Habits, ask: Ask, content: Content) -> dict[str, Any]:
     choices = []
     for index, choice in enumerate(content.choices):
         message: dict[str, Any] = {"role": "assistant", "content": "".join(choice.pieces)}
+        if choice.refusal:
+            message[habits.refusal] = "".join(choice.refusal)
         if content.reasoning:
             message = _joined(message, habits.reasoning("".join(content.reasoning)))
         if choice.calls:
             message["tool_calls"] = _calls(choice)
-        choices.append({"index": index, "message": message, "finish_reason": choice.finish_reason})
+        scored = {"logprobs": openai.logprobs(ask, choice.pieces)} if ask.logprobs else {}
+        choices.append({"index": index, "message": message, "finish_reason": choice.finish_reason, **scored})
     base = {"id": hexadecimal(32), "object": "chat.completion", "created": created(), "model": ask.model}
     return base | {"choices": choices, "usage": _usage(content)} | habits.extra()
 
@@ -111,7 +116,10 @@ def _events(habits: Habits, ask: Ask, content: Content) -> Iterator[bytes]:
     base = {"id": hexadecimal(32), "object": "chat.completion.chunk", "created": created(), "model": ask.model}
 
     def event(index: int, delta: dict[str, Any], finish: str | None = None, **last: Any) -> bytes:
-        return sse(base | {"choices": [{"index": index, "delta": delta, "finish_reason": finish}]} | last)
+        part = {"index": index, "delta": delta, "finish_reason": finish}
+        if ask.logprobs and delta.keys() == {"content"} and not finish:
+            part["logprobs"] = openai.logprobs(ask, [delta["content"]])
+        return sse(base | {"choices": [part]} | last)
 
     for index, choice in enumerate(content.choices):
         yield event(index, {"role": "assistant", "content": ""})
@@ -119,6 +127,8 @@ def _events(habits: Habits, ask: Ask, content: Content) -> Iterator[bytes]:
             yield event(index, habits.reasoning(piece))
         for piece in choice.pieces:
             yield event(index, {"content": piece})
+        for piece in choice.refusal:
+            yield event(index, {habits.refusal: piece})
         if choice.calls:
             yield event(index, {"tool_calls": _calls(choice)})
         ends = habits.usage_with_finish and index == len(content.choices) - 1
@@ -195,6 +205,7 @@ XAI = _shape(
         reasoning=lambda piece: {"reasoning_content": piece},
         usage_with_finish=False,
         error=_xai_error,
+        refusal="refusal",
     ),
     Problem(400, "Incorrect API key provided. You can obtain an API key from the console."),
 )

@@ -10,6 +10,8 @@ The last user message may steer the answer with directives anywhere in its text:
     latency_ms=300   pause before the first byte
     tools=2          call that many of the given tools at once, although `tool_choice` leaves the choice; a tool's
                      result is then answered with text
+    beside=5         text of that many tokens before those calls
+    refusal=6        the model refuses, in that many tokens, in the words that its vendor has for it
     cached=64        `cached_tokens` of the usage
     reasoning=128    reasoning tokens before the answer (vendors that show reasoning stream it)
 
@@ -36,7 +38,9 @@ WORDS = """
 
 BOOK: dict[str, str] = {}
 """What is answered to a last message of these words, as `PUT /_sim/answers` says, at every vendor."""
-_DIRECTIVE = re.compile(r"\b(?:(tokens|tools|cached|reasoning)=(\d{1,5})|(chunk_ms|latency_ms)=(\d{1,7}))\b")
+_DIRECTIVE = re.compile(
+    r"\b(?:(tokens|tools|beside|refusal|cached|reasoning)=(\d{1,5})|(chunk_ms|latency_ms)=(\d{1,7}))\b"
+)
 _EXACTLY = re.compile(r"Reply with exactly: ([^\n]{1,200})")
 _FRAGMENT_CHARS = 4
 _SCHEMA_DEPTH = 8
@@ -123,11 +127,13 @@ class ToolCall(Struct, frozen=True):
 
 
 class Choice(Struct, frozen=True):
-    """One of `n` answers. Either `pieces` or `calls` is empty."""
+    """One of `n` answers: text, calls with or without text before them, or a refusal and nothing else."""
 
     pieces: Words | list[str]
     calls: list[ToolCall]
     finish_reason: str
+    """In OpenAI's words, which tell no refusal from another end."""
+    refusal: Words | list[str] = []
 
 
 class Content(Struct, frozen=True):
@@ -226,16 +232,26 @@ def _directives(ask: Ask, texts: list[str]) -> dict[str, int]:
 
 
 def _choice(ask: Ask, seed: int, directives: dict[str, int], limit: int | None, said: list[str] | None) -> Choice:
+    if directives.get("refusal"):
+        refusal = Words(seed ^ 0xBAD, directives["refusal"])
+        if limit is not None and limit < len(refusal):
+            return Choice(pieces=[], calls=[], finish_reason="length", refusal=refusal[:limit])
+        return Choice(pieces=[], calls=[], finish_reason="stop", refusal=refusal)
     calls = _calls(ask, seed, directives)
     if calls:
-        kept = []
+        kept: list[ToolCall] = []
+        text = Words(seed, directives.get("beside", 0))
+        if limit is not None:
+            if limit <= len(text):
+                return Choice(pieces=text[:limit], calls=kept, finish_reason="length")
+            limit -= len(text)
         for call in calls:
             fragments = call.fragments if limit is None else call.fragments[:limit]
             limit = None if limit is None else limit - len(fragments)
             kept.append(ToolCall(name=call.name, fragments=fragments))
             if limit == 0:
-                return Choice(pieces=[], calls=kept, finish_reason="length")
-        return Choice(pieces=[], calls=kept, finish_reason="tool_calls")
+                return Choice(pieces=text, calls=kept, finish_reason="length")
+        return Choice(pieces=text, calls=kept, finish_reason="tool_calls")
     pieces = said or _pieces(ask, seed, directives)
     if limit is not None and limit < len(pieces):
         return Choice(pieces=pieces[:limit], calls=[], finish_reason="length")
@@ -275,7 +291,7 @@ def _calls(ask: Ask, seed: int, directives: dict[str, int]) -> list[ToolCall]:
 
 
 def _size(choice: Choice) -> int:
-    return len(choice.pieces) + sum(len(call.fragments) for call in choice.calls)
+    return len(choice.pieces) + len(choice.refusal) + sum(len(call.fragments) for call in choice.calls)
 
 
 def _fragments(value: Any) -> list[str]:

@@ -46,6 +46,7 @@ _STATUSES = {
     504: "DEADLINE_EXCEEDED",
 }
 _FINISH_REASONS = {"stop": "STOP", "length": "MAX_TOKENS", "tool_calls": "STOP"}
+_UNSAFE = {"category": "HARM_CATEGORY_DANGEROUS_CONTENT", "probability": "HIGH", "blocked": True}
 
 
 _generate = msgspec.json.Decoder(GenerateAsk)
@@ -258,6 +259,9 @@ def _whole(vertex: bool, ask: GenerateAsk, content: Content) -> dict[str, Any]:
         return _block(vertex, content)
     candidates = []
     for index, choice in enumerate(content.choices):
+        if choice.refusal:
+            candidates.append(_stopped(vertex, choice) | {"index": index})
+            continue
         parts: list[dict[str, Any]] = []
         if thoughts := _thoughts(ask, content):
             parts.append({"text": thoughts, "thought": True})
@@ -274,6 +278,13 @@ def _whole(vertex: bool, ask: GenerateAsk, content: Content) -> dict[str, Any]:
         candidates.append(candidate)
     made = content.completion_tokens - content.reasoning_tokens
     return {"candidates": candidates, "usageMetadata": _usage(vertex, content, made)}
+
+
+def _stopped(vertex: bool, choice: Choice) -> dict[str, Any]:
+    """A candidate that a filter took: without content, and at Vertex with the words of the filter."""
+    if vertex:
+        return {"finishReason": "MODEL_ARMOR", "finishMessage": "".join(choice.refusal)}
+    return {"finishReason": "SAFETY", "safetyRatings": [_UNSAFE]}
 
 
 def _logprobs(pieces: Any, alternatives: int) -> dict[str, Any]:
@@ -315,7 +326,12 @@ def _events(vertex: bool, ask: GenerateAsk, content: Content, about: dict[str, A
             made += len(call.fragments)
             yield event(index, part, made)
     for index, choice in enumerate(content.choices):
-        yield event(index, {"text": ""}, made, finishReason=_FINISH_REASONS[choice.finish_reason])
+        if choice.refusal:
+            made += len(choice.refusal)
+            candidate = _stopped(vertex, choice) | {"index": index}
+            yield _event({"candidates": [candidate], "usageMetadata": _usage(vertex, content, made)} | about)
+        else:
+            yield event(index, {"text": ""}, made, finishReason=_FINISH_REASONS[choice.finish_reason])
 
 
 def _batched(ask: Batch) -> Unary:

@@ -192,7 +192,8 @@ def models() -> list[dict[str, Any]]:
 
 def whole_message(choice: Choice) -> dict[str, Any]:
     """The message of a unary answer."""
-    message: dict[str, Any] = {"role": "assistant", "content": None if choice.calls else "".join(choice.pieces)}
+    unsaid = not choice.pieces and (choice.calls or choice.refusal)
+    message: dict[str, Any] = {"role": "assistant", "content": None if unsaid else "".join(choice.pieces)}
     if choice.calls:
         message["tool_calls"] = [
             {
@@ -202,7 +203,7 @@ def whole_message(choice: Choice) -> dict[str, Any]:
             }
             for call in choice.calls
         ]
-    message["refusal"] = None
+    message["refusal"] = "".join(choice.refusal) or None
     message["annotations"] = []
     return message
 
@@ -210,7 +211,7 @@ def whole_message(choice: Choice) -> dict[str, Any]:
 def _whole_choice(ask: Ask, index: int, choice: Choice) -> dict[str, Any]:
     whole: dict[str, Any] = {"index": index, "message": whole_message(choice)}
     if not reasons(ask.model):
-        whole["logprobs"] = None if choice.calls else _logprobs(ask, choice.pieces)
+        whole["logprobs"] = None if choice.calls else logprobs(ask, choice.pieces, choice.refusal)
     whole["finish_reason"] = choice.finish_reason
     return whole
 
@@ -265,13 +266,17 @@ def _interleaved(
 
 def _deltas(choice: Choice) -> Iterator[tuple[dict[str, Any], str]]:
     """The deltas of one choice, each with the text that it adds."""
-    if not choice.calls:
+    if choice.refusal:
+        yield {"role": "assistant", "content": None, "refusal": ""}, ""
+        for piece in choice.refusal:
+            yield {"refusal": piece}, piece
+        return
+    if choice.pieces or not choice.calls:
         yield {"role": "assistant", "content": "", "refusal": None}, ""
         for piece in choice.pieces:
             yield {"content": piece}, piece
-        return
-    opening: dict[str, Any] = {"role": "assistant", "content": None}
-    if len(choice.calls) > 1:
+    opening: dict[str, Any] = {} if choice.pieces else {"role": "assistant", "content": None}
+    if len(choice.calls) > 1 and opening:
         yield opening, ""
     for index, call in enumerate(choice.calls):
         start = {
@@ -280,7 +285,7 @@ def _deltas(choice: Choice) -> Iterator[tuple[dict[str, Any], str]]:
             "type": "function",
             "function": {"name": call.name, "arguments": ""},
         }
-        if len(choice.calls) > 1:
+        if len(choice.calls) > 1 or not opening:
             yield {"tool_calls": [start]}, ""
         else:
             yield opening | {"tool_calls": [start], "refusal": None}, ""
@@ -291,15 +296,18 @@ def _deltas(choice: Choice) -> Iterator[tuple[dict[str, Any], str]]:
 def _part(ask: Ask, index: int, delta: dict[str, Any], text: str, finish_reason: str | None) -> dict[str, Any]:
     part: dict[str, Any] = {"index": index, "delta": delta}
     if not reasons(ask.model):
-        part["logprobs"] = _logprobs(ask, [text]) if "content" in delta and text else None
+        spoken = text and next((name for name in ("content", "refusal") if name in delta), None)
+        part["logprobs"] = logprobs(ask, **{spoken: [text]}) if spoken else None
     part["finish_reason"] = finish_reason
     return part
 
 
-def _logprobs(ask: Ask, pieces: Iterable[str]) -> dict[str, Any] | None:
+def logprobs(ask: Ask, content: Iterable[str] = (), refusal: Iterable[str] = ()) -> dict[str, Any] | None:
+    """Of these pieces, where they were asked for."""
     if not ask.logprobs:
         return None
-    return {"content": [_logprob(piece, ask.top_logprobs or 0) for piece in pieces], "refusal": None}
+    said = {"content": content, "refusal": refusal}
+    return {name: [_logprob(piece, ask.top_logprobs or 0) for piece in pieces] or None for name, pieces in said.items()}
 
 
 def _logprob(piece: str, alternatives: int) -> dict[str, Any]:

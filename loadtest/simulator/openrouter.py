@@ -147,9 +147,11 @@ def _whole_choice(ask: Ask, index: int, choice: Choice, content: Content) -> dic
     message = openai.whole_message(choice)
     del message["annotations"]
     message["reasoning"] = "".join(content.reasoning) or None
+    if content.reasoning:
+        message["reasoning_details"] = _reasoning_delta("".join(content.reasoning))["reasoning_details"]
     return {
         "index": index,
-        "logprobs": None,
+        "logprobs": openai.logprobs(ask, choice.pieces),
         "finish_reason": choice.finish_reason,
         "native_finish_reason": _native(ask, choice.finish_reason),
         "message": message,
@@ -165,6 +167,8 @@ def _events(base: dict[str, Any], ask: Ask, content: Content) -> Iterator[bytes]
             yield event(index, _reasoning_delta(piece))
         for piece in choice.pieces:
             yield event(index, {"content": piece, "role": "assistant"})
+        for piece in choice.refusal:
+            yield event(index, {"content": "", "role": "assistant", "refusal": piece})
         for place, call in enumerate(choice.calls):
             start = {
                 "index": place,
@@ -191,11 +195,13 @@ def _reasoning_delta(piece: str) -> dict[str, Any]:
 
 
 def _part(ask: Ask, index: int, delta: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
+    scored = {"logprobs": openai.logprobs(ask, [delta["content"]])} if ask.logprobs and delta.get("content") else {}
     return {
         "index": index,
         "delta": delta,
         "finish_reason": finish_reason,
         "native_finish_reason": None if finish_reason is None else _native(ask, finish_reason),
+        **scored,
     }
 
 

@@ -110,7 +110,7 @@ def _completions(asked: Members, model: str, created: int) -> Other:
 
     def events() -> Iterator[bytes]:
         for index, one in enumerate(content.choices):
-            for piece in one.pieces:
+            for piece in one.refusal or one.pieces:
                 yield _sse(head | {"choices": [choice(index, piece, None)]})
             yield _sse(head | {"choices": [choice(index, "", one.finish_reason)]})
         if options.get("include_usage"):
@@ -120,7 +120,10 @@ def _completions(asked: Members, model: str, created: int) -> Other:
     timing = {"tokens": usage["total_tokens"], "latency_ms": content.latency_ms, "chunk_ms": content.chunk_ms}
     if asked.get("stream"):
         return Other(events=events(), **timing)
-    choices = [choice(index, "".join(one.pieces), one.finish_reason) for index, one in enumerate(content.choices)]
+    choices = [
+        choice(index, "".join(one.refusal or one.pieces), one.finish_reason)
+        for index, one in enumerate(content.choices)
+    ]
     return Other(head | {"choices": choices, "usage": usage}, **timing)
 
 

@@ -108,15 +108,15 @@ def said(
         summary = [{"type": "summary_text", "text": text}]
         items.append({"id": "rs_" + hexadecimal(48), "type": "reasoning", "summary": summary})
         pieces.append(list(content.reasoning))
+    if choice.pieces or not choice.calls:
+        items.append(_message(choice, [logprob(piece) for piece in choice.pieces] if asked.logprobs else []))
+        pieces.append(list(choice.refusal or choice.pieces))
     for call in choice.calls:
         items.append(
             {"id": "fc_" + hexadecimal(48), "type": "function_call", "status": "completed",
              "arguments": "".join(call.fragments), "call_id": "call_" + hexadecimal(24), "name": call.name}
         )  # fmt: skip
         pieces.append(call.fragments)
-    if not choice.calls:
-        items.append(_message(choice, [logprob(piece) for piece in choice.pieces] if asked.logprobs else []))
-        pieces.append(list(choice.pieces))
     before = KEPT_TOKENS if ask.previous_response_id else 0
     prompt, made = content.prompt_tokens + before, content.completion_tokens
     usage = {
@@ -140,7 +140,9 @@ def said(
 
 
 def _message(choice: Choice, logprobs: list[Item]) -> Item:
-    part = {"type": "output_text", "annotations": [], "logprobs": logprobs, "text": "".join(choice.pieces)}
+    part: Item = {"type": "output_text", "annotations": [], "logprobs": logprobs, "text": "".join(choice.pieces)}
+    if choice.refusal:
+        part = {"type": "refusal", "refusal": "".join(choice.refusal)}
     return {
         "id": "msg_" + hexadecimal(48),
         "type": "message",
@@ -179,6 +181,8 @@ def _events(said: Said) -> Iterator[Item]:
             yield {"type": "response.function_call_arguments.done", **here, "arguments": item["arguments"]}
         elif item["type"] == "reasoning":
             yield from _summary(item["summary"][0], here | {"summary_index": 0}, pieces)
+        elif item["content"][0]["type"] == "refusal":
+            yield from _refusal(item["content"][0], here | {"content_index": 0}, pieces)
         else:
             yield from _text(item["content"][0], here | {"content_index": 0}, pieces)
         yield {"type": "response.output_item.done", "output_index": place, "item": item}
@@ -199,6 +203,14 @@ def _text(part: Item, here: Item, pieces: list[str]) -> Iterator[Item]:
     for place, piece in enumerate(pieces):
         yield _delta("response.output_text.delta", here, piece) | {"logprobs": part["logprobs"][place : place + 1]}
     yield {"type": "response.output_text.done", **here, "text": part["text"], "logprobs": part["logprobs"]}
+    yield {"type": "response.content_part.done", **here, "part": part}
+
+
+def _refusal(part: Item, here: Item, pieces: list[str]) -> Iterator[Item]:
+    yield {"type": "response.content_part.added", **here, "part": part | {"refusal": ""}}
+    for piece in pieces:
+        yield _delta("response.refusal.delta", here, piece)
+    yield {"type": "response.refusal.done", **here, "refusal": part["refusal"]}
     yield {"type": "response.content_part.done", **here, "part": part}
 
 
