@@ -280,7 +280,8 @@ class Telemetry:
         for labels, count in self._retries.items():
             retries.add_metric(labels, count)
         late = HistogramMetricFamily("gateway_event_loop_delay_seconds", "How late the event loop wakes.")
-        late.add_metric((), self._late.buckets(), self._late.total)
+        if any(self._late.counts):  # in a process that looks
+            late.add_metric((), self._late.buckets(), self._late.total)
         yield from (attempts, retries, late)
         for metric, help, names, read in self._states:
             gauges = GaugeMetricFamily(metric, help, labels=names)
