@@ -570,6 +570,7 @@ class Exchange(Struct, kw_only=True, eq=False):
     `alias_requested` is set where `request` names the alias that a downgrade put in its place.
     `cut` says who ended the call before its answer did; whoever cancels the task sets it first. `patience` cancels it
     too, where a vendor does not answer in time.
+    `sized` is what `prompt_size.size` says of the request, where its tokens are counted by that.
     `text_bytes` is the size of the answer's text, for an estimate where the vendor reported no usage; `prompt` what it
     told of the prompt before the answer was cut.
     `rates` is what the answer says of limits. `charged` is what the row says that the call cost; `row` is the event
@@ -596,6 +597,7 @@ class Exchange(Struct, kw_only=True, eq=False):
     grant: Reservation | None = None
     rates: Rates | None = None
     content_type: bytes = b"application/json"
+    sized: tuple[int, int] | None = None
     input_tokens_estimate: int = 0
     output_tokens_estimate: int = 0
     target: Target | None = None

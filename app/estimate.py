@@ -49,7 +49,7 @@ class Estimates:
         if request.units is not None:
             exchange.input_tokens_estimate, exchange.output_tokens_estimate = request.input_tokens, 0
             return
-        text_bytes, blobs = size(exchange.call.body)
+        exchange.sized = text_bytes, blobs = size(exchange.call.body)
         learned = self._learned.get(alias.name)
         bytes_per_token = BYTES_PER_TOKEN if learned is None else learned.bytes_per_token
         sized = int(text_bytes / bytes_per_token) + 1 + blobs * BLOB_TOKENS
@@ -97,13 +97,11 @@ class Estimates:
     def learn(self, exchange: Exchange) -> None:
         """From a call that the vendor has counted, unless an image or a file was in it."""
         usage = exchange.usage
-        if usage is None or not exchange.done or exchange.request.units is not None:
+        if usage is None or not exchange.done or exchange.sized is None:
             return
         tokens = usage.total_input + usage.embedding
-        if tokens <= 0:
-            return
-        text_bytes, blobs = size(exchange.call.body)
-        if blobs:
+        text_bytes, blobs = exchange.sized
+        if tokens <= 0 or blobs:
             return
         seen = min(2 * MOST_BYTES, text_bytes / tokens)  # one odd call does not teach more than many
         learned = self._learned.setdefault(exchange.request.alias, _Learned())

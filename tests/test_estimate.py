@@ -14,6 +14,7 @@ from app.config import Alias
 from app.core import Exchange, Usage
 from app.dialects import openai_chat
 from app.estimate import BLOB_TOKENS, FEWEST_BYTES, MOST_BYTES, Estimates
+from app.prompt_size import size
 from tests import gateway_parts
 from tests.gateway_parts import ALIAS, config, request
 from tests.translation import target
@@ -29,6 +30,7 @@ def exchange(body: bytes, **fields: Any) -> Exchange:
     call = gateway_parts.call(body, AMBIENT, **fields)
     made = Exchange(call=call, patience=None, request=openai_chat.read(body))
     made.tenant = call.config.tenants["acme-corp"]
+    made.sized = size(body)
     return made
 
 
