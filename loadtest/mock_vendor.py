@@ -102,9 +102,9 @@ def _http_chunks(events: list[bytes]) -> list[bytes]:
     return writes
 
 
-_UNARY = _head("application/json", len(unary_body())) + unary_body()
-_PACED = {usage: _http_chunks(stream_events(with_usage=usage)) for usage in (False, True)}
-_AT_ONCE = {usage: b"".join(writes) for usage, writes in _PACED.items()}
+UNARY = _head("application/json", len(unary_body())) + unary_body()
+PACED = {usage: _http_chunks(stream_events(with_usage=usage)) for usage in (False, True)}
+_AT_ONCE = {usage: b"".join(writes) for usage, writes in PACED.items()}
 
 
 class MockVendor(asyncio.Protocol):
@@ -140,13 +140,13 @@ class MockVendor(asyncio.Protocol):
         self._received = b""
         body = data[head_end + 4 :]
         if b'"stream":true' not in body and b'"stream": true' not in body:
-            self._transport.write(_UNARY)
+            self._transport.write(UNARY)
             return
         with_usage = b"include_usage" in body
         if AT_ONCE in body:
             self._transport.write(_AT_ONCE[with_usage])
         else:
-            self._write_paced(_PACED[with_usage], 0)
+            self._write_paced(PACED[with_usage], 0)
 
     def _write_paced(self, writes: list[bytes], index: int) -> None:
         self._transport.write(writes[index])
