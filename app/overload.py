@@ -11,7 +11,8 @@ from app.errors import Overloaded
 TICK_SECONDS = 0.05
 WINDOW_TICKS = 10
 """The loop counts as late where its most punctual tick of so many was late: one long step, a collection for instance,
-is no overload, a queue that never empties is (CoDel, "Controlling Queue Delay", 2012, by the minimum of a window)."""
+is no overload, a queue that never empties is (CoDel, "Controlling Queue Delay", 2012, by the minimum of a window). Once
+calls are shed each tick counts by itself: by the window's the loop was three times as late as it was borne."""
 RISE, FALL = 0.1, 0.025
 """Of a class, per tick: half a second more of being late sheds one class more, two seconds of punctuality one less. Let
 in as fast as it was shut out, the load that was too much would be back at once."""
@@ -69,7 +70,10 @@ class Overload:
             del self._late[0]
         self.delay_seconds = min(self._late)
         bearable = max_delay_seconds * LATE_SHARES[min(int(self.level), len(PRIORITIES) - 1)]
-        if self.delay_seconds > bearable and len(self._late) == WINDOW_TICKS:
+        begins = not self.level and len(self._late) == WINDOW_TICKS and self.delay_seconds > bearable
+        if begins or (
+            self.level and late_seconds > bearable
+        ):  # once it has begun each tick tells: a window is too slow
             self.level = min(float(len(PRIORITIES)), self.level + RISE)
         elif self.level:
             self.level = max(0.0, self.level - FALL)

@@ -18,7 +18,7 @@ from app.auth import Callers
 from app.config import PRIORITIES, WrittenOverload, load
 from app.core import Exchange, Reply
 from app.errors import Overloaded
-from app.overload import RETRY_SECONDS, WINDOW_TICKS, Overload
+from app.overload import FALL, RETRY_SECONDS, RISE, WINDOW_TICKS, Overload
 from loadtest.processes import ROOT
 from tests.gateway_parts import Clock, Rooms, ScriptedAnswer, call, completion, config, departed, request
 from tests.test_auth import NoTokens
@@ -129,6 +129,15 @@ def test_a_loop_that_stays_late_sheds_one_class_after_the_other(overload: Overlo
         if not seen or shed != seen[-1]:
             seen.append(shed)
     assert seen == [[], [LOW], [LOW, NORMAL], [LOW, NORMAL, HIGH]]
+
+
+def test_once_it_has_begun_each_late_tick_sheds_more_and_a_punctual_one_less(overload: Overload) -> None:
+    late(overload, WINDOW_TICKS)
+    before = overload.level
+    for _ in range(5):  # every second tick is punctual, and yet the queue is there
+        late(overload, 1)
+        late(overload, 1, 0.001)
+    assert overload.level == pytest.approx(before + 5 * (RISE - FALL))
 
 
 @pytest.mark.parametrize(

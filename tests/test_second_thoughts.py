@@ -16,10 +16,13 @@ from msgspec.structs import replace
 from app.allowance import MOST, Allowance
 from app.ambient import Ambient, Patience
 from app.config import Alias, Cascade, Config, Hedge, Price, Target, Timeouts, WrittenBreaker, WrittenRetry
+from app.control import Control
+from app.cooldowns import Cooldowns
 from app.core import Call, Exchange, Reply
 from app.errors import VendorError, VendorFailed, VendorMisconfigured
 from app.http1 import Http1
 from app.providers.translator import Outgoing
+from app.redis_pipe import RedisPipe
 from tests.gateway_parts import (
     ALIAS,
     DONE,
@@ -36,6 +39,7 @@ from tests.gateway_parts import (
     departed,
     request,
 )
+from tests.redis_parts import AMBIENT, redis_server, run, running
 from tests.translation import PRICE, target
 from tests.vendors import accepting_nobody, until
 
@@ -665,3 +669,50 @@ def test_a_stream_that_falls_silent_ends_after_the_idle_limit_with_one_error_and
     row = at.row()
     assert (row["status"], row["error_code"], row["usage_source"]) == ("error", "upstream_unavailable", "estimated")
     assert row["cost_usd"]["total"] > 0
+
+
+def test_two_replicas_share_a_breaker_and_each_finds_out_for_itself(tmp_path: Path) -> None:
+    """Over a real Redis: one breaks, the other passes over; a probe that fails is a rest for both; then it works."""
+    clock = Stopped()
+    fails = [VendorFailed("x") for _ in range(4)]
+
+    def replica(name: str, pipe: RedisPipe, cheap: list[Any]) -> tuple[Table, Control]:
+        vendors = Vendors(cheap=cheap, spare=[answer("spare") for _ in range(9)])
+        once, breaker = WrittenRetry(max_attempts=1), WrittenBreaker(failures=3, rest_seconds=10.0)
+        (tmp_path / name).mkdir()
+        at = Table(tmp_path / name, vendors, settings(CHEAP, SPARE, retry=once, breaker=breaker), clock)
+        control = Control(pipe, clock, lambda kind, target, entry: cooldowns.heard(target, entry))
+        cooldowns = Cooldowns(clock, control, name)
+        at.rooms.dialogue.cooldowns = cooldowns
+        return at, control
+
+    async def ask(at: Table) -> str:
+        text = said((await at.sent(request()))[1])
+        await until(lambda: not at.rooms.dialogue.cooldowns._telling)
+        for control in controls:
+            await control.run_once()
+        return text
+
+    controls: list[Control] = []
+
+    async def scenario(url: str) -> tuple[list[str], list[str], list[str]]:
+        pipes = [RedisPipe(url, AMBIENT, probe_seconds=0.02) for _ in range(2)]
+        async with running(pipes[0]), running(pipes[1]):
+            (one, control), (two, other) = (
+                replica("one", pipes[0], [*fails, answer("back")]),
+                replica("two", pipes[1], [answer("back")]),
+            )
+            controls.extend((control, other))
+            broken = [await ask(one) for _ in range(3)] + [await ask(two)]
+            clock.at += 10.0
+            probed = [await ask(one), await ask(two)]
+            assert (one.vendors.models.count("cheap"), two.vendors.models.count("cheap")) == (4, 0)
+            clock.at += 20.0
+            mended = [await ask(two), await ask(one)]
+            one.rooms.spool.close()
+            two.rooms.spool.close()
+            return broken, probed, mended
+
+    with redis_server(tmp_path) as server:
+        broken, probed, mended = run(scenario(server.url))
+    assert (broken, probed, mended) == (["spare"] * 4, ["spare"] * 2, ["back"] * 2)

@@ -190,7 +190,9 @@ class Parts:
                 | services.simulated_key(members, f"{self.mock_url}/{name}/token")
                 for name, (_, members) in providers.items()
             },
-            "service_keys": {public_id: {"digest": digest, "service": "bench", "tenants": [f"{TENANT}*"]}},
+            "service_keys": {
+                public_id: {"digest": digest, "service": "bench", "tenants": [TENANT, TRIPPED, URGENT, PATIENT]}
+            },
             "plans": {"bench": {"allowed_models": ["*"]}},
             "tenants": {
                 TENANT: {"plan": "bench", **({} if bare else LIMITS)},
