@@ -34,7 +34,7 @@ from app.limits import Limits
 from app.limits.budgets import ReadSpent
 from app.modes import Modes
 from app.overload import Overload
-from app.redis_pipe import RedisPipe
+from app.redis_cluster import pipe_to
 from app.reports.period import UsageReader
 from app.reports.spent import SpentReader
 from app.server import Server
@@ -81,7 +81,7 @@ class Replica:
         self.lines = lines
         self.spans = open_spans(options.name, options.environment)
         self.telemetry = Telemetry(lines, self.spans, ambient)
-        self.pipe = RedisPipe(
+        self.pipe = pipe_to(
             options.redis_url or "redis://127.0.0.1:6379/0",
             ambient,
             timeout_ms=settings.redis.timeout_ms,

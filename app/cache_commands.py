@@ -21,7 +21,8 @@ from app.control import tell
 from app.errors import InvalidRequest
 from app.money_commands import day
 from app.operator import audit, operator
-from app.redis_pipe import RedisAway, RedisPipe, RedisRefused, reached
+from app.redis_cluster import reached
+from app.redis_pipe import RedisAway, RedisPipe, RedisRefused
 
 REACH_SECONDS = 3.0
 DATABASE_SECONDS = 60.0

@@ -18,7 +18,8 @@ import msgspec
 from msgspec import Struct
 
 from app.ambient import Ambient, timestamp
-from app.redis_pipe import RedisAway, RedisPipe, RedisRefused, reached
+from app.redis_cluster import reached
+from app.redis_pipe import RedisAway, RedisPipe, RedisRefused
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ import asyncio
 import hashlib
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from hiredis import HiredisError, Reader, pack_command
@@ -45,13 +45,15 @@ class RedisRefused(Exception):
     """Redis answered with an error; the text is Redis's own and begins with its code (`OOM`, `WRONGTYPE`, …)."""
 
 
-class _Waiting(Struct, gc=False):
+class Waiting(Struct, gc=False):
     """A command without its answer. `since` is the event loop's time when it was handed in."""
 
     since: float
     arguments: tuple[Argument, ...]
     future: asyncio.Future[Any] | None
     on_error: OnError | None
+    turns: int = 0
+    """How often another node of a cluster was said to be the one to ask."""
 
     def fail(self, error: Exception) -> None:
         if self.future is None:
@@ -65,7 +67,7 @@ class _Line(asyncio.Protocol):
     """One connection from set-up to loss. Answers are matched by order, whether or not somebody still waits."""
 
     def __init__(self, pipe: RedisPipe, transport: asyncio.Transport) -> None:
-        self.waiting: deque[_Waiting] = deque()
+        self.waiting: deque[Waiting] = deque()
         self.gone = asyncio.Event()
         self._pipe = pipe
         self._transport = transport
@@ -74,16 +76,20 @@ class _Line(asyncio.Protocol):
         self._reader = Reader(replyError=RedisRefused, notEnoughData=_INCOMPLETE)
         self._unsent: list[bytes] = []
         self._watch: asyncio.TimerHandle | None = None
-        self._overdue: _Waiting | None = None
+        self._overdue: Waiting | None = None
 
     def write(
-        self, arguments: tuple[Argument, ...], future: asyncio.Future[Any] | None, on_error: OnError | None
+        self,
+        arguments: tuple[Argument, ...],
+        future: asyncio.Future[Any] | None,
+        on_error: OnError | None,
+        turns: int = 0,
     ) -> None:
         packed = pack_command(arguments)
         if not self._unsent:
             self.loop.call_soon(self._flush)
         self._unsent.append(packed)
-        self.waiting.append(_Waiting(self.loop.time(), arguments, future, on_error))
+        self.waiting.append(Waiting(self.loop.time(), arguments, future, on_error, turns))
 
     def _flush(self) -> None:
         if not self.gone.is_set():
@@ -118,12 +124,12 @@ class _Line(asyncio.Protocol):
         except (HiredisError, IndexError) as error:
             self.lose(f"what came is not an answer: {error}")
 
-    def _refused(self, waiting: _Waiting, error: RedisRefused) -> None:
+    def _refused(self, waiting: Waiting, error: RedisRefused) -> None:
         if not str(error).startswith("NOSCRIPT"):
-            waiting.fail(error)
+            self._pipe.refused(waiting, error)
         elif waiting.future is None or not waiting.future.done():
             _, sha, *rest = waiting.arguments
-            self.write(("EVAL", self._pipe.scripts[sha], *rest), waiting.future, waiting.on_error)
+            self.write(("EVAL", self._pipe.scripts[sha], *rest), waiting.future, waiting.on_error, waiting.turns)
 
     def connection_lost(self, error: Exception | None) -> None:
         self.lose(str(error or "Redis closed the connection"))
@@ -147,6 +153,10 @@ class RedisPipe:
     holds is called each time Redis is there again. One that was lost must answer for `probation_seconds` first, and
     for longer when it comes and goes.
     """
+
+    apart = False
+    """Whether a script's keys must share a slot: in a cluster, see redis_cluster.py."""
+    name = "redis"
 
     def __init__(
         self,
@@ -195,6 +205,15 @@ class RedisPipe:
     def send(self, *arguments: Argument, on_error: OnError | None = None) -> None:
         """Sends a command whose answer nobody waits for. Raises `RedisAway` at once; `on_error` gets later errors."""
         self._ready().write(arguments, None, on_error)
+
+    @property
+    def nodes(self) -> list[RedisPipe]:
+        """For what looks through all keys."""
+        return [self]
+
+    def refused(self, waiting: Waiting, error: RedisRefused) -> None:
+        """Redis answered a command with an error."""
+        waiting.fail(error)
 
     def _ready(self) -> _Line:
         line = self._line
@@ -279,9 +298,9 @@ class RedisPipe:
         self._said_up = up
         self.changes += 1
         if up:
-            log.info("redis is there")
+            log.info("%s is there", self.name)
         else:
-            log.warning("redis is away: %s; it is tried every %g s", reason, self.probe_seconds)
+            log.warning("%s is away: %s; it is tried every %g s", self.name, reason, self.probe_seconds)
 
     async def close(self) -> None:
         """Lets what was sent be answered, at most `timeout_ms` long, then hangs up."""
@@ -291,23 +310,3 @@ class RedisPipe:
         self._closed = True
         if self._line is not None:
             self._line.lose("the gateway stops")
-
-
-@asynccontextmanager
-async def reached(url: str, ambient: Ambient, seconds: float) -> AsyncIterator[RedisPipe]:
-    """A connection for a command's time; each of its steps has `seconds`. Raises RedisAway."""
-    pipe = RedisPipe(url, ambient, timeout_ms=seconds * 1000)
-    there = asyncio.Event()
-    pipe.on_return.append(there.set)
-    running = asyncio.ensure_future(pipe.run())
-    try:
-        try:
-            async with asyncio.timeout(seconds):
-                await there.wait()
-        except TimeoutError:
-            raise RedisAway(f"no connection within {seconds:g} s") from None
-        yield pipe
-    finally:
-        await pipe.close()
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)

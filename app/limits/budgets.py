@@ -4,6 +4,9 @@ Redis says that its counters are whole by the key WHOLE. Where that is missing, 
 replica sums the ledger up to a second, the epoch, restores the counters, and sets WHOLE to it; until then the policies
 for Redis away hold. What calls used that began before the epoch comes from the ledger, also from rows that arrive
 later; what later calls used is charged by their settlements, and by each replica for calls that it judged by itself.
+
+A Redis Cluster may lose a part: there each slot has a mark of its own beside the one of all, and a script that finds
+its slot's gone has the rebuilding begin. Counters that were not lost stay as they are.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from msgspec import Struct
 
 from app.ambient import Ambient
 from app.config import Config, Quota
-from app.limits.scopes import BUDGETS, WHOLE, Limit, Scope, budgets_of, period
+from app.limits.scopes import BUDGETS, WHOLE, Limit, Scope, budgets_of, period, whole_mark
+from app.redis_cluster import SLOTS
 from app.redis_pipe import RedisAway, RedisPipe, RedisRefused
 
 log = logging.getLogger(__name__)
@@ -84,6 +88,7 @@ class Budgets:
         self._owed: dict[int, dict[str, int]] = {}
         self._late: deque[float] = deque()
         self._epoch = 0
+        self._doubted: set[str] = set()
         self._wake = asyncio.Event()
         self._said: str | None = None
         self.whole = True
@@ -92,8 +97,9 @@ class Budgets:
         self.made_good = False
         pipe.on_return.append(self._returned)
 
-    def emptied(self) -> None:
+    def emptied(self, scope: Scope) -> None:
         """A script found no counter, and no mark that there was none to find."""
+        self._doubted.update(each.whole for each in (scope, *scope.apart) if each.whole != WHOLE)
         self.whole = self.made_good = False
         self._wake.set()
 
@@ -122,6 +128,10 @@ class Budgets:
         """Returns how many counters were written. Raises RedisAway, RedisRefused."""
         if not self._pipe.up:
             return 0
+        for mark in list(self._doubted):
+            if not await self._pipe.execute("EXISTS", mark):
+                await self._pipe.execute("DEL", WHOLE)
+            self._doubted.discard(mark)
         whole = await self._pipe.execute("GET", WHOLE)
         written = 0
         if whole is None:
@@ -148,24 +158,30 @@ class Budgets:
 
     def _pay(self) -> int:
         owed, self._owed = self._owed, {}
-        totals: dict[str, int] = {}
+        totals: dict[str, list[int]] = {}
         for second, amounts in owed.items():
-            if second >= self._epoch:  # what is older is in the ledger, and comes from there
-                for key, amount in amounts.items():
-                    totals[key] = totals.get(key, 0) + amount
-        for key, amount in totals.items():
-            unpaid = partial(self._unpaid, key, amount)
+            for key, amount in amounts.items():
+                # What is older is in the ledger, and comes from there for a counter that was lost: with one Redis, all.
+                if second >= self._epoch or self._pipe.apart:
+                    totals.setdefault(key, [0, 0])[second < self._epoch] += amount
+        for key, (amount, before) in totals.items():
+            unpaid = partial(self._unpaid, key, amount, before)
+            restored = f"{key}:{self._epoch}"
             try:
-                self._pipe.send("EVALSHA", self._charge, 1, key, amount, keep_seconds(key), on_error=unpaid)
+                self._pipe.send(
+                    "EVALSHA", self._charge, 2, key, restored, amount, before, keep_seconds(key), on_error=unpaid
+                )
             except RedisAway as error:
                 unpaid(error)
         return len(totals)
 
-    def _unpaid(self, key: str, amount: int, error: Exception) -> None:
+    def _unpaid(self, key: str, amount: int, before: int, error: Exception) -> None:
         """It may have been charged: twice is better than never."""
         if isinstance(error, RedisAway):
-            amounts = self._owed.setdefault(int(self._ambient.now()), {})
-            amounts[key] = amounts.get(key, 0) + amount
+            for second, part in ((int(self._ambient.now()), amount), (self._epoch - 1, before)):
+                if part:
+                    amounts = self._owed.setdefault(second, {})
+                    amounts[key] = amounts.get(key, 0) + part
         else:
             log.error("redis refuses the charge script: %s", error)
 
@@ -184,7 +200,7 @@ class Budgets:
         """By the one replica that takes the mark; returns how many counters it restored."""
         if self._read_spent is None:
             self._say("no ledger is configured: budgets begin at what redis has")
-            await self._pipe.execute("SET", WHOLE, 0)
+            await self._mark(0)
             return 0
         if self._said != _CANNOT:
             self._say(_LOST)
@@ -199,7 +215,7 @@ class Budgets:
             if restored is None:
                 self._say(_CANNOT)
                 return 0
-            await self._pipe.execute("SET", WHOLE, epoch)
+            await self._mark(epoch)
             await self._pipe.execute("DEL", EPOCH)
             longest = self._current().settings.longest_seconds
             self._late = deque(epoch + seconds for seconds in (*LATE_SECONDS, LATE_SECONDS[-1] + longest))
@@ -207,6 +223,14 @@ class Budgets:
         finally:
             with contextlib.suppress(RedisAway):
                 self._pipe.send("DEL", REBUILDING)
+
+    async def _mark(self, epoch: int) -> None:
+        """Says that all counters are whole, of a cluster last of all."""
+        if self._pipe.apart:
+            for start in range(0, SLOTS, _AT_ONCE):
+                slots = range(start, min(start + _AT_ONCE, SLOTS))
+                await asyncio.gather(*(self._pipe.execute("SET", whole_mark(slot), epoch) for slot in slots))
+        await self._pipe.execute("SET", WHOLE, epoch)
 
     async def _restore_all(self, epoch: int) -> int | None:
         """None when the ledger cannot be read. What was restored before is put right, not added again."""

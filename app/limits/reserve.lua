@@ -7,7 +7,8 @@
 -- ARGV  1 call id, 2 seconds that the record lives, 3 milliseconds of a lease, 4 tokens, 5 nano-dollars,
 --       6 and 7 the unix seconds from and before which the keys of daily and monthly limits have the right name,
 --       then kind and limit per limit; with those three keys, the milliseconds of a lease.
---       An empty call id only looks: nothing is taken, nothing refused.
+--       An empty call id only looks: nothing is taken, nothing refused. Tokens of -1: an answer from before was found
+--       elsewhere, so one request is taken, and no more.
 -- Gives {1, now_ms, left, left, …}, when taken: what each limit had left before; with those three keys, then the
 --       entry, or as look.lua gives them 1 or 0 for its lease. With an entry one request was taken, and no more.
 --       {0, now_ms, left, …, wait_ms, …} when refused: nothing was taken; of a `rpm` or `tpm` that is in the way, the
@@ -35,6 +36,7 @@ if #ARGV % 2 == 0 then
   last = last - 3
   entry = call('GET', KEYS[last + 2])
 end
+local answered = entry or tokens < 0
 local answer, sums, amounts, slots, refused = {1, now_ms}, {}, {}, {}, false
 for n = 2, last do
   local key, kind, limit = KEYS[n], ARGV[2 * n + 4], number(ARGV[2 * n + 5])
@@ -79,7 +81,7 @@ for n = 2, last do
     slots[n] = kept
     sum = number(kept or 0)
   end
-  if entry and kind ~= 'rpm' then
+  if answered and kind ~= 'rpm' then
     amount = 0
   else
     refused = refused or sum + amount > limit
@@ -117,7 +119,7 @@ end
 
 for n = 2, last do
   local key, kind = KEYS[n], ARGV[2 * n + 4]
-  if entry and kind ~= 'rpm' then
+  if answered and kind ~= 'rpm' then
     -- what was answered before costs nothing
   elseif kind == 'rpm' or kind == 'tpm' then
     call('HSET', key, 'sum', sums[n] + amounts[n], time[1], slots[n] + amounts[n])
@@ -131,7 +133,7 @@ for n = 2, last do
     call('SET', key, amounts[n], 'EX', kind == 'monthly_usd' and 2937600 or 259200)
   end
 end
-call('SET', KEYS[1], time[1] .. (entry and ' 0 0' or ' ' .. ARGV[4] .. ' ' .. ARGV[5]), 'EX', ARGV[2])
+call('SET', KEYS[1], time[1] .. (answered and ' 0 0' or ' ' .. ARGV[4] .. ' ' .. ARGV[5]), 'EX', ARGV[2])
 if entry then
   call('ZADD', KEYS[#KEYS], 'XX', now_ms, KEYS[last + 2])
   answer[last + 2] = entry

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from app.config import Config, Quota, ServiceKey, Tenant, VendorKey
 from app.core import Call, Fetch, Rates, Reservation
 from app.errors import LimitsUnavailable, VendorKeyFull
 from app.limits.budgets import Budgets, ReadSpent
-from app.limits.scopes import LEASE_MS, MOST, Limit, Scope, grant_scope, make_scope, owner_of, rates, refusal
+from app.limits.scopes import ANSWERED, LEASE_MS, MOST, Limit, Scope, grant_scope, make_scope, owner_of, rates, refusal
 from app.limits.share import Share
 from app.redis_pipe import Argument, RedisAway, RedisPipe, RedisRefused
 
@@ -116,7 +117,10 @@ class Limits:
             if scope.budgets and not self.budgets.whole:
                 break
             try:
-                asked = self._pipe.execute(*scope.reserve(self._reserve, call.event_id, tokens, nanos, fetch))
+                if scope.apart:
+                    asked = self._reserve_apart(scope, call.event_id, tokens, nanos, fetch)
+                else:
+                    asked = self._pipe.execute(*scope.reserve(self._reserve, call.event_id, tokens, nanos, fetch))
             except RedisAway:
                 break
             try:
@@ -135,21 +139,55 @@ class Limits:
                     return self._fetched(call, tenant, scope, tokens, nanos, left, now_ms)
                 return self._held(call, tenant, scope, tokens, nanos, left, now_ms)
             if status == _REFUSED:
-                half = len(scope.limits)
+                half = len(left) // 2
+                if half < len(scope.limits):
+                    scope = msgspec.structs.replace(scope, limits=scope.limits[:half])
                 self._hear(scope, left[:half])
                 raise refusal(scope, left[:half], left[half:], tokens, nanos, now_ms)
             if status == _EMPTIED:
-                self.budgets.emptied()
+                self.budgets.emptied(scope)
                 break
             self._clock_ahead = now_ms / 1000 - self._ambient.now()
         return self._take_locally(call, tenant, scope, tokens, nanos)
+
+    async def _reserve_apart(
+        self, scope: Scope, call_id: str, tokens: int, nanos: int, fetch: Fetch | None
+    ) -> list[Any]:
+        """In a cluster: the scripts of all owners, answered as one would be; of a refusal, for the limits asked.
+
+        All or nothing, one after another: what a tenant is refused by its own limits takes nothing from what all share.
+        """
+        status, now_ms, *left = await self._pipe.execute(*scope.reserve(self._reserve, call_id, tokens, nanos, fetch))
+        if status != _TAKEN:
+            return [status, now_ms, *left]
+        fetched = [left.pop()] if fetch is not None else []
+        if fetched and not isinstance(fetched[0], int):
+            tokens = ANSWERED
+        taken = False
+        try:
+            for other in scope.apart:
+                status, now_ms, *more = await self._pipe.execute(*other.reserve(self._reserve, call_id, tokens, nanos))
+                if status == _REFUSED:
+                    half = len(more) // 2
+                    return [status, now_ms, *left, *more[:half], *(0 for _ in left), *more[half:]]
+                if status != _TAKEN:
+                    return [status, now_ms]
+                left += more
+            taken = True
+            return [status, now_ms, *left, *fetched]
+        finally:
+            if not taken:
+                self._give_back(scope, call_id)
+                if fetched == [1]:
+                    with contextlib.suppress(RedisAway):  # it lapses by itself
+                        self._pipe.send("DEL", fetch.lease)
 
     async def grant(self, key: VendorKey, attempt_id: str, tokens: int) -> Reservation:
         """Takes one request and `tokens` from what a vendor grants one of its keys; settled as any reservation.
 
         Raises `VendorKeyFull` and takes nothing. Without Redis everything passes: the vendor counts for itself.
         """
-        scope = grant_scope(key)
+        scope = grant_scope(key, self._pipe.apart)
         tokens = min(tokens, MOST)
         try:
             asked = self._pipe.execute(*scope.reserve(self._reserve, attempt_id, tokens, 0))
@@ -208,6 +246,9 @@ class Limits:
             if scope.budgets and not self.budgets.whole:
                 raise RedisAway
             status, now_ms, *left = await self._pipe.execute(*scope.reserve(self._reserve, "", 0, 0))
+            for other in scope.apart:
+                seen, now_ms, *more = await self._pipe.execute(*other.reserve(self._reserve, "", 0, 0))
+                status, left = seen if status == _TAKEN else status, left + more
         except RedisAway:
             now = self._ambient.now()
             replicas = config.settings.redis.replicas
@@ -230,7 +271,7 @@ class Limits:
         tokens, nanos = min(max(0, tokens), MOST), min(max(0, nanos), MOST)
         self._end(scope, call_id)
         if reservation.held:
-            self._queue(scope.settle(self._settle, call_id, 1, tokens, nanos))
+            self._put(scope, call_id, 1, tokens, nanos)
             if self._told:
                 self._correct_heard(scope, tokens - reservation.tokens, nanos - reservation.nanos)
         elif call_id in self._local:
@@ -239,13 +280,22 @@ class Limits:
             self.budgets.owe(scope, tokens, nanos, reservation.began)
             self._share.correct(scope, tokens, nanos, reservation.second, int(self._ambient.now()))
             if scope.running:  # a renewal may have made it a lease
-                self._queue(scope.settle(self._settle, call_id, 0, 0, 0))
-        self._send_settlements()
+                self._put(scope, call_id, 0, 0, 0)
 
     def _give_back(self, scope: Scope, call_id: str) -> None:
         """Undoes a reservation, the request included; where there is none, nothing happens."""
-        self._queue(scope.settle(self._settle, call_id, 0, 0, 0))
-        self._send_settlements()
+        self._put(scope, call_id, 0, 0, 0)
+
+    def _put(self, scope: Scope, call_id: str, requests: int, tokens: int, nanos: int) -> None:
+        self._send(scope.settle(self._settle, call_id, requests, tokens, nanos))
+        for other in scope.apart:
+            self._send(other.settle(self._settle, call_id, requests, tokens, nanos))
+
+    def _send(self, settlement: tuple[Argument, ...]) -> None:
+        try:
+            self._pipe.send(*settlement, on_error=partial(self._not_settled, settlement))
+        except RedisAway:
+            self._queue(settlement)
 
     def _queue(self, settlement: tuple[Argument, ...]) -> None:
         if len(self._unsettled) >= self._unsettled_limit:
@@ -254,13 +304,9 @@ class Limits:
         self._unsettled.append(settlement)
 
     def _send_settlements(self) -> None:
-        while self._unsettled:
-            settlement = self._unsettled[0]
-            try:
-                self._pipe.send(*settlement, on_error=partial(self._not_settled, settlement))
-            except RedisAway:
-                return
-            self._unsettled.popleft()
+        """Those that were kept. One whose node of a cluster is still away is kept on."""
+        for _ in range(len(self._unsettled)):
+            self._send(self._unsettled.popleft())
 
     def _not_settled(self, settlement: tuple[Argument, ...], error: Exception) -> None:
         if isinstance(error, RedisAway):
@@ -289,7 +335,7 @@ class Limits:
             return known.scope
         if len(self._known) >= _SCOPES:
             self._known.clear()
-        scope = make_scope(config, tenant, key, now)
+        scope = make_scope(config, tenant, key, now, self._pipe.apart)
         self._known[tenant.id, key.id] = _Known(config, tenant.quota, key.quota, scope)
         return scope
 
@@ -362,7 +408,8 @@ class Limits:
             self.run_once()
 
     def run_once(self) -> int:
-        """Renews the leases of all running calls; returns how many."""
+        """Renews the leases of all running calls; returns how many. Settlements that wait are tried again."""
+        self._send_settlements()
         if len(self._heard) > _HEARD:  # days and months go by
             self._heard.clear()
         renewed = 0
@@ -375,7 +422,7 @@ class Limits:
                         "EVALSHA", self._renew, 1, key, LEASE_MS, *some, on_error=partial(self._complain, "renew")
                     )
                 except RedisAway:
-                    return renewed
+                    break
                 renewed += len(some)
         return renewed
 
@@ -415,7 +462,6 @@ class Limits:
         return Held(call.event_id, tenant.id, tokens, False, shown, None, nanos, scope, second, began)
 
     def _returned(self) -> None:
-        self._send_settlements()
         self.run_once()
 
     def _whole(self) -> None:

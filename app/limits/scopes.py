@@ -7,11 +7,13 @@ from datetime import date, datetime, timedelta
 from typing import Literal
 from zoneinfo import ZoneInfo
 
+import msgspec
 from msgspec import Struct
 
 from app.config import Away, Config, Quota, ServiceKey, Tenant, VendorKey, WrittenAway
 from app.core import FETCH_LEASE_MS, Fetch, Rates, usd
 from app.errors import BudgetExceeded, LimitError, RateLimitExceeded
+from app.redis_cluster import slot_of, slot_tags
 from app.redis_pipe import Argument
 
 Kind = Literal["rpm", "tpm", "concurrency", "daily_tokens", "daily_usd", "monthly_usd"]
@@ -29,6 +31,8 @@ RETRY_SHARE_SECONDS = 5.0
 """Redis may be back at any time, and with it the whole of a budget."""
 WINDOW_SECONDS = 61
 """The seconds that a window counts: the current one and the sixty before it."""
+ANSWERED = -1
+"""In the place of a call's tokens, where an answer from before was found in another slot: reserve.lua says it."""
 MOST = 2**53 - 1
 """The largest amount that a script counts exactly; no limit is higher."""
 
@@ -69,8 +73,9 @@ class Scope(Struct, frozen=True):
     """All limits of a call in one script, all or nothing, and the two scripts' arguments that do not change by call.
 
     The names of budgets' keys hold from `starts` until before `ends`, unix seconds. What a call took is noted under
-    `record` and its id. A Redis Cluster would need a scope for each slot: the braces in a key's name make its owner
-    the hash tag, so a tenant's keys share one, but the service key's and the global ones lie on others.
+    `record` and its id. A script's keys share a slot of a Redis Cluster: the braces in a key's name make its owner the
+    hash tag, so there the script is over the tenant's keys alone, and the service key's and the global ones are in
+    `apart`, a scope for each; `limits` are all of them, in that order.
     """
 
     limits: tuple[Limit, ...]
@@ -84,20 +89,23 @@ class Scope(Struct, frozen=True):
     """Keys of `concurrency` limits."""
     budgets: bool
     """Whether a daily or monthly limit is among them."""
+    apart: tuple[Scope, ...] = ()
+    whole: str = WHOLE
+    """The mark that the counters of the script's keys are whole."""
 
     def reserve(
         self, sha: str, call_id: str, tokens: int, nanos: int, fetch: Fetch | None = None
     ) -> tuple[Argument, ...]:
-        """The command for reserve.lua."""
+        """The command for reserve.lua; `tokens` ANSWERED where an answer from before was found."""
         if fetch is not None:
             return (
-                "EVALSHA", sha, len(self.keys) + 5, self.record + call_id, *self.keys, WHOLE,
+                "EVALSHA", sha, len(self.keys) + 5, self.record + call_id, *self.keys, self.whole,
                 fetch.entry, fetch.lease, fetch.used,
                 call_id, RECORD_SECONDS, LEASE_MS, tokens, nanos, self.starts, self.ends, *self.reserve_arguments,
                 FETCH_LEASE_MS,
             )  # fmt: skip
         return (
-            "EVALSHA", sha, len(self.keys) + 2, self.record + call_id, *self.keys, WHOLE,
+            "EVALSHA", sha, len(self.keys) + 2, self.record + call_id, *self.keys, self.whole,
             call_id, RECORD_SECONDS, LEASE_MS, tokens, nanos, self.starts, self.ends, *self.reserve_arguments,
         )  # fmt: skip
 
@@ -109,48 +117,59 @@ class Scope(Struct, frozen=True):
         )  # fmt: skip
 
 
-def make_scope(config: Config, tenant: Tenant, key: ServiceKey, now: float) -> Scope | None:
-    """The scope of a tenant's calls by a service key at `now`; None where nothing is limited."""
+def make_scope(config: Config, tenant: Tenant, key: ServiceKey, now: float, apart: bool = False) -> Scope | None:
+    """The scope of a tenant's calls by a service key at `now`; None where nothing is limited.
+
+    `apart`: each owner's limits lie in a slot of their own.
+    """
     away = config.settings.redis.away
     shared = Quota(rpm=config.global_quota.rpm, tpm=config.global_quota.tpm)
     spare_percent = 100 - config.settings.warn_at_percent
-    found = [
-        *_limits("tenant", tenant.id, f"Tenant {tenant.id}", tenant.quota, away, now, spare_percent),
-        *_limits("key", f"_key.{key.id}", f"The service key {key.id}", key.quota, away, now, spare_percent),
-        *_limits("global", "_global", "All tenants together", shared, away, now),
-    ]
+    tenant_tag, key_tag = tenant.id, f"_key.{key.id}"
+    owners = {
+        tenant_tag: [*_limits("tenant", tenant_tag, f"Tenant {tenant.id}", tenant.quota, away, now, spare_percent)],
+        key_tag: [*_limits("key", key_tag, f"The service key {key.id}", key.quota, away, now, spare_percent)],
+        "_global": [*_limits("global", "_global", "All tenants together", shared, away, now)],
+    }
+    found = [each for limits in owners.values() for each in limits]
     if not found:
         return None
+    if not apart:
+        return _scope(tenant_tag, found)
+    first, *others = (_scope(tag, limits, apart) for tag, limits in owners.items() if limits or tag == tenant_tag)
+    return msgspec.structs.replace(
+        _scope(tenant_tag, found), keys=first.keys, reserve_arguments=first.reserve_arguments,
+        settle_arguments=first.settle_arguments, apart=tuple(others), whole=first.whole,
+    )  # fmt: skip
+
+
+def grant_scope(key: VendorKey, apart: bool = False) -> Scope:
+    """The scope of what a vendor grants one of its keys; without Redis it is the vendor's to count."""
+    away = WrittenAway(rpm="open", tpm="open")
+    tag = f"_vendor.{key.name}"
+    found = list(_limits("vendor_key", tag, f"The vendor's key {key.name}", key.quota, away, 0))
+    return _scope(tag, found, apart)
+
+
+def _scope(tag: str, found: list[tuple[Limit, int]], apart: bool = False) -> Scope:
     limits = tuple(limit for limit, _ in found)
     return Scope(
         limits=limits,
-        starts=max(starts for _, starts in found),
+        starts=max((starts for _, starts in found), default=0),
         ends=min((limit.ends for limit in limits if limit.ends), default=MOST),
-        record=f"rl:{{{tenant.id}}}:call:",
+        record=f"rl:{{{tag}}}:call:",
         keys=tuple(limit.key for limit in limits),
         reserve_arguments=tuple(word for limit in limits for word in (limit.kind, limit.value)),
         settle_arguments=tuple(limit.kind for limit in limits),
         running=tuple(limit.key for limit in limits if limit.kind == "concurrency"),
         budgets=any(limit.kind in BUDGETS for limit in limits),
+        whole=whole_mark(slot_of(f"{{{tag}}}")) if apart else WHOLE,
     )
 
 
-def grant_scope(key: VendorKey) -> Scope:
-    """The scope of what a vendor grants one of its keys; without Redis it is the vendor's to count."""
-    away = WrittenAway(rpm="open", tpm="open")
-    tag = f"_vendor.{key.name}"
-    limits = tuple(limit for limit, _ in _limits("vendor_key", tag, f"The vendor's key {key.name}", key.quota, away, 0))
-    return Scope(
-        limits=limits,
-        starts=0,
-        ends=MOST,
-        record=f"rl:{{{tag}}}:call:",
-        keys=tuple(limit.key for limit in limits),
-        reserve_arguments=tuple(word for limit in limits for word in (limit.kind, limit.value)),
-        settle_arguments=tuple(limit.kind for limit in limits),
-        running=(),
-        budgets=False,
-    )
+def whole_mark(slot: int) -> str:
+    """The mark of a cluster's slot that the counters in it are whole."""
+    return f"rl:{{{slot_tags()[slot]}}}:whole"
 
 
 def _limits(
