@@ -133,6 +133,11 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._fail("truncated")
 
+    @property
+    def begun(self) -> bool:
+        """Whether its answer is under way."""
+        return self._waiting and self._first_at > 0.0
+
     def give_up(self) -> None:
         """Counts the answer under way, if any, as unfinished and closes."""
         if self._timer is not None:
@@ -297,3 +302,19 @@ async def run_load(
         first_byte=latency(tally.first_bytes),
         events=tally.events,
     )
+
+
+async def hold_open(url: str, request: bytes, count: int) -> list[Connection]:
+    """So many answers that have begun; `give_up` ends each. Raises RuntimeError where one has not in LATE_SECONDS."""
+    loop = asyncio.get_running_loop()
+    parts, tally = urlsplit(url), Tally(count)
+    held: list[Connection] = []
+    for _ in range(count):
+        made = partial(Connection, request, tally, loop.create_future())
+        held.append((await loop.create_connection(made, parts.hostname, parts.port))[1])
+    deadline = loop.time() + LATE_SECONDS
+    while not all(one.begun for one in held):
+        if loop.time() > deadline:
+            raise RuntimeError(f"{sum(not one.begun for one in held)} of {count} streams have not begun")
+        await asyncio.sleep(0.02)
+    return held

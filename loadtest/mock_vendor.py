@@ -4,8 +4,9 @@ The benchmark's far end. The simulator plays a vendor with all its moods; this o
 what is measured is the gateway. `python -m loadtest.mock_vendor` prints `{"url": ..., "pid": ...}` once it listens.
 
 A request whose body holds `"stream":true` gets an event stream of 50 chunks, one event per HTTP chunk and per write,
-`--chunk-interval-ms` apart; one whose body also holds the word `at-once` gets the same bytes in a single write. The
-chunk with the usage comes on top where the request asks for it. Anything else gets a unary answer of about 1 KB.
+`--chunk-interval-ms` apart; one whose body also holds the word `at-once` gets the same bytes in a single write, and
+with `one-a-second` they are a second apart. The chunk with the usage comes on top where the request asks for it.
+Anything else gets a unary answer of about 1 KB.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import uvloop
 
 MODEL = "gpt-4o-mini-2024-07-18"
 STREAM_CHUNKS = 50
-AT_ONCE = b"at-once"
+AT_ONCE, SLOWLY = b"at-once", b"one-a-second"
 _WORDS = "A parcel without a scan for two days mostly waits at a sorting hub and moves on by itself.".split()  # noqa: SIM905
 _USAGE = {
     "prompt_tokens": 212,
@@ -146,12 +147,14 @@ class MockVendor(asyncio.Protocol):
         if AT_ONCE in body:
             self._transport.write(_AT_ONCE[with_usage])
         else:
-            self._write_paced(PACED[with_usage], 0)
+            self._write_paced(PACED[with_usage], 0, 1.0 if SLOWLY in body else self._interval_seconds)
 
-    def _write_paced(self, writes: list[bytes], index: int) -> None:
+    def _write_paced(self, writes: list[bytes], index: int, interval_seconds: float) -> None:
         self._transport.write(writes[index])
         if index + 1 < len(writes):
-            self._timer = self._loop.call_later(self._interval_seconds, self._write_paced, writes, index + 1)
+            self._timer = self._loop.call_later(
+                interval_seconds, self._write_paced, writes, index + 1, interval_seconds
+            )
         else:
             self._timer = None
 

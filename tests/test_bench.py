@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 
+import msgspec
 import pytest
 
 from loadtest import mock_vendor
@@ -13,7 +14,7 @@ from loadtest.bench import plot
 from loadtest.bench import report as reporting
 from loadtest.bench.parts import Subject
 from loadtest.bench.report import Facts, Report, Row, Sample
-from loadtest.load import NUMBER, Latency, LoadResult, latency, percentile, request_bytes, run_load
+from loadtest.load import NUMBER, Latency, LoadResult, hold_open, latency, percentile, request_bytes, run_load
 
 ANSWER = b'{"ok":true}'
 WHOLE = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 11\r\n\r\n" + ANSWER
@@ -61,6 +62,26 @@ def load_against_mock(body: bytes, count: int) -> LoadResult:
             return await run_load(url, request_bytes(url, {}, body), concurrency=2, count=count)
 
     return asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_a_slow_stream_is_held_open_while_others_are_answered() -> None:
+    body = bench.chat_request("slow")
+
+    async def run() -> tuple[list[bool], LoadResult, list[bool]]:
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(lambda: mock_vendor.MockVendor(loop, 0.0), "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1/chat/completions"
+        async with server:
+            held = await hold_open(url, request_bytes(url, {}, body), 3)
+            begun = [one.begun for one in held]
+            load = await run_load(url, request_bytes(url, {}, bench.chat_request("unary")), concurrency=2, count=5)
+            for one in held:
+                one.give_up()
+            return begun, load, [one.begun for one in held]
+
+    begun, load, after = asyncio.run(asyncio.wait_for(run(), 20))
+    assert (begun, after) == ([True] * 3, [False] * 3)
+    assert (load.completed, load.errors) == (5, {})
 
 
 # --- the load generator ---------------------------------------------------------------------------------------------
@@ -324,3 +345,17 @@ def test_the_plot_is_one_page_that_loads_nothing() -> None:
     page = plot.page(report(sample("mock", 0, 9, 1), sample("gateway", 0, 5, 3)), bench.CASES)
     assert page.count("<svg") == 2
     assert not [word for word in ("http", "src=", "@import") if word in page]
+
+
+def test_what_a_long_prompt_and_slow_streams_cost_is_said_beside_the_goals() -> None:
+    samples = [
+        msgspec.structs.replace(sample("gateway", 0, rate, p50, cpu_us=cpu), case=case)
+        for case, rate, p50, cpu in (
+            ("unary", 3000, 20_000, 250),
+            ("large", 1500, 40_000, 500),
+            ("beside", 2940, 21_000, 250),
+        )
+    ]
+    said = reporting.verdicts(Report(Facts("on", "a machine", []), reporting.rows(samples), samples))
+    assert "a 100 KB prompt: 2.00 times the CPU time of a 1 KB one" in said
+    assert "beside slow streams: 98% of the answers/s, 1.05 times the median time" in said

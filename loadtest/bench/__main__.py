@@ -39,11 +39,12 @@ from loadtest.bench.parts import (
     versions,
 )
 from loadtest.bench.report import Facts, Report, Sample
-from loadtest.load import NUMBER, LoadResult, request_bytes, run_load
-from loadtest.mock_vendor import AT_ONCE, STREAM_CHUNKS
+from loadtest.load import NUMBER, LoadResult, hold_open, request_bytes, run_load
+from loadtest.mock_vendor import AT_ONCE, SLOWLY, STREAM_CHUNKS
 from loadtest.processes import ROOT
 from loadtest.services import StackError
 
+SLOW_STREAMS = 256
 CASES = {
     "unary": "1 KB chat request, 1 KB answer",
     "large": "100 KB chat request, 1 KB answer",
@@ -52,6 +53,7 @@ CASES = {
     "translated": f"the same stream asked for in Messages: {STREAM_CHUNKS} chunks one by one, each translated",
     "miss": "another question each time to an alias whose answers are kept: looked up, asked, kept",
     "hit": "the same question to that alias each time: answered from the cache",
+    "beside": f"the unary request while {SLOW_STREAMS} streams are open that get a chunk a second",
     "tripped": "a tenant whose limit is reached: refused with 429",
 }
 ALONE = ("translated", "miss", "hit", "tripped")
@@ -73,7 +75,7 @@ def measured(case: str, subjects: Sequence[Subject]) -> list[Subject]:
 
 
 def chat_request(case: str) -> bytes:
-    """The body of `case`: exactly REQUEST_BYTES of JSON, or a hundred times as many, in either dialect."""
+    """The body of `case`, or of a `slow` stream: exactly REQUEST_BYTES of JSON, or a hundred times as many."""
     body: dict[str, object] = {
         "model": CACHED if case in ("miss", "hit") else "support-fast",
         "messages": [
@@ -83,10 +85,10 @@ def chat_request(case: str) -> bytes:
         "max_tokens": 256,
         "temperature": 0 if case in ("miss", "hit") else 0.2,
     }
-    if case in ("stream", "burst", "translated"):
+    if case in ("stream", "burst", "slow", "translated"):
         body["stream"] = True
-    if case == "burst":
-        body["metadata"] = {"pace": AT_ONCE.decode()}
+    if case in ("burst", "slow"):
+        body["metadata"] = {"pace": (AT_ONCE if case == "burst" else SLOWLY).decode()}
     question = "Where is my parcel, and when will it come? "
     if case == "translated":  # Messages have the system prompt beside the conversation
         body["system"] = body["messages"].pop(0)["content"]  # type: ignore[attr-defined]
@@ -105,9 +107,7 @@ class Meter:
         self.answered: dict[str, int] = {}
 
     def measure(self, subject: Subject, case: str, concurrency: int, round_: int) -> Sample:
-        before = usage(subject)
-        load = self.load(subject, case, concurrency, self._duration_seconds)
-        after = usage(subject)
+        load, before, after = self.load(subject, case, concurrency, self._duration_seconds)
         calls = max(1, load.completed + load.late + sum(load.errors.values()))
         return Sample(
             case=case,
@@ -119,17 +119,29 @@ class Meter:
             children_cpu_us=(after.children_cpu_seconds - before.children_cpu_seconds) / calls * 1e6,
         )
 
-    def load(self, subject: Subject, case: str, concurrency: int, seconds: float) -> LoadResult:
+    def load(self, subject: Subject, case: str, concurrency: int, seconds: float) -> tuple[LoadResult, Usage, Usage]:
+        """What one load saw, and what its subject had used before and after it."""
         headers = {"content-type": "application/json", **subject.headers}
         if case == "tripped":
             headers["x-tenant-id"] = TRIPPED
         url = subject.url.replace("/chat/completions", "/messages") if case == "translated" else subject.url
         request = request_bytes(url, headers, chat_request(case))
         expected = 429 if case == "tripped" else 200
-        load = uvloop.run(run_load(url, request, concurrency=concurrency, duration_seconds=seconds, expected=expected))
-        if case != "tripped":  # those rows are another tenant's
-            self.answered[subject.name] = self.answered.get(subject.name, 0) + load.completed + load.late
-        return load
+
+        async def loaded() -> tuple[LoadResult, Usage, Usage]:
+            slow = SLOW_STREAMS if case == "beside" else 0
+            held = await hold_open(url, request_bytes(url, headers, chat_request("slow")), slow)
+            before = usage(subject)
+            load = await run_load(url, request, concurrency=concurrency, duration_seconds=seconds, expected=expected)
+            after = usage(subject)
+            for stream in held:
+                stream.give_up()
+            if case != "tripped":  # those rows are another tenant's
+                rows = load.completed + load.late + slow
+                self.answered[subject.name] = self.answered.get(subject.name, 0) + rows
+            return load, before, after
+
+        return uvloop.run(loaded())
 
 
 def interleaved(subjects: Sequence[Subject], round_: int) -> list[Subject]:
@@ -277,7 +289,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--duration", type=float, default=2.0, metavar="SECONDS", help="of one run (default 2)")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved; medians are printed (default 3)")
     parser.add_argument(
-        "--concurrency", type=int, nargs="+", default=[1, 16, 64], metavar="N", help="connections (default 1 16 64)"
+        "--concurrency",
+        type=int,
+        nargs="+",
+        default=[1, 16, 64, 256],
+        metavar="N",
+        help="connections (default 1 16 64 256)",
     )
     parser.add_argument("--chunk-interval-ms", type=float, default=1.0, help="between a stream's chunks (default 1)")
     parser.add_argument(

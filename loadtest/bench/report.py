@@ -230,6 +230,14 @@ def verdicts(report: Report) -> list[str]:
             f"{translated.per_core * STREAM_CHUNKS:,.0f}; first content at 64 connections after "
             f"{streams.first_byte_p50_us / 1000:.2f} ms and {translated.first_byte_p50_us / 1000:.2f} ms"
         )
+    large, beside = (find(report.rows, case, 64, "gateway") for case in ("large", "beside"))
+    if unary and large and unary.cpu_us:
+        lines.append(f"a 100 KB prompt: {large.cpu_us / unary.cpu_us:.2f} times the CPU time of a 1 KB one")
+    if unary and beside and unary.per_second and unary.p50_us:
+        lines.append(
+            f"beside slow streams: {beside.per_second / unary.per_second:.0%} of the answers/s, "
+            f"{beside.p50_us / unary.p50_us:.2f} times the median time"
+        )
     if facts.loaded_memory_mb:
         total = sum(facts.loaded_memory_mb)
         lines.append(f"memory of a replica: {total:.0f} MB; " + _held(total, MEMORY_LIMIT_MB, None, least=False))
