@@ -356,6 +356,6 @@ def test_what_a_long_prompt_and_slow_streams_cost_is_said_beside_the_goals() -> 
             ("beside", 2940, 21_000, 250),
         )
     ]
-    said = reporting.verdicts(Report(Facts("on", "a machine", []), reporting.rows(samples), samples))
+    said = reporting.verdicts(report(*samples))
     assert "a 100 KB prompt: 2.00 times the CPU time of a 1 KB one" in said
     assert "beside slow streams: 98% of the answers/s, 1.05 times the median time" in said
