@@ -133,7 +133,7 @@ class FrontDoor:
             if not visit.started:
                 self._refuse(visit, exchange.call.dialect, error, exchange.call.request_id)
             elif exchange.request is not None and exchange.request.stream:
-                visit.write(exchange.call.dialect.error_frames(error, exchange.call.request_id))
+                visit.write(exchange.call.dialect.error_frames(error, exchange.call.request_id, exchange.sent))
         finally:
             visit.on_hang_up = None
             del self.in_flight[task]
@@ -157,6 +157,7 @@ class FrontDoor:
         async with aclosing(reply.frames) as frames:
             async for frame in frames:
                 visit.write(frame)
+                exchange.sent = frame
                 if kept is not None:
                     kept.add(frame)
                 if visit.blocked:
@@ -175,7 +176,7 @@ class FrontDoor:
         if not visit.started:
             self._refuse(visit, exchange.call.dialect, error, exchange.call.request_id)
         elif exchange.event is None or exchange.event.stream:
-            visit.write(exchange.call.dialect.error_frames(error, exchange.call.request_id))
+            visit.write(exchange.call.dialect.error_frames(error, exchange.call.request_id, exchange.sent))
             visit.end()
 
     def cut(self, why: Cut) -> int:

@@ -383,7 +383,8 @@ class Dialect(Struct, frozen=True):
     """What a route's clients speak: how a request is read, and how an error is written, whole or to end a stream.
 
     `read` raises InvalidRequest. `name` finds the translators that answer in this dialect: `dialects.translator`.
-    Errors are told the request's id, which `id_headers` carry. `rate_headers` names the figures of limits; it is told
+    Errors are told the request's id, which `id_headers` carry; one that ends a stream also which frames were sent last,
+    empty before the first, as its events may be numbered. `rate_headers` names the figures of limits; it is told
     the time, in unix seconds.
     `relayed` are headers of the client that go on to a vendor which speaks the dialect itself, as far as they match.
     """
@@ -391,7 +392,7 @@ class Dialect(Struct, frozen=True):
     name: str
     read: Callable[[bytes], Request]
     error_body: Callable[[GatewayError, str | None], bytes]
-    error_frames: Callable[[GatewayError, str], bytes]
+    error_frames: Callable[[GatewayError, str, bytes], bytes]
     rate_headers: Callable[[Rates, float], list[tuple[bytes, bytes]]]
     id_headers: tuple[bytes, ...] = (b"x-request-id",)
     relayed: Mapping[bytes, re.Pattern[str]] = {}
@@ -581,7 +582,7 @@ class Exchange(Struct, kw_only=True, eq=False):
     than the first, `hedged` whether a second target was asked beside the first, `shadowed` whether a third got a copy.
     `doubted`: the answer is doubtful, and served for want of a better one.
     `grant` is what the call holds of its vendor's key, where the key's vendor grants so much and no more.
-    `left`: its client hung up, and it went on for others that listen.
+    `left`: its client hung up, and it went on for others that listen. `sent` are the last frames of a stream that left.
     `memory` is what the call has to do with answers from before, where anything (`recall.Memory`). `recalled` is set
     where it was answered by one, at a target's price that was saved: `spared`. `looking` is when the cache was asked,
     on the monotonic clock.
@@ -627,6 +628,7 @@ class Exchange(Struct, kw_only=True, eq=False):
     done: bool = False
     cut: Cut | None = None
     left: bool = False
+    sent: bytes = b""
     memory: Any = None
     recalled: Recalled | None = None
     spared: Target | None = None

@@ -362,7 +362,7 @@ class Gateway:
         if exchange.event is None:
             with contextlib.suppress(LedgerUnavailable):  # the client gets its error event all the same
                 self._end_stream(exchange, stream, relay_started)
-        yield tail + exchange.call.dialect.error_frames(error, exchange.call.request_id)
+        yield tail + exchange.call.dialect.error_frames(error, exchange.call.request_id, tail or exchange.sent)
 
     def _end_stream(self, exchange: Exchange, stream: Stream, relay_started: float) -> None:
         """Notes what the stream told, and settles. Raises LedgerUnavailable."""

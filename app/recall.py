@@ -273,7 +273,7 @@ class Recall:
                 settle(exchange)
             except LedgerUnavailable as fault:
                 error = fault
-        yield ready + exchange.call.dialect.error_frames(error, exchange.call.request_id)
+        yield ready + exchange.call.dialect.error_frames(error, exchange.call.request_id, ready or exchange.sent)
 
     # --- the same key -------------------------------------------------------------------------------------------------
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import openai
 import pytest
-from openai.types.responses import Response
-from pydantic import BaseModel
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import BaseModel, TypeAdapter
 
 from tests.journey import Journey, until
 
@@ -32,6 +32,8 @@ TOOL = {
     "parameters": {"type": "object", "properties": {"id": {"type": "string"}}, "required": ["id"]},
     "strict": False,
 }
+READ = TypeAdapter(ResponseStreamEvent)
+"""An event, as strictly as the SDK's types are."""
 over_every_vendor = pytest.mark.parametrize("alias", ALIASES)
 
 
@@ -151,6 +153,15 @@ def test_an_error_amid_a_stream_is_raised_by_the_sdk(journey: Journey, alias: st
     with pytest.raises(openai.APIError) as raised:
         list(journey.openai().responses.create(**asked("tokens=40", alias), stream=True))
     assert raised.value.code == "upstream_unavailable"
+
+
+@over_every_vendor
+def test_the_error_that_ends_a_stream_is_the_next_of_its_numbered_events(journey: Journey, alias: str) -> None:
+    journey.fault(ALIASES[alias], kind="cut", after_chunks=8)
+    with journey.openai().responses.with_streaming_response.create(**asked("tokens=40", alias), stream=True) as raw:
+        told = [READ.validate_json(line[6:]) for line in raw.iter_lines() if line.startswith("data: ")]
+    assert told[-1].type == "error"
+    assert [event.sequence_number for event in told] == list(range(len(told)))
 
 
 @over_every_vendor

@@ -13,6 +13,7 @@ import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from openai.types.responses import ResponseErrorEvent
 
 from app.ambient import Ambient
 from app.config import UNLIMITED, Target, VendorKey
@@ -333,6 +334,17 @@ def test_our_error_event_has_the_members_of_the_reference() -> None:
     written = openai_responses.error_frames(InvalidRequest("Too much.", param="input"))
     event = msgspec.json.decode(written.partition(b"data: ")[2])
     assert (event["type"], event["message"], event["param"]) == ("error", "Too much.", "input")
+
+
+@pytest.mark.parametrize("last", [b"", b": \n\n", b"event: x\ndata: {}\n\n", b"data: {\n\n"])
+def test_our_error_event_is_numbered_after_the_last_one_that_was_sent(last: bytes) -> None:
+    sent = streamed().partition(b"event: response.output_item.done")[0] + last
+    error = InvalidRequest("Too much.", param="input")
+    event = ResponseErrorEvent.model_validate_json(
+        data_of(openai_responses.error_frames(error, "req_1", sent)), strict=True
+    )
+    first = ResponseErrorEvent.model_validate_json(data_of(openai_responses.error_frames(error, "req_1")), strict=True)
+    assert (event.sequence_number, first.sequence_number) == (5, 0)
 
 
 # --- through the gateway ----------------------------------------------------------------------------------------------

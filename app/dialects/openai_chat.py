@@ -141,7 +141,7 @@ def error_body(error: GatewayError, _: str | None = None) -> bytes:
     return _encode({"error": inside})
 
 
-def error_frames(error: GatewayError, _: str | None = None) -> bytes:
+def error_frames(error: GatewayError, request_id: str | None = None, sent: bytes = b"") -> bytes:
     """The one error event that ends a stream, and the terminator that clients wait for."""
     return frame(error_body(error)) + DONE
 

@@ -51,7 +51,7 @@ def type_of(status: int) -> str:
     return TYPES.get(status) or ("invalid_request_error" if status < 500 else "api_error")
 
 
-def error_frames(error: GatewayError, request_id: str) -> bytes:
+def error_frames(error: GatewayError, request_id: str, sent: bytes = b"") -> bytes:
     """The one event that ends a stream."""
     return frame(error_body(error, request_id), "error")
 

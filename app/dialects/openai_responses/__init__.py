@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 
 import msgspec
+from msgspec import Struct
 
 from app.dialects import openai_chat
 from app.dialects.openai_responses.answer import ResponsesEvents, response
 from app.dialects.openai_responses.request import chat, read
 from app.errors import GatewayError
 from app.providers.translator import Stamp, StreamReader, Translator
-from app.sse import frame
+from app.sse import FrameSplitter, data_of, frame
 
 __all__ = ["error_frames", "over", "read"]
 
@@ -35,8 +37,26 @@ def _events(inner: Translator, stamp: Stamp) -> StreamReader:
     return ResponsesEvents(inner.stream(stamp), stamp)
 
 
-def error_frames(error: GatewayError, _: str | None = None) -> bytes:
-    """The one error event that ends a stream: flat, as the reference has it, and as the envelope that SDKs raise on."""
+class _Numbered(Struct):
+    sequence_number: int
+
+
+_numbered = msgspec.json.Decoder(_Numbered)
+
+
+def error_frames(error: GatewayError, request_id: str | None = None, sent: bytes = b"") -> bytes:
+    """The one error event that ends a stream: flat, as the reference has it, and as the envelope that SDKs raise on.
+
+    Its number follows that of the last event sent.
+    """
     envelope = _decode(openai_chat.error_body(error))["error"]
-    event = {"type": "error", **{name: envelope[name] for name in ("code", "message", "param")}, "error": envelope}
-    return frame(_encode(event), "error")
+    event = {"type": "error", **{name: envelope[name] for name in ("code", "message", "param")}}
+    return frame(_encode(event | {"sequence_number": _number_after(sent), "error": envelope}), "error")
+
+
+def _number_after(sent: bytes) -> int:
+    for one in reversed(FrameSplitter().feed(sent)):
+        if data := data_of(one):
+            with contextlib.suppress(msgspec.DecodeError):
+                return _numbered.decode(data).sequence_number + 1
+    return 0
