@@ -73,16 +73,20 @@ def test_invalid_configuration_is_refused_and_the_old_one_serves(journey: Journe
 
 def test_settings_of_the_spool_count_without_a_restart(journey: Journey, edit: Any) -> None:
     """More reserved than the disk has: no call is taken, until that is mended. Rows are shipped all the while."""
+
+    def takes_calls() -> list[bool]:
+        return ["gateway_spool_available 1.0" in journey.admin("/metrics", number).text for number in (0, 1)]
+
     replicas = [replica.pid for replica in journey.stack.replicas]
     before = journey.post(chat("tokens=2"))
     edit(lambda document: document["gateway"].update(spool={"reserve_bytes": 2**62}))
-    until(lambda: {journey.post(chat("tokens=2")).status_code for _ in range(4)} == {503})
+    until(lambda: takes_calls() == [False, False])
+    assert {journey.post(chat("tokens=2")).status_code for _ in range(4)} == {503}
     edit(lambda document: None)
-    until(lambda: {journey.post(chat("tokens=2")).status_code for _ in range(4)} == {200})
+    until(lambda: takes_calls() == [True, True])
     after = journey.post(chat("tokens=2"))
-    assert {row["status"] for row in journey.rows([a.headers["x-request-id"] for a in (before, after)]).values()} == {
-        "success"
-    }
+    rows = journey.rows([answer.headers["x-request-id"] for answer in (before, after)]).values()
+    assert [(row["status"], row["error_code"]) for row in rows] == [("success", None)] * 2
     assert [replica.pid for replica in journey.stack.replicas] == replicas
 
 
