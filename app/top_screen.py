@@ -14,8 +14,10 @@ from rich.text import Text
 
 from app.top import View
 
-P95_SECONDS, REFUSED, FALLBACKS, FAILED, VENDOR_FAILS, MOST_TARGETS = 3.0, 0.05, 0.1, 0.001, 0.01, 20
+P95_SECONDS, REFUSED, FALLBACKS, FAILED, VENDOR_FAILS = 3.0, 0.05, 0.1, 0.001, 0.01
 """Above these a figure is red: the alerts' own thresholds (config/observability/alerts.yml)."""
+FEW_TARGETS, MOST_TARGETS = 5, 20
+"""Rows of targets: so few fit below the rest of a small terminal. Those that rest come first, and get more."""
 
 
 def show(shown: View) -> None:
@@ -30,7 +32,6 @@ def screen() -> Iterator[Callable[[View], None]]:
 
 
 def render(shown: View) -> RenderableType:
-    figures = Table.grid(padding=(0, 3))
     p95 = "-" if shown.p95_seconds is None else _seconds(shown.p95_seconds)
     cells = [
         ("calls/s", f"{shown.calls:.1f}", False),
@@ -43,10 +44,13 @@ def render(shown: View) -> RenderableType:
         ("$/1,000", f"{shown.usd_per_1000:.3f}", False),
         ("in flight", str(shown.in_flight), False),
     ]
-    for _ in cells:
-        figures.add_column(justify="right")
-    figures.add_row(*(Text(name, style="dim") for name, _, _ in cells))
-    figures.add_row(*(Text(value, style="bold red" if bad else "bold") for _, value, bad in cells))
+    figures = Columns(
+        [
+            Text.assemble((f"{name}\n", "dim"), (value, "bold red" if bad else "bold"), justify="right")
+            for name, value, bad in cells
+        ],
+        padding=(0, 3),
+    )
     replicas = Table.grid(padding=(0, 2))
     for url, state in shown.replicas:
         style = "red" if state == "away" else "green" if state == "normal" else "yellow"
@@ -90,8 +94,12 @@ def _providers(shown: View) -> Iterator[tuple[str | Text, ...]]:
 
 
 def _targets(shown: View) -> Iterator[tuple[str | Text, ...]]:
-    for name, state in shown.targets[:MOST_TARGETS]:
+    rows = max(FEW_TARGETS, min(MOST_TARGETS, sum(state != "ok" for _, state in shown.targets)))
+    for name, state in shown.targets[:rows]:
         yield name, Text(state, style="green" if state == "ok" else "bold red")
+    if more := shown.targets[rows:]:
+        rest = sum(state != "ok" for _, state in more)
+        yield f"and {len(more)} more", Text(f"{rest} resting", style="bold red") if rest else Text("ok", style="green")
 
 
 def _seconds(value: float) -> str:

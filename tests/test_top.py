@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -101,6 +102,31 @@ def test_screen_shows_every_figure() -> None:
     )
     for wanted in ("10.0", "20.00%", "10.0%", "25%", "5.0%", "180.00", "openai/m", "normal", "last 10 s"):
         assert wanted in out.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 80, 110])
+def test_every_figure_has_its_whole_name_on_a_narrow_terminal(width: int) -> None:
+    out = io.StringIO()
+    Console(file=out, width=width, force_terminal=False).print(
+        render(view({"u": seen(BEFORE, 10.0)}, {"u": seen(AFTER, 20.0)}))
+    )
+    for name in ("calls/s", "p95", "failed", "429", "cache hits", "fallbacks", "$/h", "$/1,000", "in flight"):
+        assert name in out.getvalue()
+    assert "…" not in out.getvalue()
+
+
+@pytest.mark.parametrize(("resting", "rows", "last"), [(1, 5, "ok"), (7, 7, "ok"), (30, 20, "10 resting")])
+def test_targets_that_rest_are_shown_and_the_rest_are_counted(resting: int, rows: int, last: str) -> None:
+    targets = {f"vendor/rests-{n:02}": "resting" for n in range(resting)} | {
+        f"vendor/ok-{n:02}": "ok" for n in range(9)
+    }
+    out = io.StringIO()
+    Console(file=out, width=110, force_terminal=False).print(
+        render(view({}, {"u": seen(BEFORE, 1.0, targets=targets)}))
+    )
+    shown = out.getvalue()
+    assert (shown.count("vendor/rests"), shown.count("vendor/")) == (min(resting, 20), rows)
+    assert re.search(rf"and {resting + 9 - rows} more +{last} ", shown)
 
 
 def test_command_shows_a_stack_that_is_called(journey: Journey) -> None:
