@@ -20,8 +20,8 @@ test: $(STAMP) lint  ## the test suite, on real Redis, PostgreSQL and Traefik; a
 gate: $(STAMP)  ## the pre-ship gates on a stack of their own: load, fallback drill, evals; build/preship.html
 	$(VENV)/bin/gateway preship --apps loadtest/gate --report build/preship.html $(ARGS)
 
-drills: $(STAMP)  ## the long ones: chaos under load, and what the suite does in small, ten times as often
-	$(VENV)/bin/python -m pytest -m drill $(ARGS)
+drills: $(STAMP)  ## the long ones: chaos under load, and what the suite does in small, ten times as often; build/drills.xml
+	$(VENV)/bin/python -m pytest -m drill --durations=0 --durations-min=1 --junit-xml=build/drills.xml $(ARGS)
 	ISOLATION_CASES=100000 $(VENV)/bin/python -m pytest tests/test_isolation.py $(ARGS)
 
 cache-eval: $(STAMP)  ## labelled questions through the semantic cache: hits and wrong answers for each mode; ARGS="questions.csv"

@@ -11,11 +11,12 @@ from app.errors import Overloaded
 TICK_SECONDS = 0.05
 WINDOW_TICKS = 10
 """The loop counts as late where its most punctual tick of so many was late: one long step, a collection for instance,
-is no overload, a queue that never empties is (CoDel, "Controlling Queue Delay", 2012, by the minimum of a window). Once
-calls are shed each tick counts by itself: by the window's the loop was three times as late as it was borne."""
+is no overload, a queue that never empties is (CoDel, "Controlling Queue Delay", 2012, by the minimum of a window). That
+begins the shedding of a class; how much of it goes, each tick tells: by windows the loop was three times as late."""
 RISE, FALL = 0.1, 0.025
 """Of a class, per tick: half a second more of being late sheds one class more, two seconds of punctuality one less. Let
 in as fast as it was shut out, the load that was too much would be back at once."""
+ROUNDING = 1e-9
 SHARES = (0.7, 0.85, 1.0)
 """Of `max_calls`, by priority: what is left above them is for those who matter more."""
 LATE_SHARES = (0.2, 0.5, 1.0)
@@ -69,12 +70,12 @@ class Overload:
         if len(self._late) > WINDOW_TICKS:
             del self._late[0]
         self.delay_seconds = min(self._late)
-        bearable = max_delay_seconds * LATE_SHARES[min(int(self.level), len(PRIORITIES) - 1)]
-        begins = not self.level and len(self._late) == WINDOW_TICKS and self.delay_seconds > bearable
-        if begins or (
-            self.level and late_seconds > bearable
-        ):  # once it has begun each tick tells: a window is too slow
-            self.level = min(float(len(PRIORITIES)), self.level + RISE)
+        whole = int(self.level + ROUNDING)  # classes that are shed
+        bearable = max_delay_seconds * LATE_SHARES[min(whole, len(PRIORITIES) - 1)]
+        if self.level - whole < ROUNDING:
+            late_seconds = self.delay_seconds if len(self._late) == WINDOW_TICKS else 0.0
+        if late_seconds > bearable:
+            self.level = min(whole + 1.0, self.level + RISE, float(len(PRIORITIES)))
         elif self.level:
             self.level = max(0.0, self.level - FALL)
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import uvloop
 from msgspec import Struct
 
-from loadtest.bench.parts import PATIENT, URGENT, Parts, Subject
+from loadtest.bench.parts import PATIENT, URGENT, Parts, Subject, usage
 from loadtest.load import LoadResult, request_bytes, run_load
 from loadtest.mock_vendor import AT_ONCE
 from loadtest.processes import ROOT
@@ -45,6 +45,8 @@ class Seen(Struct, frozen=True):
     """What one load met. `capacity` is in calls per second."""
 
     way: str
+    core: float
+    """What the replica had of its core while it was overloaded: less than all means that others ran there."""
     capacity: float
     urgent: LoadResult
     refused: LoadResult
@@ -59,10 +61,10 @@ class Seen(Struct, frozen=True):
         low, high, health = self.refused.latency, self.urgent.latency, self.health.latency
         asked = self.refused.completed + sum(self.refused.errors.values())
         return (
-            f"{self.way}: {self.capacity:,.0f}/s can be served. Low priority: {asked / self.refused.seconds:,.0f}/s "
-            f"asked, {self.refused.completed / max(1, asked):.0%} refused, after p50 {low.p50_us / 1000:.0f}, "
-            f"p95 {low.p95_us / 1000:.0f}, p99 {low.p99_us / 1000:.0f} ms. High priority: "
-            f"{self.urgent.per_second:,.0f}/s answered, after p50 {high.p50_us / 1000:.0f}, "
+            f"{self.way}: {self.capacity:,.0f}/s can be served; the replica had {self.core:.0%} of its core. "
+            f"Low priority: {asked / self.refused.seconds:,.0f}/s asked, {self.refused.completed / max(1, asked):.0%} "
+            f"refused, after p50 {low.p50_us / 1000:.0f}, p95 {low.p95_us / 1000:.0f}, p99 {low.p99_us / 1000:.0f} ms. "
+            f"High priority: {self.urgent.per_second:,.0f}/s answered, after p50 {high.p50_us / 1000:.0f}, "
             f"p95 {high.p95_us / 1000:.0f} ms, errors {self.urgent.errors or 'none'}. "
             f"Health: {self.health.completed} times green, p95 {health.p95_us / 1000:.0f} ms, "
             f"errors {self.health.errors or 'none'}."
@@ -93,7 +95,9 @@ def body() -> bytes:
     return json.dumps(asked | {"messages": [{"role": "user", "content": question}]}).encode()
 
 
-async def overload(way: str, subject: Subject, seconds: float, tls: ssl.SSLContext | None) -> Seen:
+async def overload(
+    way: str, subject: Subject, replica: Subject, seconds: float, tls: ssl.SSLContext | None = None
+) -> Seen:
     url = subject.url.replace("/chat/completions", "/messages")
 
     def asks(tenant: str) -> bytes:
@@ -120,11 +124,14 @@ async def overload(way: str, subject: Subject, seconds: float, tls: ssl.SSLConte
     watched = asyncio.ensure_future(
         run_load(url, health, concurrency=2, duration_seconds=RAMP_SECONDS + seconds, interval_seconds=0.1, tls=tls)
     )
+    used = 0.0
     for lasting in (RAMP_SECONDS, seconds):
+        used = usage(replica).cpu_seconds
         urgent, refused = await asyncio.gather(
             load(URGENT, URGENT_SHARE, 200, lasting), load(PATIENT, PATIENT_SHARE, 503, lasting)
         )
-    return Seen(way, capacity, urgent, refused, await watched)
+    core = (usage(replica).cpu_seconds - used) / refused.seconds
+    return Seen(way, core, capacity, urgent, refused, await watched)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -137,11 +144,11 @@ def run(options: argparse.Namespace) -> int:
             parts.start_mock(1.0)
             parts.start_backing_services()
             gateway, _ = parts.start_gateway(1)
-            seen = [uvloop.run(overload("straight", gateway, options.seconds, None))]
+            seen = [uvloop.run(overload("straight", gateway, gateway, options.seconds))]
             print(seen[0].text())
             edge = parts.start_edge(gateway)
             trusted = ssl.create_default_context(cafile=str(parts.ca_file))
-            seen.append(uvloop.run(overload("through Traefik", edge, options.seconds, trusted)))
+            seen.append(uvloop.run(overload("through Traefik", edge, gateway, options.seconds, trusted)))
             print(seen[1].text())
     except StackError as error:
         print(error, f"\nThe logs are in {folder / 'log'}.", file=sys.stderr)

@@ -131,6 +131,14 @@ def test_a_loop_that_stays_late_sheds_one_class_after_the_other(overload: Overlo
     assert seen == [[], [LOW], [LOW, NORMAL], [LOW, NORMAL, HIGH]]
 
 
+def test_no_class_more_is_shed_for_one_long_step(overload: Overload, chance: Chance) -> None:
+    late(overload, 200, 0.02)
+    assert overload.level == pytest.approx(1.0, abs=0.05)
+    late(overload, 1, 5.0)
+    chance.said = 0.0
+    assert admits(overload, NORMAL)
+
+
 def test_once_it_has_begun_each_late_tick_sheds_more_and_a_punctual_one_less(overload: Overload) -> None:
     late(overload, WINDOW_TICKS)
     before = overload.level
