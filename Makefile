@@ -15,12 +15,15 @@ down: $(STAMP)  ## stop a stack started with ARGS=--detach
 	$(VENV)/bin/gateway down $(ARGS)
 
 test: $(STAMP) lint  ## the test suite, on real Redis, PostgreSQL and Traefik; a file stays with one of two workers
+	$(COMPILE)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 gate: $(STAMP)  ## the pre-ship gates on a stack of their own: load, fallback drill, evals; build/preship.html
+	$(COMPILE)
 	$(VENV)/bin/gateway preship --apps loadtest/gate --report build/preship.html $(ARGS)
 
 drills: $(STAMP)  ## the long ones: chaos under load, and what the suite does in small, ten times as often; build/drills.xml
+	$(COMPILE)
 	$(VENV)/bin/python -m pytest -m drill --durations=0 --durations-min=1 --junit-xml=build/drills.xml $(ARGS)
 	ISOLATION_CASES=100000 $(VENV)/bin/python -m pytest tests/test_isolation.py $(ARGS)
 
@@ -28,6 +31,7 @@ cache-eval: $(STAMP)  ## labelled questions through the semantic cache: hits and
 	$(VENV)/bin/python -m loadtest.cache_eval $(ARGS)
 
 soak: $(STAMP)  ## 100,000 calls with hang-ups and vendor errors: nothing grows; build/soak.html. ARGS="--calls 20000"
+	$(COMPILE)
 	$(VENV)/bin/python -m loadtest.soak $(ARGS)
 
 frameworks: $(STAMP)  ## agent frameworks through Traefik, and schemathesis on /schema, from .venv-frameworks; minutes
