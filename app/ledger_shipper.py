@@ -85,6 +85,7 @@ class Shipper:
         self._orphan_bytes = 0
         self._max_rows = BATCH_ROWS
         self._faults: list[str] = []
+        self._caught_up = False
         self._caught_up_at = ambient.monotonic()
 
     async def run(self, draining: asyncio.Event) -> None:
@@ -112,8 +113,8 @@ class Shipper:
             if failures:
                 backoff_seconds = min(BACKOFF_SECONDS, POLL_SECONDS * 2**failures)
                 await self._pause(backoff_seconds * (0.5 + self._ambient.random() / 2), draining)
-            elif not shipped:
-                await self._pause(POLL_SECONDS, draining)
+            elif not shipped or (self._caught_up and not draining.is_set()):
+                await self._pause(POLL_SECONDS, draining)  # then there is a batch; at once there would be a row or two
 
     async def run_once(self) -> int:
         """Ships what there is; adopts when that is due. Returns the rows that were new to the ledger.
@@ -128,7 +129,8 @@ class Shipper:
             if self._ambient.monotonic() >= self._adopt_at:
                 await self._adopt()
                 self._adopt_at = self._ambient.monotonic() + self._adopt_seconds
-            if await self._follow():
+            self._caught_up = await self._follow()
+            if self._caught_up:
                 self._caught_up_at = self._ambient.monotonic()
         finally:
             self._measure()
