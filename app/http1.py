@@ -123,8 +123,8 @@ class Http1:
 
 
 def _message(head: bytes, outgoing: Outgoing) -> bytes:
-    headers = "".join([f"{name}: {value}\r\n" for name, value in outgoing.headers])
-    return b"%b%bcontent-length: %d\r\n\r\n%b" % (head, headers.encode("ascii"), len(outgoing.body), outgoing.body)
+    lines = [*map(": ".join, outgoing.headers), f"content-length: {len(outgoing.body)}", "", ""]
+    return b"%b%b%b" % (head, "\r\n".join(lines).encode("ascii"), outgoing.body)
 
 
 class _Stale(Exception):

@@ -33,7 +33,7 @@ UNREAD_BYTES = 65_536
 Headers = Sequence[tuple[bytes, bytes]]
 Handler = Callable[["Visit"], Awaitable[None]]
 
-_STATUS_LINES = {status.value: b"HTTP/1.1 %d %b\r\n" % (status, status.phrase.encode()) for status in HTTPStatus}
+_STATUS_LINES = {status.value: b"HTTP/1.1 %d %b" % (status, status.phrase.encode()) for status in HTTPStatus}
 _BODILESS = (204, 304)
 
 
@@ -205,13 +205,14 @@ class Visit:
     def _written_head(self, status: int, headers: Headers) -> bytes:
         if self.started:
             raise ValueError("the answer has begun")
-        lines = [_STATUS_LINES[status], *[b"%b: %b\r\n" % header for header in headers]]
+        lines = [_STATUS_LINES[status], *map(b": ".join, headers)]
         if (b"connection", b"close") in headers:
             self.keep_alive = False
         elif not self.keep_alive:
-            lines.append(b"connection: close\r\n")
-        head = b"".join(lines)
-        if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines):
+            lines.append(b"connection: close")
+        lines.append(b"")
+        head = b"\r\n".join(lines)
+        if head.count(b"\n") != len(lines) - 1 or head.count(b"\r") != len(lines) - 1:
             raise ValueError("a header has a line break")
         return head
 

@@ -63,20 +63,16 @@ def outgoing(
     request: ChatRequest, fields: Mapping[str, Raw], target: Target, *, stream_options: bool = True
 ) -> Outgoing:
     """The same with `fields` in place of the client's, and no `stream_options` for a vendor that takes none."""
-    ask = stream_options and request.stream and not request.include_usage
-    parts = []
-    for name, value in fields.items():
-        if name == "model":
-            value = _encode(target.model)
-        elif name in target.drop_params or (name == "stream_options" and (ask or not stream_options)):
-            continue
-        parts.append(b"%b:%b" % (_encode(name), value))
-    if ask:
-        parts.append(b'"stream_options":' + _stream_options(fields.get("stream_options")))
+    if target.drop_params or not stream_options:
+        left_out = target.drop_params if stream_options else target.drop_params | {"stream_options"}
+        fields = {name: value for name, value in fields.items() if name not in left_out}
+    written: dict[str, object] = {**fields, "model": target.model}
+    if stream_options and request.stream and not request.include_usage:
+        written["stream_options"] = Raw(_stream_options(fields.get("stream_options")))
     return Outgoing(
         url=target.provider.base_url + "/chat/completions",
         headers=_STREAMED if request.stream else _WHOLE,
-        body=b"{" + b",".join(parts) + b"}",
+        body=_encode(written),
     )
 
 
@@ -127,7 +123,9 @@ def usage_of(usage: OpenAIUsage | None) -> Usage | None:
 
 def _part(tokens: int | None, whole: int) -> tuple[int, int]:
     """The part, and what is left of the whole."""
-    part = min(max(tokens or 0, 0), whole)
+    if not tokens:
+        return 0, whole
+    part = min(max(tokens, 0), whole)
     return part, whole - part
 
 
