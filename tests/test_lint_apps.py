@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from app.cli import main
-from app.lint_apps import direct_calls
+from app.lint_apps import PROSE, direct_calls
+from loadtest.processes import ROOT
 
 DIRECT = {
     'httpx.post("https://api.openai.com/v1/chat/completions")': "address api.openai.com",
@@ -74,3 +77,17 @@ def test_command_fails_with_the_places_and_passes_without(tmp_path: Path, capsys
 def test_folder_that_is_not_there_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lint-apps", str(tmp_path / "away")]) == 1
     assert "away" in capsys.readouterr().err
+
+
+def test_hook_of_pre_commit_runs_the_command_on_the_files_that_it_would_look_at(tmp_path: Path) -> None:
+    (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())
+    assert f"id: {hook['id']}" in (ROOT / "runbooks" / "drills.md").read_text()
+    assert {kind for kind in PROSE if re.search(hook["exclude"], f"a{kind}")} == PROSE
+    app = tmp_path / "app.py"
+    app.write_text("client = OpenAI()")
+    assert not re.search(hook["exclude"], str(app))
+    program, *arguments = hook["entry"].split()
+    assert program == "gateway"
+    assert main([*arguments, str(app)]) == 1
+    app.write_text("client = OpenAI(base_url=GATEWAY)")
+    assert main([*arguments, str(app)]) == 0
