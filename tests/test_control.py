@@ -34,7 +34,7 @@ def between(server: RedisServer, scenario: Scenario, ambient: Later | None = Non
 
     async def main() -> None:
         at = ambient or AMBIENT
-        one, other = (RedisPipe(server.url, at, probe_seconds=0.02) for _ in range(2))
+        one, other = (RedisPipe(server.url, at, timeout_ms=5_000, probe_seconds=0.02) for _ in range(2))
         async with running(one), running(other):
             await scenario(Control(one, at), Control(other, at))
 
@@ -64,7 +64,7 @@ def test_each_new_entry_is_heard_of_once(server: RedisServer) -> None:
     heard: list[tuple[str, str, str | None]] = []
 
     async def main() -> None:
-        pipe = RedisPipe(server.url, AMBIENT)
+        pipe = RedisPipe(server.url, AMBIENT, timeout_ms=5_000)
         async with running(pipe):
             control = Control(pipe, AMBIENT, lambda kind, name, entry: heard.append((kind, name, entry.value)))
             for value in ("read_only", None):

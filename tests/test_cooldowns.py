@@ -294,7 +294,7 @@ def test_a_target_that_is_well_for_a_while_is_forgotten(cooldowns: Cooldowns, cl
 
 def test_the_other_replica_hears_of_it_over_redis(tmp_path: Path) -> None:
     async def scenario(server: RedisServer) -> bool:
-        pipes = [RedisPipe(server.url, AMBIENT, probe_seconds=0.02) for _ in range(2)]
+        pipes = [RedisPipe(server.url, AMBIENT, timeout_ms=5_000, probe_seconds=0.02) for _ in range(2)]
         async with running(pipes[0]), running(pipes[1]):
             first, second = Cooldowns(AMBIENT, Control(pipes[0], AMBIENT), "r1"), Cooldowns(AMBIENT)
             there = Control(pipes[1], AMBIENT, lambda kind, name, entry: second.heard(name, entry))

@@ -696,7 +696,7 @@ def test_two_replicas_share_a_breaker_and_each_finds_out_for_itself(tmp_path: Pa
     controls: list[Control] = []
 
     async def scenario(url: str) -> tuple[list[str], list[str], list[str]]:
-        pipes = [RedisPipe(url, AMBIENT, probe_seconds=0.02) for _ in range(2)]
+        pipes = [RedisPipe(url, AMBIENT, timeout_ms=5_000, probe_seconds=0.02) for _ in range(2)]
         async with running(pipes[0]), running(pipes[1]):
             (one, control), (two, other) = (
                 replica("one", pipes[0], [*fails, answer("back")]),
