@@ -172,10 +172,9 @@ def page(samples: dict[str, list[Sample]], text: Sequence[str]) -> bytes:
 
     def plots(taken: list[Sample]) -> list[Element]:
         marks = [False] * len(taken)
-        title = f"over {taken[-1].calls:,} calls"
+        last = f"{taken[-1].calls:,} calls"
         return [
-            line(f"{name}, {title}", [getattr(one, name) / unit for one in taken], marks, shape)
-            for name, unit, shape in shown
+            line(name, [getattr(one, name) / unit for one in taken], marks, shape, last) for name, unit, shape in shown
         ]
 
     sections = [el("section", el("h2", replica), *plots(taken)) for replica, taken in samples.items()]

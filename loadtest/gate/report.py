@@ -22,6 +22,7 @@ th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #ddd }
 svg { max-width: 100%; height: auto } text { font: 12px system-ui, sans-serif; fill: #202124 }
 .passed { color: #137333 } .missed { color: #b3261e; font-weight: 600 }
 .line { fill: none; stroke: #1a73e8; stroke-width: 2 }
+pre { white-space: pre-wrap }
 .dot { fill: #b3261e } .grid { stroke: #ddd }
 """
 
@@ -136,8 +137,8 @@ def _plots(calls: Sequence[Call]) -> list[Element]:
     ]
 
 
-def line(title: str, values: Sequence[float], marks: Sequence[bool], shape: str) -> Element:
-    """A figure with a line through the values, one a step, and a dot at those that are marked."""
+def line(title: str, values: Sequence[float], marks: Sequence[bool], shape: str, last: str = "") -> Element:
+    """A figure with a line through the values, one a step, and a dot at those that are marked; `last` names the end."""
     top = max(values) or 1.0
     width, height = WIDTH - LEFT - 10, HEIGHT - BOTTOM - 10
     xs = [LEFT + width * place / max(1, len(values) - 1) for place in range(len(values))]
@@ -153,5 +154,5 @@ def line(title: str, values: Sequence[float], marks: Sequence[bool], shape: str)
     for x, y, marked in zip(xs, ys, marks, strict=True):
         if marked:
             drawing.append(el("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=4, class_="dot"))
-    drawing.append(el("text", f"0 to {len(values) - 1}", x=LEFT, y=HEIGHT - 4))
+    drawing.append(el("text", f"0 to {last or len(values) - 1}", x=LEFT, y=HEIGHT - 4))
     return el("figure", el("figcaption", title), drawing)
