@@ -25,7 +25,7 @@ gate: $(STAMP)  ## the pre-ship gates on a stack of their own: load, fallback dr
 drills: $(STAMP)  ## the long ones: chaos under load, and what the suite does in small, ten times as often; build/drills.xml
 	$(COMPILE)
 	$(VENV)/bin/python -m pytest -m drill --durations=0 --durations-min=1 --junit-xml=build/drills.xml $(ARGS)
-	ISOLATION_CASES=100000 $(VENV)/bin/python -m pytest tests/test_isolation.py $(ARGS)
+	$(if $(ARGS),,ISOLATION_CASES=100000 $(VENV)/bin/python -m pytest tests/test_isolation.py)
 
 cache-eval: $(STAMP)  ## labelled questions through the semantic cache: hits and wrong answers for each mode; ARGS="questions.csv"
 	$(VENV)/bin/python -m loadtest.cache_eval $(ARGS)
