@@ -33,6 +33,8 @@ from loadtest.services import StackError
 
 REFUSED_MS = 50.0
 """Within which 95 of 100 refusals have to be at their client."""
+QUIET = 0.8
+"""Of its core a replica has, that is asked for twice what it can do, where nothing else runs."""
 FAILED = 0.01
 URGENT_SHARE, PATIENT_SHARE = 0.5, 1.5
 """Of what the replica can do: twice as much as that in all."""
@@ -79,7 +81,8 @@ class Seen(Struct, frozen=True):
         if self.refused.completed < 100:
             found.append(f"{self.way}: only {self.refused.completed} calls were refused, which is no overload")
         if timed and self.refused.latency.p95_us > REFUSED_MS * 1000:
-            found.append(f"{self.way}: the 95th percentile of refusals is above {REFUSED_MS:g} ms")
+            busy = f"; others ran on its core, of which it had {self.core:.0%}" if self.core < QUIET else ""
+            found.append(f"{self.way}: the 95th percentile of refusals is above {REFUSED_MS:g} ms{busy}")
         failed = sum(self.urgent.errors.values())
         if failed > FAILED * (failed + self.urgent.completed):
             found.append(f"{self.way}: of high priority {failed} calls failed")
