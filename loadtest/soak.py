@@ -179,7 +179,14 @@ def page(samples: dict[str, list[Sample]], text: Sequence[str]) -> bytes:
 
     sections = [el("section", el("h2", replica), *plots(taken)) for replica, taken in samples.items()]
     head = el("head", el("meta", charset="utf-8"), el("title", "Soak"), el("style", STYLE))
-    return document(el("html", head, el("body", el("h1", "Soak"), el("pre", "\n".join(text)), *sections), lang="en"))
+    return document(
+        el(
+            "html",
+            head,
+            el("body", el("h1", "Soak"), el("pre", "\n".join(text), style="white-space: pre-wrap"), *sections),
+            lang="en",
+        )
+    )
 
 
 def soak(stack: Stack, calls: int, concurrency: int, report: Path) -> int:
