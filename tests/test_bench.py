@@ -343,7 +343,7 @@ def test_the_table_says_which_goal_was_missed() -> None:
 
 def test_the_plot_is_one_page_that_loads_nothing() -> None:
     page = plot.page(report(sample("mock", 0, 9, 1), sample("gateway", 0, 5, 3)), bench.CASES)
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
     assert not [word for word in ("http", "src=", "@import") if word in page]
 
 

@@ -196,7 +196,7 @@ class Parts:
             "plans": {"bench": {"allowed_models": ["*"]}},
             "tenants": {
                 TENANT: {"plan": "bench", **({} if bare else LIMITS)},
-                TRIPPED: {"plan": "bench", "rpm": 1},
+                TRIPPED: {"plan": "bench", "daily_token_cap": 1},
                 URGENT: {"plan": "bench", "priority": "high", **LIMITS},
                 PATIENT: {"plan": "bench", "priority": "low", **LIMITS},
             },

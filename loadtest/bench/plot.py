@@ -23,7 +23,10 @@ def page(report: Report, titles: dict[str, str]) -> str:
     for case in dict.fromkeys(row.case for row in report.rows):
         rows = [row for row in report.rows if row.case == case]
         parts.append(f"<h2>{escape(case)}: {escape(titles[case])}</h2>")
-        parts.append("<h3>Answers per second (more is better)</h3>")
+        parts.append("<h3>Answers per second that one core carries, by the CPU time of each (more is better)</h3>")
+        carried = [row for row in rows if row.subject != reporting.BASELINE]
+        parts.append(bars([(row, row.per_core, f"{row.per_core:,.0f}") for row in carried]))
+        parts.append("<h3>Answers per second as they came (more is better)</h3>")
         parts.append(bars([(row, row.per_second, f"{row.per_second:,.0f}") for row in rows]))
         added = [(row, row.added_us / 1000, f"{row.added_us / 1000:,.2f} ms") for row in rows if row.added_us]
         if added:

@@ -210,7 +210,7 @@ def verdicts(report: Report) -> list[str]:
     if unary:
         share = f", {unary.of_traefik:.0%} of Traefik" if unary.of_traefik else ""
         lines.append(
-            f"answers/s on one core: {unary.per_second:,.0f}{share}; "
+            f"answers/s on one core: {unary.per_second:,.0f}{share} ({unary.per_core:,.0f} by their CPU time); "
             + _held(unary.per_second, GOAL_PER_SECOND, FLOOR_PER_SECOND, least=True)
         )
     if single and single.added_us is not None:
