@@ -24,7 +24,7 @@ from app.cache import wishes
 from app.config import NAME, Config, ConfigSource, ServiceKey, Tenant
 from app.content import Content, Kept
 from app.core import Call, Cut, Dialect, Exchange, Reply
-from app.dialects import ROUTES, words_for
+from app.dialects import BELOW, ROUTES, named, words_for
 from app.errors import (
     Draining,
     GatewayError,
@@ -71,12 +71,12 @@ class FrontDoor:
         """Where content of tenants that asked for it goes; None: nowhere."""
 
     async def serve(self, dialect: Dialect, visit: Visit) -> None:
-        """POST to a route of `dialects.ROUTES`, from the first byte in to the last byte out."""
+        """A call to a route of `dialects.ROUTES`, from the first byte in to the last byte out."""
         started, received_at = self.ambient.monotonic(), self.ambient.now()
         config = self.source.current
         headers = header_map(visit.raw_headers)
-        if visit.method != "POST":
-            self._refuse(visit, dialect, MethodNotAllowed("This route takes POST."))
+        if visit.method not in dialect.methods:
+            self._refuse(visit, dialect, MethodNotAllowed(f"This route takes {' and '.join(dialect.methods)}."))
             return
         try:
             key = self.callers.known(config, headers, received_at)
@@ -108,6 +108,12 @@ class FrontDoor:
             await self._serve(exchange, visit)
         finally:
             self.bodies.held -= len(body)
+
+    async def serve_below(self, path: bytes, dialect: Dialect, visit: Visit) -> None:
+        """The same to a path below `path`, of `dialects.BELOW`."""
+        target, _, query = visit.target.partition(b"?")
+        name = target.partition(path)[2].decode("latin-1")
+        await self.serve(named(dialect, visit.method, name, query.decode("latin-1")), visit)
 
     async def _serve(self, exchange: Exchange, visit: Visit) -> None:
         """The call's journey. A hang-up or the drain's limit cancels this task; `exchange.cut` says which."""
@@ -302,7 +308,9 @@ def _cut(exchange: Exchange, task: asyncio.Task[None], why: Cut) -> bool:
 
 def calls(door: FrontDoor) -> dict[bytes, Handler]:
     """The routes of calls, by path. They are met before Litestar, whose part would be a fifth of their time."""
-    return {path.encode(): partial(door.serve, dialect) for path, dialect in ROUTES.items()}
+    exactly = {path.encode(): partial(door.serve, dialect) for path, dialect in ROUTES.items()}
+    below = {path.encode(): partial(door.serve_below, path.encode(), dialect) for path, dialect in BELOW.items()}
+    return exactly | below
 
 
 def app(door: FrontDoor, more: Sequence[HTTPRouteHandler] = ()) -> ASGIApp:

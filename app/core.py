@@ -72,8 +72,8 @@ class Usage(Struct, frozen=True, gc=False):
 
 
 def estimate(operation: Operation, input_tokens: int, output_tokens: int, units: Units | None = None) -> Usage:
-    """What stands for the usage of a call that no vendor reported. Counting and moderations are free."""
-    if operation in ("count_tokens", "moderations"):
+    """What stands for the usage of a call that no vendor reported. What makes nothing is free."""
+    if operation in ("count_tokens", "moderations", "retrieve", "delete"):
         return Usage()
     if units is not None:
         return Usage(images=units.images, seconds=units.seconds, characters=units.characters)
@@ -385,7 +385,7 @@ class Dialect(Struct, frozen=True):
     `read` raises InvalidRequest. `name` finds the translators that answer in this dialect: `dialects.translator`.
     Errors are told the request's id, which `id_headers` carry; one that ends a stream also which frames were sent last,
     empty before the first, as its events may be numbered. `rate_headers` names the figures of limits; it is told
-    the time, in unix seconds.
+    the time, in unix seconds. `methods` are those that the route takes.
     `relayed` are headers of the client that go on to a vendor which speaks the dialect itself, as far as they match.
     """
 
@@ -396,6 +396,7 @@ class Dialect(Struct, frozen=True):
     rate_headers: Callable[[Rates, float], list[tuple[bytes, bytes]]]
     id_headers: tuple[bytes, ...] = (b"x-request-id",)
     relayed: Mapping[bytes, re.Pattern[str]] = {}
+    methods: tuple[str, ...] = ("POST",)
 
 
 class Wishes(Struct, frozen=True, gc=False):

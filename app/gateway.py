@@ -11,7 +11,7 @@ from functools import partial
 import msgspec
 
 from app.ambient import TIMER_SECONDS, Ambient
-from app.auth import allow, authorize, require, substitute
+from app.auth import allow, authorize, keeper, require, substitute
 from app.cache import Cache, Flight
 from app.config import Alias, Tenant
 from app.core import Exchange, LedgerEvent, Pace, Reply
@@ -106,17 +106,21 @@ class Gateway:
                     salt = call.config.settings.user_id_salt.reveal()
                     request = msgspec.structs.replace(request, owner=stored.owner(salt, tenant.id))
                 exchange.request = request
-                alias = allow(call.config, tenant, request.alias)
+                if request.alias:
+                    alias = allow(call.config, tenant, request.alias)
+                else:  # what a vendor keeps, by its name
+                    alias = keeper(call.config, tenant, request)
+                    exchange.request = request = msgspec.structs.replace(request, alias=alias.name)
                 if alias.serves != request.serves:
                     raise InvalidRequest(f"{alias.name!r} serves {alias.serves}, not this route.", param="model")
                 exchange.authorized = self.ambient.monotonic()
-                if tenant.downgrade:
+                if tenant.downgrade and not request.stored:  # a conversation goes on where it began
                     alias = self._downgraded(exchange, tenant, alias)
                 if alias.routed:
                     alias = self._routed(exchange, tenant, alias)
                 tokens, nanos = self.estimates.need(exchange, alias)
                 before: Said | Flight | None = None
-                if alias.cache is None and call.wishes is None:
+                if (alias.cache is None and call.wishes is None) or request.operation in ("retrieve", "delete"):
                     exchange.reservation = held = await self.limits.reserve(call, tenant, tokens, nanos)  # 3 budget
                     exchange.reserved = self.ambient.monotonic()
                     exchange.rates = held.rates

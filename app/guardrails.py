@@ -45,8 +45,8 @@ _NO_TEXT = frozenset(
     }
 )
 """Members whose strings nobody reads: names of things, and bytes in base64."""
-_UNSAID = frozenset({"embeddings", "count_tokens", "moderations", "speech"})
-"""Operations whose answers are numbers or sound."""
+_UNSAID = frozenset({"embeddings", "count_tokens", "moderations", "speech", "delete"})
+"""Operations whose answers are numbers or sound, or say nothing."""
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError)
 _decode = msgspec.json.decode
 
@@ -160,7 +160,8 @@ class Guarding:
         """Asks about what the client sent. Raises GuardrailBlocked, GuardrailUnavailable, InvalidRequest."""
         if self._before:
             text = "\n".join(prompt_text(self._exchange.request))
-            await self._check(self._before, "input", text, final=True)
+            if text or not self._exchange.request.stored:
+                await self._check(self._before, "input", text, final=True)
 
     async def answer(self, body: bytes) -> None:
         """Asks about a whole answer. Raises GuardrailBlocked, GuardrailUnavailable, and VendorBroke for no JSON."""

@@ -88,8 +88,11 @@ CALLS: dict[str, Call] = {
     "/v1/images/edits": Call("Images changed", {**_DRAWN, "image": _FILE}, ("prompt",), form=True),
 }  # fmt: skip
 _NAMED = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+_ID = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
 _DAY = {"in": "query", "schema": {"type": "string", "format": "date"}}
 GETS: dict[str, tuple[str, str, list[Schema], bool]] = {
+    "/v1/responses/{id}": ("An answer that a vendor keeps for the tenant", "application/json", [_ID], True),
+    "/v1/responses/{id}/input_items": ("What it was given to", "application/json", [_ID], True),
     "/v1/models": ("The aliases that the tenant may use", "application/json", [], True),
     "/v1/models/{name}": ("One of them", "application/json", [_NAMED], True),
     "/v1/usage": (
@@ -123,6 +126,7 @@ def document() -> Schema:
     paths: dict[str, Schema] = {path: {"post": _call(path, call)} for path, call in CALLS.items()}
     for path, (summary, kind, parameters, guarded) in GETS.items():
         paths[path] = {"get": _got(summary, kind, parameters, guarded)}
+    paths["/v1/responses/{id}"]["delete"] = _got("Its deletion", "application/json", [_ID], True)
     for (method, path), summary in PAGES.items():
         shown = {"description": "For browsers", "content": {"text/*": {"schema": {"type": "string"}}}}
         page = {"summary": summary, "responses": {"200": shown, "303": {"description": "Another page"}, **_ERRORS}}

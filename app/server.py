@@ -25,7 +25,9 @@ BACKLOG = 4096
 
 
 class Server:
-    """One port. `calls` has the handlers of its routes by path; all other requests are `app`'s, an ASGI application."""
+    """One port. `calls` has the handlers of its routes by path, one that ends with a slash for all below it; all other
+    requests are `app`'s, an ASGI application.
+    """
 
     def __init__(
         self, app: ASGIApp, host: str, port: int, ambient: Ambient, calls: Mapping[bytes, Handler] | None = None
@@ -37,6 +39,7 @@ class Server:
         self.closing = False
         self.loop: asyncio.AbstractEventLoop
         self._calls = calls or {}
+        self._below = [(path, handler) for path, handler in self._calls.items() if path.endswith(b"/")]
         self._app = app
         self._host = host
         self._port = port
@@ -85,7 +88,10 @@ class Server:
             connection.transport.abort()
 
     def handler(self, visit: Visit) -> Handler:
-        return self._calls.get(visit.target) or self._calls.get(_path(visit.target)[0]) or self._others
+        found = self._calls.get(visit.target) or self._calls.get(path := _path(visit.target)[0])
+        if found is None:
+            found = next((handler for above, handler in self._below if path.startswith(above)), self._others)
+        return found
 
     async def _others(self, visit: Visit) -> None:
         """A visit by ASGI."""

@@ -79,7 +79,7 @@ class Httpx:
 
     async def open(self, outgoing: Outgoing, connect_seconds: float) -> _HttpxAnswer:
         request = self._client.build_request(
-            "POST",
+            outgoing.method,
             outgoing.url,
             headers=dict(outgoing.headers) | {"accept-encoding": "identity"},
             content=outgoing.body,

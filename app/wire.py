@@ -18,7 +18,7 @@ Need = Literal["vision", "audio", "tools", "json_schema"]
 """What a request may want of a model beyond text, and a model may not have."""
 Operation = Literal[
     "chat", "embeddings", "count_tokens", "completions", "moderations", "speech", "transcriptions", "translations",
-    "images", "image_edits",
+    "images", "image_edits", "retrieve", "delete",
 ]  # fmt: skip
 """What a call wants of a model."""
 
@@ -129,7 +129,33 @@ class PassedRequest(Struct, frozen=True, kw_only=True):
     headers: tuple[tuple[str, str], ...] = ()
 
 
-Request = ChatRequest | EmbedRequest | CountRequest | PassedRequest
+class KeptRequest(Struct, frozen=True, kw_only=True):
+    """A request for an answer that a vendor keeps, or for its deletion, by the `name` that its tenant has for it.
+
+    The name leads to the target that keeps it, so no alias is asked for: `alias` is the one that the tenant gets there
+    by. `items` are what the answer was given to. `query` goes on to the vendor. `owner` is the tenant's seal.
+    """
+
+    serves: ClassVar[Service] = "chat"
+    stream: ClassVar[bool] = False
+    include_usage: ClassVar[bool] = False
+    input_tokens: ClassVar[int] = 0
+    max_output_tokens: ClassVar[int] = 0
+    choices: ClassVar[int] = 1
+    stored: ClassVar[bool] = True
+    units: ClassVar[Units] = Units()
+    body: ClassVar[bytes] = b"{}"
+
+    operation: Literal["retrieve", "delete"]
+    name: str
+    items: bool = False
+    query: tuple[tuple[str, str], ...] = ()
+    alias: str = ""
+    headers: tuple[tuple[str, str], ...] = ()
+    owner: bytes = b""
+
+
+Request = ChatRequest | EmbedRequest | CountRequest | PassedRequest | KeptRequest
 
 
 class StreamOptions(Struct):

@@ -223,6 +223,55 @@ def test_a_kept_answer_is_gone_on_from_by_its_tenant_and_no_other(journey: Journ
     assert len(journey.asked("openai")) == 3
 
 
+@pytest.mark.parametrize("alias", ["one-target", "azure"])
+def test_a_kept_answer_is_told_and_deleted_to_its_tenant_and_no_other(journey: Journey, alias: str) -> None:
+    client = journey.openai()
+    before = client.responses.create(**asked("Hi", alias, store=True))
+    kept = client.responses.create(**asked("And?", alias, store=True, previous_response_id=before.id))
+    other = client.with_options(default_headers={"X-Tenant-Id": "spender"})
+    raw = kept.id.rpartition("-")[0]
+    for asking, name in ((other, kept.id), (client, raw), (client, kept.id[:-1] + "_"), (client, "resp_1")):
+        for call in (asking.responses.retrieve, asking.responses.delete, asking.responses.input_items.list):
+            with pytest.raises(openai.NotFoundError) as raised:
+                call(name)
+            assert raised.value.code == "not_found"
+    told = client.responses.with_raw_response.retrieve(kept.id)
+    assert told.parse().to_dict() == kept.to_dict()
+    assert [item.content[0] for item in client.responses.input_items.list(kept.id)]
+    gone = client.responses.with_raw_response.delete(kept.id)
+    assert gone.http_response.json() == {"id": kept.id, "object": "response", "deleted": True}
+    with pytest.raises(openai.NotFoundError) as raised:
+        client.responses.retrieve(kept.id)
+    assert raised.value.code == "not_found"
+    assert client.responses.retrieve(before.id).id == before.id  # the target does not rest for what was deleted
+    names = [answer.headers["x-request-id"] for answer in (told, gone)]
+    found = journey.rows(names)
+    rows = [found[name] for name in names]
+    assert [row["operation"] for row in rows] == ["retrieve", "delete"]
+    assert {
+        (row["status"], row["provider"], row["usage"]["total_tokens"], row["cost_usd"]["total"]) for row in rows
+    } == {("success", ALIASES[alias], 0, 0)}
+
+
+def test_what_is_not_offered_of_kept_answers_is_refused_clearly(journey: Journey) -> None:
+    client = journey.openai()
+    kept = client.responses.create(**asked("Hi", "one-target", store=True))
+    for call, says in (
+        (lambda: client.responses.cancel(kept.id), "background"),
+        (lambda: client.responses.retrieve(kept.id, stream=True), "stream"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=says):
+            call()
+    for method, path, status in (
+        ("PATCH", "", 405),
+        ("POST", "", 405),
+        ("DELETE", "/input_items", 405),
+        ("GET", "/x", 404),
+    ):
+        answer = journey.http.request(method, f"/v1/responses/{kept.id}{path}", headers=journey.headers())
+        assert (answer.status_code, answer.json()["error"]["type"]) == (status, "invalid_request_error")
+
+
 def test_a_chain_goes_on_where_the_answer_is_kept(journey: Journey) -> None:
     client = journey.openai()
     first = client.responses.create(**asked("Hi", "one-target", store=True))

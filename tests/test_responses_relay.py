@@ -16,14 +16,24 @@ from hypothesis import strategies as st
 from openai.types.responses import ResponseErrorEvent
 
 from app.ambient import Ambient
+from app.auth import keeper
 from app.config import UNLIMITED, Target, VendorKey
 from app.core import Usage
 from app.dialects import ROUTES, openai_responses
-from app.errors import InvalidRequest, VendorCannot, VendorError
+from app.errors import (
+    GatewayError,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    VendorCannot,
+    VendorError,
+    VendorMisconfigured,
+    VendorRefused,
+)
 from app.providers import NATIVE, stored
-from app.providers.translator import Kind
+from app.providers.translator import Kind, Translator
 from app.sse import FrameSplitter, data_of, event_of, frame
-from app.wire import ChatRequest
+from app.wire import ChatRequest, KeptRequest
 from tests import recordings
 from tests.gateway_parts import ALIAS, Rooms, ScriptedAnswer, config
 from tests.recordings import Exchange
@@ -193,6 +203,97 @@ def test_a_stream_that_is_kept_says_the_name_wherever_it_is_cut(places: list[int
     frames = b"".join(one for chunk in pieces(streamed(), places) for _, one in reader.feed(chunk))
     assert frames.replace(stored.named("resp_1", OWNER, "t").encode(), b"resp_1") == compact(streamed())
     assert reader.usage is not None
+
+
+# --- answers that are kept, asked for again ---------------------------------------------------------------------------
+
+
+def asking(method: str, path: str, query: str = "", owner: bytes = OWNER) -> KeptRequest:
+    return msgspec.structs.replace(openai_responses.read_kept(method, path, query), owner=owner)
+
+
+def kept_at(kind: str) -> tuple[str, Translator, Target]:
+    """A name for an answer kept there."""
+    at = target(kind)
+    return stored.named("resp_1", OWNER, at.name), NATIVE["kept", kind], at
+
+
+@pytest.mark.parametrize(
+    ("method", "part", "query", "sent"),
+    [
+        ("GET", "", "", "/resp_1"),
+        ("GET", "", "stream=false&include[]=reasoning", "/resp_1?include[]=reasoning"),
+        ("GET", "/input_items", "limit=2&order=asc", "/resp_1/input_items?limit=2&order=asc"),
+        ("DELETE", "", "", "/resp_1"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["openai", "azure"])
+def test_a_kept_answer_is_asked_for_by_the_vendor_s_id(
+    kind: str, method: str, part: str, query: str, sent: str
+) -> None:
+    name, spoken, at = kept_at(kind)
+    outgoing = spoken.sign(spoken.outgoing(asking(method, name + part, query), at), at.provider.credential, 0.0)
+    url, wanted = httpx.URL(outgoing.url), httpx.URL(sent)
+    assert (outgoing.method, outgoing.body) == (method, b"")
+    assert url.path.endswith("/responses" + wanted.path)
+    version = [("api-version", "2024-10-21")] if kind == "azure" else []
+    assert url.params.multi_items() == [*version, *wanted.params.multi_items()]
+    assert "vendor-key" in str(outgoing.headers)
+
+
+def test_a_kept_answer_is_told_under_its_tenant_s_names() -> None:
+    name, spoken, at = kept_at("openai")
+    stamp = msgspec.structs.replace(STAMP, target=at.name)
+    said = json.dumps(whole(previous_response_id="resp_0")).encode()
+    answer = spoken.answer(said, asking("GET", name), stamp)
+    before = stored.named("resp_0", OWNER, at.name)
+    assert json.loads(answer.body) == whole(id=name, previous_response_id=before)
+    assert answer.usage == Usage()
+    gone = spoken.answer(b'{"id":"resp_1","deleted":true}', asking("DELETE", name), stamp)
+    assert json.loads(gone.body) == {"id": name, "deleted": True}
+
+
+def test_what_a_vendor_has_no_more_is_no_fault_of_its_target() -> None:
+    _, spoken, _ = kept_at("openai")
+    assert isinstance(spoken.error(404, {}, b"{}"), VendorRefused)
+    assert isinstance(spoken.error(401, {}, b"{}"), VendorMisconfigured)
+
+
+def test_a_kept_answer_leads_to_its_target_by_an_alias_of_the_tenant_s() -> None:
+    only = target("openai")
+    tables = msgspec.structs.replace(config(), targets={only.name: only})
+    name, tenant = kept_at("openai")[0], tables.tenants["acme-corp"]
+    alias = keeper(tables, tenant, asking("GET", name))
+    assert (alias.name, alias.chain) == (ALIAS, (only.name,))
+    narrow = msgspec.structs.replace(tenant, allowed_models=frozenset({"other"}))
+    for who, request in (
+        (tenant, asking("GET", name, owner=OTHER)),
+        (tenant, asking("GET", "resp_1")),
+        (narrow, asking("GET", name)),
+    ):
+        with pytest.raises(NotFound):
+            keeper(tables, who, request)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "query", "error"),
+    [
+        ("GET", "", "", NotFound),
+        ("GET", "a/b/c", "", NotFound),
+        ("GET", "../x", "", NotFound),
+        ("GET", "resp_1/other", "", NotFound),
+        ("POST", "resp_1", "", MethodNotAllowed),
+        ("DELETE", "resp_1/input_items", "", MethodNotAllowed),
+        ("POST", "resp_1/cancel", "", InvalidRequest),
+        ("GET", "resp_1", "stream=true", InvalidRequest),
+        ("GET", "resp_1", "starting_after=3", InvalidRequest),
+    ],
+)
+def test_what_is_not_offered_below_responses_is_refused(
+    method: str, path: str, query: str, error: type[GatewayError]
+) -> None:
+    with pytest.raises(error):
+        openai_responses.read_kept(method, path, query)
 
 
 def compact(frames: bytes) -> bytes:

@@ -24,7 +24,8 @@ from app.asgi import Options, Replica
 from app.auth import Callers
 from app.bodies import Bodies
 from app.config import ConfigSource
-from app.dialects import ROUTES
+from app.dialects import BELOW, ROUTES
+from app.dialects.openai_responses import kept
 from app.errors import InvalidRequest, Overloaded, RequestTooLarge
 from app.server import Server
 from app.telemetry.lines import Lines
@@ -75,6 +76,8 @@ def all_routes() -> list[tuple[str, str, str]]:
 
     main, control = asyncio.run(doors())
     calls = [(port, "POST", path.decode()) for port, at in (("main", main), ("admin", control)) for path in at._calls]
+    calls = [call for call in calls if call[2] not in BELOW]
+    calls += [("main", method, "/v1/responses/" + path) for method, path in kept.ROUTES]
     return [*calls, *table("main", main._app), *table("admin", control._app)]
 
 
@@ -84,7 +87,9 @@ GUARDED = [route for route in all_routes() if route not in OPEN]
 def ask(stack: Stack, route: tuple[str, str, str], **sent: Any) -> int:
     port, method, path = route
     replica = stack.replicas[0]
-    url = (replica.url if port == "main" else replica.admin_url) + path.replace("{name:str}", "support-fast")
+    url = (replica.url if port == "main" else replica.admin_url) + path.replace("{name:str}", "support-fast").replace(
+        "{id}", "resp_1"
+    )
     return httpx.request(method, url, follow_redirects=False, timeout=20, **sent).status_code
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 
 import httpx
+import msgspec
 import pytest
 import trustme
 import uvloop
@@ -242,6 +243,20 @@ def test_the_request_holds_what_outgoing_says_and_framing(run: Run) -> None:
             assert lines[0] == "POST /v1/chat?x=1 HTTP/1.1"
             assert sent == dict(headers) | framing
             assert body == b'{"a":1}'
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+def test_another_method_than_post_is_sent_as_it_is_and_its_address_not_remembered(run: Run, method: str) -> None:
+    async def scenario(upstream: Engine) -> None:
+        async with vendor(saying(HELLO)) as at:
+            asked = msgspec.structs.replace(at.outgoing(b"", (), "/v1/responses/resp_1"), method=method)
+            got = await upstream.open(asked, CONNECT_SECONDS)
+            assert await got.read(1_000) == b"hello"
+            await got.close()
+            assert at.requests[0][0][0] == f"{method} /v1/responses/resp_1 HTTP/1.1"
+        assert not getattr(upstream, "_origins", None)
 
     run(scenario)
 

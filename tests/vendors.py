@@ -24,7 +24,7 @@ class Peer:
     async def request(self) -> tuple[list[str], bytes]:
         """The lines of the next request's head, and its body."""
         head = (await self.reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")[:-2]
-        length = next(int(line[16:]) for line in head if line.lower().startswith("content-length: "))
+        length = next((int(line[16:]) for line in head if line.lower().startswith("content-length: ")), 0)
         self.requests.append((head, await self.reader.readexactly(length)))
         return self.requests[-1]
 

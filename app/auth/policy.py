@@ -9,10 +9,13 @@ from app.errors import (
     InvalidRequest,
     ModelNotAllowed,
     ModelNotFound,
+    NotFound,
     RoleRequired,
     TenantNotAllowed,
     TenantRequired,
 )
+from app.providers import stored
+from app.wire import KeptRequest
 
 
 def authorize(config: Config, key: ServiceKey, claimed: str | None) -> Tenant:
@@ -54,6 +57,24 @@ def allow(config: Config, tenant: Tenant, alias: str) -> Alias:
             f"The tenant {tenant.id} may not use {alias!r}; GET /v1/models lists its models.", param="model"
         )
     return within
+
+
+def keeper(config: Config, tenant: Tenant, request: KeptRequest) -> Alias:
+    """The way to the target that keeps an answer for the tenant: by an alias that it may use, past all its rules.
+
+    Raises NotFound.
+    """
+    kept = [one.name for one in config.targets.values() if stored.vendor_id(request.name, request.owner, one.name)]
+    for name in allowed(config, tenant) if kept else ():
+        alias = _within(config.aliases[name], tenant)
+        for target in alias.everywhere:
+            if target.name in kept:
+                limits = (alias.default_output_tokens, alias.timeouts)
+                return Alias(name, (target,), (target.name,), *limits, guardrails=alias.guardrails)
+    raise NotFound(
+        "No vendor keeps an answer of this name for this tenant: name one that it was given for `store: true`.",
+        param="id",
+    )
 
 
 def substitute(config: Config, tenant: Tenant, alias: Alias) -> Alias | None:

@@ -307,6 +307,12 @@ class Alias(Struct, frozen=True):
         """Where a call may go by this way, a cascade's targets apart."""
         return self.targets + self.on_context_length + self.on_content_filter
 
+    @property
+    def everywhere(self) -> tuple[Target, ...]:
+        """Every target that may answer its calls, whatever way they go."""
+        ways = (self, *(rule.alias for rule in self.rules))
+        return tuple(target for way in ways for target in (*way.reach, *(way.cascade.targets if way.cascade else ())))
+
     def along(self, targets: tuple[Target, ...]) -> Alias:
         """The same with another chain."""
         return msgspec.structs.replace(self, targets=targets, chain=tuple(target.name for target in targets))

@@ -39,6 +39,16 @@ ROUTES: dict[str, Dialect] = {
     **{path: replace(_CHAT, name="passed", read=read) for path, read in passed.READERS.items()},
 }
 """By path; each takes POST."""
+BELOW: dict[str, Dialect] = {
+    "/v1/responses/": replace(_CHAT, name="kept", read=openai_responses.nothing, methods=openai_responses.METHODS),
+}
+"""By the path that they are below. What they ask for stands in the method and the path: `named` reads it."""
+
+
+def named(below: Dialect, method: str, path: str, query: str) -> Dialect:
+    """The dialect of one request below a route."""
+    return replace(below, read=lambda _: openai_responses.read_kept(method, path, query))
+
 
 WRAPPERS: dict[str, Callable[[Translator], Translator]] = {
     "messages": anthropic_messages.over,
@@ -48,7 +58,7 @@ WRAPPERS: dict[str, Callable[[Translator], Translator]] = {
 
 _SPOKEN: dict[tuple[str, str], Translator] = {
     (dialect.name, kind): NATIVE.get((dialect.name, kind)) or WRAPPERS.get(dialect.name, lambda same: same)(spoken)
-    for dialect in ROUTES.values()
+    for dialect in (*ROUTES.values(), *BELOW.values())
     for kind, spoken in PROVIDERS.items()
 }
 

@@ -8,7 +8,7 @@ from app.providers.bedrock import BEDROCK
 from app.providers.gemini import GEMINI, VERTEX
 from app.providers.openai import OPENAI
 from app.providers.openai_compatible import compatible
-from app.providers.openai_responses import RESPONSES
+from app.providers.openai_responses import KEEPERS, RESPONSES
 from app.providers.passed import passing
 from app.providers.translator import Translator
 from app.vendors import COMPATIBLE, KINDS
@@ -28,6 +28,7 @@ PROVIDERS: dict[str, Translator] = {
 NATIVE: dict[tuple[str, str], Translator] = {
     ("messages", "anthropic"): RELAYED,
     **RESPONSES,
+    **KEEPERS,
     **{
         ("passed", kind): passing(kind, PROVIDERS[kind])
         for kind in ("openai", "azure", "openai_compatible", *COMPATIBLE)

@@ -78,7 +78,7 @@ def outgoing(
 
 def sign(outgoing: Outgoing, credential: Credential, at: float) -> Outgoing:
     bearer = ("authorization", "Bearer " + credential.secret.reveal())
-    return Outgoing(outgoing.url, (*outgoing.headers, bearer), outgoing.body)
+    return Outgoing(outgoing.url, (*outgoing.headers, bearer), outgoing.body, outgoing.method)
 
 
 def _stream_options(written: Raw | None) -> bytes:

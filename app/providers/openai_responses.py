@@ -8,8 +8,9 @@ Source: OpenAI API reference, Responses and its streaming events.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import quote, urlencode
 
 import msgspec
 from msgspec import Raw, Struct
@@ -17,12 +18,12 @@ from msgspec.structs import replace
 
 from app.config import Target
 from app.core import Usage
-from app.errors import VendorBroke, VendorCannot
+from app.errors import VendorBroke, VendorCannot, VendorError, VendorRefused
 from app.providers import azure, openai, stored
 from app.providers.chat_shape import cannot
 from app.providers.translator import PACKED, Answer, Frame, Kind, Outgoing, Stamp, StreamReader, Translator, split
 from app.sse import FrameSplitter, data_of, event_of, frame
-from app.wire import ABSENT, ChatRequest, CompletionDetails, OpenAIUsage, PromptDetails
+from app.wire import ABSENT, ChatRequest, CompletionDetails, KeptRequest, OpenAIUsage, PromptDetails
 
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _ENDS = ("response.completed", "response.incomplete", "response.failed")
@@ -287,6 +288,59 @@ def text_bytes(frames: bytes) -> int:
     return size
 
 
+# --- answers that are kept --------------------------------------------------------------------------------------------
+
+
+def _kept(request: KeptRequest, target: Target) -> Outgoing:
+    """Raises VendorCannot."""
+    return _of_kept(request, target, target.provider.base_url + "/responses/", {})
+
+
+def _azure_kept(request: KeptRequest, target: Target) -> Outgoing:
+    version = target.provider.api_version
+    base = target.provider.base_url + ("/openai/v1/responses/" if version is None else "/openai/responses/")
+    return _of_kept(request, target, base, {} if version is None else {"api-version": version})
+
+
+def _of_kept(request: KeptRequest, target: Target, base: str, query: dict[str, str]) -> Outgoing:
+    if target.provider.keys:
+        raise cannot("id", target, "its provider has several keys by now, and an answer is kept for one")
+    id = stored.vendor_id(request.name, request.owner, target.name)
+    if id is None:
+        raise VendorCannot(f"{target.name} keeps no answer of this name for this tenant.", param="id")
+    url = base + quote(id, safe="") + ("/input_items" if request.items else "")
+    asked = urlencode([*query.items(), *request.query])
+    method = "DELETE" if request.operation == "delete" else "GET"
+    return Outgoing(f"{url}?{asked}" if asked else url, (("accept", "application/json"),), b"", method)
+
+
+def _told(body: bytes, request: KeptRequest, stamp: Stamp, headers: Mapping[str, str]) -> Answer:
+    """What the vendor says, under the tenant's names. Nothing is charged. Raises VendorBroke."""
+    try:
+        members = _members.decode(body or b"{}")
+        model = _response.decode(body).model if request.operation == "retrieve" and not request.items else None
+        for name in () if request.items else ("id", "previous_response_id"):
+            id = _decode(members.get(name, _NULL))
+            if isinstance(id, str):
+                members[name] = Raw(_encode(stored.named(id, request.owner, stamp.target)))
+    except _UNREADABLE as fault:
+        raise VendorBroke("the vendor's answer is not a response") from fault
+    return Answer(_encode(members), model, Usage(), None, 0)
+
+
+def _kept_error(status: int, headers: Mapping[str, str], body: bytes) -> VendorError:
+    """An answer that is gone is no fault of the target's."""
+    if status != 404:
+        return openai.error(status, headers, body)
+    message = "The vendor has no answer of this name any more: it was deleted, or kept for as long as it is kept there."
+    return VendorRefused(message, kind="invalid_request_error", vendor_status=404, vendor_code="not_found", param="id")
+
+
+KEEPERS: dict[tuple[str, str], Translator] = {
+    ("kept", "openai"): replace(openai.OPENAI, passed=_kept, answered=_told, error=_kept_error),
+    ("kept", "azure"): replace(azure.AZURE, passed=_azure_kept, answered=_told, error=_kept_error),
+}
+"""The same, of who is asked for an answer that it keeps."""
 RESPONSES: dict[tuple[str, str], Translator] = {
     ("responses", "openai"): replace(openai.OPENAI, chat=chat, response=response, stream=_stream),
     ("responses", "azure"): replace(azure.AZURE, chat=_azure_chat, response=response, stream=_stream),

@@ -31,6 +31,7 @@ class Outgoing(Struct, frozen=True):
     url: str
     headers: tuple[tuple[str, str], ...]
     body: bytes
+    method: str = "POST"
 
 
 class Stamp(Struct, frozen=True, gc=False):
@@ -138,7 +139,8 @@ class Translator(Struct, frozen=True):
     embedded   reads the answer to it, whose tokens a vendor may count in a header; raises VendorError
     count      the vendor's request for the number of a prompt's tokens, or the answer where the vendor has none
     counted    reads the answer to it; raises VendorError
-    passed     the vendor's request for one of its other routes; None where it has none; raises VendorCannot
+    passed     the vendor's request for one of its other routes, or for what it keeps; None where it has none; raises
+               VendorCannot
     answered   reads the answer to it; raises VendorError
     request_id_header   where the vendor puts its own request id
     extras     members of `EXTRAS` that the vendor takes; a dialect that wraps this one writes no others

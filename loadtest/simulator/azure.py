@@ -30,7 +30,7 @@ _ROUTES = (
     "images/generations|images/edits"
 )
 _DEPLOYMENT = re.compile(rf"/openai/deployments/([^/]+)(/(?:{_ROUTES}))")
-_VERSIONLESS = re.compile(rf"/openai(/v1/(?:{_ROUTES}|responses))")
+_VERSIONLESS = re.compile(rf"/openai(/v1/(?:{_ROUTES}|responses(?:/.+)?))")
 _sorted = msgspec.json.Encoder(order="sorted").encode
 _CATEGORIES = ("hate", "self_harm", "sexual", "violence")
 _SAFE = {category: {"filtered": False, "severity": "safe"} for category in _CATEGORIES}
@@ -149,8 +149,8 @@ def _named(request: Request) -> Request | None:
     """The request as OpenAI would get it; None for a path that there is not."""
     if match := _VERSIONLESS.fullmatch(request.path):
         return replace(request, path=match[1])
-    if request.path == "/openai/responses" and "api-version" in request.query:
-        return replace(request, path="/v1/responses")
+    if request.path.startswith("/openai/responses") and "api-version" in request.query:
+        return replace(request, path="/v1" + request.path.removeprefix("/openai"))
     match = _DEPLOYMENT.fullmatch(request.path)
     if match is None or "api-version" not in request.query:
         return None

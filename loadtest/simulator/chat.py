@@ -121,6 +121,11 @@ def _answer(dialect: Dialect, request: Request, quota: Quota) -> Unary | Stream:
         return _chat(dialect, request.body, quota)
     if route == ("POST", "/v1/responses"):
         return _responses(dialect, request.body, quota)
+    if request.path.startswith("/v1/responses/"):
+        name = request.path.removeprefix("/v1/responses/")
+        found = responses.kept(request.method, name)
+        gone = Problem(404, f"Response with id '{name.partition('/')[0]}' not found.")
+        return dialect.error(gone) if found is None else _json(dialect, found, "", quota)
     if request.method == "POST" and request.path in others.PATHS:
         return _others(dialect, request, quota)
     if route == ("POST", "/v1/embeddings"):
@@ -129,8 +134,8 @@ def _answer(dialect: Dialect, request: Request, quota: Quota) -> Unary | Stream:
         return _json(dialect, {"object": "list", "data": dialect.models()}, "", None)
     if request.method == "GET" and request.path.startswith("/v1/models/"):
         name = request.path.removeprefix("/v1/models/")
-        found = next((model for model in dialect.models() if model["id"] == name), None)
-        return _json(dialect, found, "", None) if found else dialect.error(dialect.unknown_model(name))
+        model = next((model for model in dialect.models() if model["id"] == name), None)
+        return _json(dialect, model, "", None) if model else dialect.error(dialect.unknown_model(name))
     return dialect.error(Problem(404, f"Invalid URL ({request.method} {request.path})"))
 
 
@@ -195,6 +200,7 @@ def _responses(dialect: Dialect, body: bytes, quota: Quota) -> Unary | Stream:
     if problem is not None:
         return dialect.error(problem)
     said, content = responses.said(ask, dialect.snapshot(ask.model), created(), echo, dialect.logprob)
+    responses.keep(ask, said)
     headers = dialect.headers(ask.model, quota, bool(ask.stream))
     tokens = said.usage["total_tokens"]
     if not ask.stream:

@@ -1,6 +1,7 @@
 """OpenAI's Responses: the same content as chat completions, in items, and in events that are numbered.
 
 An answer that is kept (`store`, which is true unless it is said) can be gone on from: any id of the right form is one.
+The last of them can be asked for, and deleted.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from loadtest.simulator.identity import hexadecimal
 Item = dict[str, Any]
 _ID = re.compile(r"resp_[0-9a-f]{48}")
 _PADDING = "0123456789abcdef"
+KEPT: dict[str, tuple[Item, list[Item]]] = {}
+"""Answers that can be asked for, by id, each with the items that it was given to."""
+MOST_KEPT = 1_000
 KEPT_TOKENS = 50
 """What the turns before count that the vendor has kept."""
 
@@ -150,6 +154,30 @@ def _message(choice: Choice, logprobs: list[Item]) -> Item:
         "content": [part],
         "role": "assistant",
     }
+
+
+def keep(ask: ResponsesAsk, said: Said) -> None:
+    if ask.store is not False:
+        items = [{"role": "user", "content": ask.input}] if isinstance(ask.input, str) else ask.input
+        written = [{"id": "msg_" + hexadecimal(48), "type": "message", **item} for item in items]
+        KEPT[said.head["id"]] = whole(said), written
+        if len(KEPT) > MOST_KEPT:
+            del KEPT[next(iter(KEPT))]
+
+
+def kept(method: str, path: str) -> Item | None:
+    """What is answered to a request below the route that makes answers; None where there is no such answer."""
+    id, _, part = path.partition("/")
+    if id not in KEPT or part not in ("", "input_items") or method not in ("GET", "DELETE"):
+        return None
+    if method == "DELETE":
+        del KEPT[id]
+        return {"id": id, "object": "response", "deleted": True}
+    answer, items = KEPT[id]
+    if not part:
+        return answer
+    ends = {"first_id": items[0]["id"], "last_id": items[-1]["id"]}
+    return {"object": "list", "data": items, **ends, "has_more": False}
 
 
 def whole(said: Said) -> Item:

@@ -10,12 +10,13 @@ from msgspec import Struct
 
 from app.dialects import openai_chat
 from app.dialects.openai_responses.answer import ResponsesEvents, response
+from app.dialects.openai_responses.kept import METHODS, nothing, read_kept
 from app.dialects.openai_responses.request import chat, read
 from app.errors import GatewayError
 from app.providers.translator import Stamp, StreamReader, Translator
 from app.sse import FrameSplitter, data_of, frame
 
-__all__ = ["error_frames", "over", "read"]
+__all__ = ["METHODS", "error_frames", "nothing", "over", "read", "read_kept"]
 
 _encode = msgspec.json.encode
 _decode = msgspec.json.decode
