@@ -52,6 +52,16 @@ def test_an_error_amid_a_stream_is_raised_by_the_sdk(journey: Journey, alias: st
     assert raised.value.code == "upstream_unavailable"
 
 
+def test_a_rate_that_is_used_up_is_429_with_retry_after(journey: Journey) -> None:
+    client = journey.openai().with_options(default_headers={"X-Tenant-Id": "tenant-few-chat"})
+    for _ in range(5):
+        client.chat.completions.create(**chat("tokens=2", model="claude"))
+    with pytest.raises(openai.RateLimitError) as raised:
+        client.chat.completions.create(**chat("tokens=2", model="claude"))
+    assert int(raised.value.response.headers["retry-after"]) >= 1
+    assert (raised.value.type, raised.value.code) == ("rate_limit_error", "rate_limit_exceeded")
+
+
 @over_every_vendor
 def test_a_vendor_s_throttle_is_429_only_where_no_other_can_answer(journey: Journey, alias: str) -> None:
     """Our own limit is 429; a vendor's, once all are tried, is 503, with the time that the vendor asked for."""

@@ -10,17 +10,8 @@ import pytest
 from pydantic import BaseModel
 
 from tests.journey import Journey, until
+from tests.test_responses_journey import ALIASES
 
-ALIASES = {
-    "one-target": "openai",
-    "azure": "azure",
-    "claude": "anthropic",
-    "claude-at-aws": "bedrock",
-    "gemini": "gemini",
-    "groq": "groq",
-    "mistral": "mistral",
-}
-"""An alias for each vendor that answers in a shape of its own."""
 THINKING = {"claude": "signature", "claude-at-aws": "signature", "gemini": "thoughtSignature"}
 """Those whose models think here as they are asked, and under which name they take back what they sealed."""
 TOOL = {
@@ -122,7 +113,7 @@ def test_a_client_that_leaves_amid_a_stream_ends_the_vendor_s_work(journey: Jour
         next(iter(stream.text_stream))
         request_id = stream.response.headers["request-id"]
     row = journey.row(request_id)
-    told = {"estimated", "vendor"} if alias == "gemini" else {"estimated"}  # it tells usage with every event
+    told = {"estimated", "vendor"} if alias in ("gemini", "vertex") else {"estimated"}  # they tell usage all the time
     assert row["status"] == "client_closed"
     assert row["usage_source"] in told
     until(lambda: journey.counts(ALIASES[alias]).get("aborted"))
@@ -210,6 +201,15 @@ def test_a_rate_that_is_used_up_is_429_with_retry_after(journey: Journey) -> Non
     assert int(error.response.headers["retry-after"]) >= 1
     assert (error.type, error.body["error"]["code"]) == ("rate_limit_error", "rate_limit_exceeded")
     assert error.body["request_id"] == error.request_id
+
+
+@over_every_vendor
+def test_a_vendor_s_throttle_is_told_with_its_wait_where_no_other_can_answer(journey: Journey, alias: str) -> None:
+    journey.fault(ALIASES[alias], kind="throttle", retry_after=7)
+    with pytest.raises(anthropic.InternalServerError) as raised:
+        journey.anthropic().messages.create(**asked("Hi", alias))
+    assert (raised.value.status_code, raised.value.type) == (503, "overloaded_error")
+    assert 1 <= int(raised.value.response.headers["retry-after"]) <= 7
 
 
 def test_what_the_vendor_cannot_carry_is_refused_by_its_name(journey: Journey) -> None:

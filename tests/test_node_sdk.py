@@ -17,8 +17,9 @@ from tests.test_answer_matrix import outcome
 from tests.test_responses_journey import ALIASES
 
 OF_EVERY_VENDOR = (
-    "chat", "tools", "beside", "noTools", "refusal", "reasoning", "image",
-    "responses", "responseTools", "responseBeside", "responseRefusal", "responseReasoning", "responseImage",
+    "chat", "tools", "beside", "noTools", "refusal", "reasoning", "image", "json",
+    "responses", "responseTools", "responseBeside", "responseNoTools", "responseRefusal", "responseReasoning",
+    "responseImage", "responseJson",
 )  # fmt: skip
 OF_SOME = ("several", "logprobs", "responseLogprobs")
 SOME = ("one-target", "azure", "gemini", "vertex")
@@ -104,7 +105,7 @@ def test_log_probabilities_are_of_each_token(seen: dict[str, Any]) -> None:
 
 
 def test_a_client_that_leaves_amid_a_stream_has_its_row(seen: dict[str, Any], journey: Journey) -> None:
-    rows = journey.rows(list(seen["left"].values()))
+    rows = journey.rows([*seen["left"].values(), *seen["responseLeft"].values()])
     assert {row["status"] for row in rows.values()} == {"client_closed"}
 
 
@@ -114,7 +115,7 @@ def test_models_and_embeddings_are_read(seen: dict[str, Any]) -> None:
 
 
 def test_a_rate_that_is_used_up_is_429_with_retry_after(seen: dict[str, Any]) -> None:
-    assert seen["throttled"] == ["RateLimitError", 429, "rate_limit_exceeded", True]
+    assert seen["throttled"] == [["RateLimitError", 429, "rate_limit_exceeded", True]] * 2
 
 
 def test_the_lock_file_names_no_registry() -> None:

@@ -190,6 +190,15 @@ def test_a_rate_that_is_used_up_is_429_with_retry_after(journey: Journey) -> Non
     assert (raised.value.type, raised.value.code) == ("rate_limit_error", "rate_limit_exceeded")
 
 
+@over_every_vendor
+def test_a_vendor_s_throttle_is_told_with_its_wait_where_no_other_can_answer(journey: Journey, alias: str) -> None:
+    journey.fault(ALIASES[alias], kind="throttle", retry_after=7)
+    with pytest.raises(openai.InternalServerError) as raised:
+        journey.openai().responses.create(**asked("Hi", alias))
+    assert (raised.value.status_code, raised.value.code) == (503, "upstream_unavailable")
+    assert 1 <= int(raised.value.response.headers["retry-after"]) <= 7
+
+
 def test_a_vendor_that_throttles_is_fallen_back_from(journey: Journey) -> None:
     journey.fault("anthropic", kind="throttle", retry_after=30)
     answer = journey.openai().responses.with_raw_response.create(**asked("Hi", "claude-first"))

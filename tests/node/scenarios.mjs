@@ -82,6 +82,9 @@ const scenarios = {
   refusal: chat("refusal=6"),
   reasoning: chat("reasoning=3 tokens=4", { reasoning_effort: "low" }),
   image: chat([{ type: "text", text: "tokens=3" }, { type: "image_url", image_url: { url } }]),
+  json: chat("Which?", { response_format: { type: "json_schema", json_schema: format } }),
+  responseJson: responses("Which?", { text: { format: { type: "json_schema", ...format } } }),
+  responseNoTools: responses("tokens=5", { tools: [] }),
   responses: responses("tokens=9", { instructions: "Be brief." }),
   responseTools: responses("tools=2", { tools: [flatTool] }),
   responseBeside: responses("tools=2 beside=4", { tools: [flatTool] }),
@@ -100,6 +103,13 @@ const scenarios = {
       .create({ model, messages: ask("tokens=400 chunk_ms=20"), stream: true })
       .withResponse();
     for await (const chunk of data) if (chunk.choices[0]?.delta?.content) break;
+    return response.headers.get("x-request-id");
+  },
+  async responseLeft(model) {
+    const { data, response } = await client.responses
+      .create({ model, input: "tokens=400 chunk_ms=20", stream: true })
+      .withResponse();
+    for await (const event of data) if (event.type === "response.output_text.delta") break;
     return response.headers.get("x-request-id");
   },
 };
@@ -121,9 +131,15 @@ for (const [name, scenario] of Object.entries(some)) {
   seen[name] = {};
   for (const alias of SOME.split(",")) seen[name][alias] = await scenario(alias);
 }
-try {
-  for (let call = 0; call < 7; call++) await few.chat.completions.create({ model: "one-target", messages: ask("Hi") });
-} catch (error) {
-  seen.throttled = [error.constructor.name, error.status, error.code, Number(error.headers.get("retry-after")) >= 1];
+seen.throttled = [];
+for (const once of [
+  () => few.chat.completions.create({ model: "one-target", messages: ask("Hi") }),
+  () => few.responses.create({ model: "claude", input: "Hi" }),
+]) {
+  try {
+    for (let call = 0; call < 7; call++) await once();
+  } catch (error) {
+    seen.throttled.push([error.constructor.name, error.status, error.code, Number(error.headers.get("retry-after")) >= 1]);
+  }
 }
 console.log(JSON.stringify(seen));
