@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from app import content_writer
+from app.ambient import Ambient
+from app.operator import audit
 
 
 def add(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -40,5 +42,6 @@ def _delete(arguments: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
+    audit(Ambient(), "content.delete", tenant=arguments.tenant, files=files)
     print(f"Deleted {files} files of {arguments.tenant}.")
     return 0

@@ -71,7 +71,7 @@ PASSED = {
     "gpt-image-1": "images",
 }
 """Models of what OpenAI has beside chat and embeddings: each an alias of its own."""
-_FILES = ("chat", "messages", "node", "passed", "prometheus", "responses")
+_FILES = ("chat", "messages", "metrics", "node", "passed", "prometheus", "responses")
 FEW = ("tenant-few", *(f"tenant-few-{file}" for file in _FILES))
 """Tenants of few requests in 60 s: one for each file that uses them up, as files of a worker share its stack."""
 OVERLAY: dict[str, Any] = {

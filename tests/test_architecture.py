@@ -99,6 +99,7 @@ WITHIN_A_LAYER = {
     ("cli", "asgi"): "`gateway serve`",
     ("cli", "explain"): "`gateway check --explain`",
     ("cli", "content_commands"): "`gateway content`",
+    ("content_commands", "operator"): "who deleted what",
     ("cli", "top"): "`gateway top`",
     ("top", "top_screen"): "what it found is shown",
     ("top_screen", "top"): "what it shows",

@@ -192,12 +192,15 @@ def test_command_deletes_a_tenants_content(kept: tuple[Journey, Path]) -> None:
     answer = journey.post(chat(f"canary-prompt {MAIL} tokens=3"))
     line_of(content, answer.headers["x-request-id"])
 
-    def command(*arguments: str) -> str:
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         asked = [sys.executable, "-m", "app.cli", "content", *arguments, "--folder", content]
-        return subprocess.check_output(asked, text=True)
+        return subprocess.run(asked, text=True, capture_output=True, check=True)
 
-    assert command("list").startswith("tenant-a\t1\t")
-    assert command("delete", "--tenant", "tenant-a") == "Deleted 1 files of tenant-a.\n"
+    assert command("list").stdout.startswith("tenant-a\t1\t")
+    deleted = command("delete", "--tenant", "tenant-a")
+    assert deleted.stdout == "Deleted 1 files of tenant-a.\n"
+    line = json.loads(deleted.stderr)
+    assert (line["action"], line["tenant"], line["files"]) == ("content.delete", "tenant-a", 1)
     assert not list(content.rglob("*"))
     again = journey.post(chat("tokens=3"))  # the tenant still asks for it: what comes after is kept
     line_of(content, again.headers["x-request-id"])

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from msgspec import Struct
 
@@ -19,6 +20,7 @@ from app.ambient import Ambient, Patience
 from app.api import FrontDoor
 from app.auth import Callers
 from app.config import Config
+from app.core import Exchange
 from app.dialects import ROUTES
 from app.telemetry import JsonLog, Lines
 from tests.gateway_parts import STREAM, UNENDED, Rooms, ScriptedAnswer, completion, config, request
@@ -120,6 +122,34 @@ def visit(rooms: Rooms, client: Client, longest_seconds: float = 5.0) -> FrontDo
 
     asyncio.run(scenario())
     return door
+
+
+@pytest.mark.parametrize(
+    ("ratio", "flags", "sampled"), [(0.6, None, True), (0.4, None, False), (0.4, b"01", True), (0.6, b"00", False)]
+)
+def test_a_call_is_sampled_as_its_caller_says_and_without_a_word_by_the_ratio(
+    rooms: Door, ratio: float, flags: bytes | None, sampled: bool
+) -> None:
+    class Half(Ambient):
+        def random(self) -> float:
+            return 0.5
+
+    class Kept:
+        def record(self, exchange: Exchange, *_: object) -> None:
+            seen.append(exchange.call.sampled)
+
+    seen: list[bool] = []
+    at = rooms(ScriptedAnswer(completion()))
+    at.gateway.telemetry = Kept()
+    plain = config()
+    settings = msgspec.structs.replace(plain.settings, trace_sample_ratio=ratio)
+    source = Source(msgspec.structs.replace(plain, settings=settings))
+    parent = (
+        [] if flags is None else [(b"traceparent", b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-" + flags)]
+    )
+    door = FrontDoor(source, at.gateway, Callers(NoTokens()), Half())
+    asyncio.run(Client(request(), headers() + parent).visit(door))
+    assert seen == [sampled]
 
 
 # --- a body that never comes ------------------------------------------------------------------------------------------

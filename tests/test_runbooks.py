@@ -173,6 +173,11 @@ class Site:
         """Whether every replica's status has `text`."""
         return self.bash(f"all {shlex.quote(text)}").returncode == 0
 
+    def figures(self, metric: str) -> list[float]:
+        """What each replica says of it."""
+        lines = self.bash(f"metric {shlex.quote(metric)}").stdout.splitlines()
+        return [float(line.rpartition(" ")[2]) for line in lines]
+
     def each(self) -> list[httpx.Response]:
         """What each replica answers a call with: each takes a changed file, and what the channel tells, by itself."""
         headers = {"authorization": f"Bearer {self.stack.key}", "x-tenant-id": "acme-corp"}
@@ -230,12 +235,15 @@ class _starter:
 def test_redis_down_is_mended(site: Site) -> None:
     site.stack.kill("redis")
     until(lambda: site.bash("code").stdout == "200" and site.says('"redis":"down"'))
+    assert site.figures('gateway_dependency_up{name="redis"}') == [0, 0]
     site.mend("redis-down")
 
 
 def test_postgres_down_is_mended(site: Site) -> None:
     site.stack.stop("postgres")
     until(lambda: site.bash("code").stdout == "200" and site.says('"postgres":"down"'))
+    assert site.figures('gateway_dependency_up{name="postgres"}') == [0, 0]
+    until(lambda: max(site.figures("gateway_spool_bytes")) > 0 and max(site.figures("gateway_ledger_lag_seconds")) > 0)
     site.mend("postgres-down")
 
 
