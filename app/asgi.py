@@ -27,6 +27,7 @@ from app.control import REVOKED, Control, Entry
 from app.cooldowns import COOLDOWN, Cooldowns
 from app.credentials import Credentials, client
 from app.dialogue import Dialogue
+from app.errands import Errands
 from app.gateway import Gateway
 from app.guardrails import Guardrails
 from app.ledger import Spool
@@ -110,11 +111,14 @@ class Replica:
         self.modes = Modes(self.control, ambient)
         self.overload = Overload(lambda: source.current, ambient, self.telemetry.woke)
         self.guardrails = Guardrails(guardrails.client, self.telemetry.guarded, ambient)
-        self.embedders = Embedders()
+        self.errands = Errands(
+            lambda: source.current, lambda exchange, alias: self.gateway.own(exchange, alias), ambient
+        )
+        self.embedders = Embedders(self.errands.vectors)
         self.learning = Learning(self.pipe, self.control, ambient, options.name)
         questions = Questions(
             self.pipe, ambient, self.embedders.of, self.learning,
-            lambda ask, key, data: self.cache.opened(ask, data, key),
+            lambda ask, key, data: self.cache.opened(ask, data, key), self.errands,
         )  # fmt: skip
         self.cache = Cache(self.pipe, self.control, ambient, questions)
         self.gateway = Gateway(
@@ -169,6 +173,7 @@ class Replica:
         await self.stop.wait()
         await self._drain(main)
         await self.gateway.shadows.close()
+        await self.errands.close()
         for task in loops:
             task.cancel()
         await asyncio.gather(*loops, return_exceptions=True)

@@ -75,7 +75,7 @@ class Gateway:
         self.telemetry = telemetry
         self.ambient = ambient
         self.estimates = Estimates()
-        self.shadows = Shadows(self._mirror, telemetry, ambient)
+        self.shadows = Shadows(self.own, telemetry, ambient)
 
     async def serve(self, exchange: Exchange, depart: Departure) -> None:
         """One call from its authorisation to its row. `depart` sends the reply, to its last frame.
@@ -205,16 +205,19 @@ class Gateway:
         except VendorBroke as fault:
             raise sum_up([fault], False) from None
 
-    async def _mirror(self, exchange: Exchange, alias: Alias) -> bytes | None:
-        """The journey of a copy: nobody asks for it or waits for it; its row is the gateway's own.
+    async def own(self, exchange: Exchange, alias: Alias) -> bytes | None:
+        """The journey of a copy, or of a call that the gateway makes for itself: its row is the gateway's own.
 
-        Gives a good answer of one that was made to check another.
+        Gives a good answer, but for a copy to a shadow: nobody reads that.
         """
         answer: VendorAnswer | None = None
-        checks = exchange.purpose == "reverify"
+        checks = exchange.purpose != "shadow"
         said: list[bytes] = []
         try:
-            answer, relay = await self.dialogue.once(exchange, alias, "chain" if checks else "shadow")
+            if exchange.purpose in ("judge", "embedding"):
+                answer, relay = await self.dialogue.first_good(exchange, alias)
+            else:
+                answer, relay = await self.dialogue.once(exchange, alias, "chain" if checks else "shadow")
             if exchange.request.stream:
                 async with contextlib.aclosing(self._relay(exchange, alias, answer, relay, None)) as frames:
                     async for frame in frames:

@@ -13,7 +13,7 @@ from app.config import PRIORITIES, utc_day
 from app.cooldowns import is_resting
 from app.modes import STRICTNESS
 from app.shipping import LakeStatus
-from app.telemetry import MAX_TENANTS
+from app.telemetry import MAX_TENANTS, States
 
 if TYPE_CHECKING:
     from app.asgi import Replica
@@ -148,6 +148,12 @@ def _memory(replica: Replica) -> None:
     gauge("gateway_cache_lost", "Answers that Redis did not keep.", lambda: cache.lost)
     gauge("gateway_cache_damaged", "Entries that were none: deleted.", lambda: cache.damaged)
     gauge("gateway_cache_flights", "Answers under way that others may join.", lambda: len(cache.flights))
+    states, learning = replica.telemetry.states, replica.learning
+    looked, judged = ("tenant", "alias", "outcome"), ("tenant", "alias", "served", "verdict")
+    states("gateway_semantic_looks_total", "Looks for the same meaning.", looked, _bounded(learning.looks))
+    states("gateway_semantic_judged_total", "Answers known right or wrong.", judged, _bounded(learning.judged))
+    states("gateway_semantic_threshold", "The chance from which on.", ("tenant",), _bounded(learning.thresholds))
+    states("gateway_semantic_unlearned", "Observations no model has.", ("tenant",), _bounded(learning.waiting))
 
 
 def _rows(replica: Replica) -> None:
@@ -178,3 +184,16 @@ def _rows(replica: Replica) -> None:
     gauge("gateway_lake_backlog_bytes", "Bytes of segments that wait for the lake.", lambda: lake().backlog_bytes)
     gauge("gateway_lake_dropped_segments", "Let go, the disk being short.", lambda: lake().dropped_segments)
     gauge("gateway_lake_up", "0 while the lake takes no files.", lambda: lake().error is None)
+
+
+def _bounded(read: States) -> States:
+    """Of so many tenants only, that the scrape stays bounded: those beyond have no figures of these."""
+
+    def some() -> Iterator[tuple[tuple[str, ...], float]]:
+        tenants: set[str] = set()
+        for labels, value in read():
+            if labels[0] in tenants or len(tenants) < MAX_TENANTS:
+                tenants.add(labels[0])
+                yield labels, value
+
+    return some

@@ -13,7 +13,9 @@ import asyncio
 import os
 import random
 import tempfile
+import time
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,12 @@ from xml.etree.ElementTree import Element
 
 import httpx
 from msgspec import Struct
+from redis import Redis
 
 from app.cache.embedder import local
 from app.cache.guards import Facts, read
 from app.cache.learner import REFIT, Observation, fit
+from app.cache.learning import LOOK_SECONDS, MISSES
 from app.cache.verifier import NEIGHBOURS, Model, Neighbour, Verdict, weigh
 from app.reports.cache import interval
 from app.reports.markup import document, el
@@ -163,6 +167,10 @@ class Run(Struct, frozen=True):
     mode: str
     worded: bool = False
 
+    def answer(self, label: str, text: str) -> str:
+        """What the vendor says to a question of a label."""
+        return answer(label, 1 + zlib.crc32(text.encode()) % WORDINGS if self.worded else 0)
+
 
 RUNS = (
     Run("static, cosine >= 0.95", "static"),
@@ -177,12 +185,32 @@ WINDOW = 500
 """Requests over which the plots show shares."""
 
 
-def through_gateway(run: Run, questions: Sequence[Question], embedder: str, max_wrong: float) -> list[Outcome]:
-    """A replay on a stack of its own."""
+PATIENT_MS = 5_000
+"""What a replay gives Redis and the embedder: misses of a busy machine say nothing of the cache."""
+
+
+class Replayed(Struct, frozen=True):
+    """What a replay came to: outcomes in order, and what else there is to tell of it."""
+
+    outcomes: list[Outcome]
+    remarks: list[str]
+
+
+def through_gateway(
+    run: Run, questions: Sequence[Question], embedder: str, max_wrong: float, seed: int = 1
+) -> Replayed:
+    """A replay on a stack of its own, with near misses and harmless variations after it."""
     overlay = {
+        "gateway": {"redis": {"timeout_ms": PATIENT_MS}},
         "aliases": {
             "support-fast": {
-                "cache": {"mode": run.mode, "max_temperature": 1, "ttl_seconds": 86400, "embedder": embedder}
+                "cache": {
+                    "mode": run.mode,
+                    "max_temperature": 1,
+                    "ttl_seconds": 86400,
+                    "embedder": embedder,
+                    "embedder_timeout_ms": PATIENT_MS,
+                }
             }
         },
         "tenants": {"local-dev": {"cache": {"max_wrong_percent": max_wrong * 100, "max_bytes": 268_435_456}}},
@@ -192,23 +220,34 @@ def through_gateway(run: Run, questions: Sequence[Question], embedder: str, max_
         tempfile.TemporaryDirectory(prefix="cache-eval-") as folder,
         Stack(Path(folder), replicas=1, overlay=overlay, environ=environ) as stack,
     ):
-        return replay(stack, run, questions)
+        outcomes, bypassed = replay(stack, run, questions)
+        remarks = [f"{run.name}: {misses(stack, bypassed)}"]
+        for kind, pairs in beside(seed):
+            remarks.append(f"{run.name}: {kind} {accepted(stack, run, pairs, same=kind != NEAR):.1%}")
+        return Replayed(outcomes, remarks)
 
 
-def replay(stack: Stack, run: Run, questions: Sequence[Question]) -> list[Outcome]:
-    """Asks the questions in their order and scores the answers by their labels."""
-    book = {
-        text: answer(label, 1 + zlib.crc32(text.encode()) % WORDINGS if run.worded else 0) for text, label in questions
-    }
+def replay(stack: Stack, run: Run, questions: Sequence[Question]) -> tuple[list[Outcome], int]:
+    """Asks the questions in their order, scores the answers by their labels; also for how many no cache was asked."""
+    book = {text: run.answer(label, text) for text, label in questions}
     labels = {book[text]: label for text, label in questions}
+    heard = ask(stack, book, [text for text, _ in questions], run.name)
+    outcomes = [
+        Outcome(cache.startswith("HIT"), labels.get(said) == label)
+        for (cache, said), (_, label) in zip(heard, questions, strict=True)
+    ]
+    return outcomes, sum(cache == "BYPASS" for cache, _ in heard)
+
+
+def ask(stack: Stack, book: dict[str, str], texts: Sequence[str], name: str) -> list[tuple[str, str]]:
+    """What the cache and the answer said to each text; the vendor answers by the book."""
     httpx.put(f"{stack.simulator_url}/_sim/answers", json=book, timeout=60).raise_for_status()
-    outcomes: list[Outcome | None] = [None] * len(questions)
-    asked = iter(range(len(questions)))
+    heard: list[tuple[str, str]] = [("", "")] * len(texts)
+    asked = iter(range(len(texts)))
 
     async def work(client: httpx.AsyncClient) -> None:
         for number in asked:
-            text, label = questions[number]
-            messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
+            messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": texts[number]}]
             body = {"model": "support-fast", "messages": messages, "temperature": 0}
             for _ in range(TRIES):
                 said = await client.post("/v1/chat/completions", json=body)
@@ -216,10 +255,9 @@ def replay(stack: Stack, run: Run, questions: Sequence[Question]) -> list[Outcom
                     break
                 await asyncio.sleep(1.0)
             said.raise_for_status()
-            hit = said.headers.get("x-cache", "").startswith("HIT")
-            outcomes[number] = Outcome(hit, labels.get(said.json()["choices"][0]["message"]["content"]) == label)
+            heard[number] = said.headers.get("x-cache", ""), said.json()["choices"][0]["message"]["content"]
             if number % 500 == 499:
-                print(f"\r  {run.name}: {number + 1:,} of {len(questions):,}", end="", flush=True)
+                print(f"\r  {name}: {number + 1:,} of {len(texts):,}", end="", flush=True)
 
     async def everything() -> None:
         headers = {"authorization": f"Bearer {stack.key}", "x-tenant-id": stack.tenant}
@@ -228,7 +266,50 @@ def replay(stack: Stack, run: Run, questions: Sequence[Question]) -> list[Outcom
 
     asyncio.run(everything())
     print()
-    return [outcome for outcome in outcomes if outcome is not None]
+    return heard
+
+
+NEAR = "near misses accepted"
+
+
+def beside(seed: int) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Pairs of which the second must not have the first's answer, and pairs of which it may."""
+    return [
+        (NEAR, [(one, other) for _, one, other in near_misses(seed, 1_100)]),
+        ("harmless variations accepted", list(variations(seed, 300))),
+    ]
+
+
+def accepted(stack: Stack, run: Run, pairs: Sequence[tuple[str, str]], *, same: bool) -> float:
+    """The share of second questions that get the first one's answer from before. Where it is not the `same`, theirs has
+    other facts.
+    """
+    labels = {text: text.lower() for pair in pairs for text in pair}
+    if same:
+        labels |= {other: labels[one] for one, other in pairs}
+    book = {text: run.answer(label, text) for text, label in labels.items()}
+    known = {book[text]: label for text, label in labels.items()}
+    ask(stack, book, [one for one, _ in pairs], "first ones")
+    heard = ask(stack, book, [other for _, other in pairs], "second ones")
+    taken = [
+        cache.startswith("HIT") and known.get(said) == labels[one]
+        for (cache, said), (one, _) in zip(heard, pairs, strict=True)
+    ]
+    return sum(taken) / len(taken)
+
+
+def misses(stack: Stack, bypassed: int) -> str:
+    """Why there was no answer from before, by the figures that the replica leaves in Redis every two seconds."""
+    time.sleep(2 * LOOK_SECONDS)
+    found: Counter[str] = Counter()
+    with Redis.from_url(stack.redis_url, decode_responses=True) as client:
+        for key in client.scan_iter(match=f"sc:{{{stack.tenant}}}:_figures:*"):
+            for name, count in client.hgetall(key).items():
+                found[name.partition(":")[2]] += int(count)
+    vetoes = sum(count for name, count in found.items() if name.startswith("veto:"))
+    reasons = {"vetoed": vetoes, **{name: found[name] for name in MISSES}, "no cache asked": bypassed}
+    told = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in reasons.items())
+    return f"{found['looks']:,} looks, {found['hits']:,} hits; misses: {told}; {found['checks']:,} asked again"
 
 
 def page(runs: dict[str, list[Outcome]], text: Sequence[str]) -> bytes:
@@ -269,6 +350,7 @@ def main() -> None:
     parser.add_argument("--embedder", choices=("static", "minilm"), default="static")
     parser.add_argument("--max-wrong-percent", type=float, default=1.0)
     parser.add_argument("--in-process", action="store_true", help="only the pure parts, in seconds")
+    parser.add_argument("--only", help="of the runs through a gateway those whose name has this: static, same, worded")
     parser.add_argument("--report", type=Path, default=Path("build/cache-eval.html"), help="HTML page with the plots")
     options = parser.parse_args()
     questions = (
@@ -290,14 +372,16 @@ def main() -> None:
         name = f"{mode}, in process"
         runs[name] = run.replay(questions)
         note(told(name, runs[name]))
-        for kind, pairs in (
-            ("near misses", [(one, other) for _, one, other in near_misses(options.seed, 1_100)]),
-            ("harmless variations", list(variations(options.seed, 300))),
-        ):
-            note(f"{name}: {kind} accepted {sum(run.accepts(*pair) for pair in pairs) / len(pairs):.1%}")
+        for kind, pairs in beside(options.seed):
+            note(f"{name}: {kind} {sum(run.accepts(*pair) for pair in pairs) / len(pairs):.1%}")
     for through in () if options.in_process else RUNS:
-        runs[through.name] = through_gateway(through, questions, options.embedder, bound)
-        note(told(through.name, runs[through.name]))
+        if options.only and options.only not in through.name:
+            continue
+        done = through_gateway(through, questions, options.embedder, bound, options.seed)
+        runs[through.name] = done.outcomes
+        note(told(through.name, done.outcomes))
+        for remark in done.remarks:
+            note(remark)
     options.report.parent.mkdir(parents=True, exist_ok=True)
     options.report.write_bytes(page(runs, text))
     print(f"report: {options.report}")

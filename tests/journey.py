@@ -121,6 +121,21 @@ OVERLAY: dict[str, Any] = {
         "whisper-chain": {"targets": ["azure/whisper-1", "openai/whisper-1"]},
         "one-target": {"targets": ["openai/gpt-4o-mini"]},
         "remembered": {"targets": ["openai/gpt-4o-mini"], "cache": {"mode": "exact", "max_temperature": 1}},
+        "meant": {
+            "targets": ["openai/gpt-4o-mini"],
+            "cache": {
+                "mode": "static", "threshold": 0.8, "max_temperature": 1, "reverify_percent": 100,
+                "embedder": "embed-small", "embedder_timeout_ms": 10_000, "judge": "judging", "judge_percent": 100,
+            },
+        },
+        "meant-hasty": {
+            "targets": ["openai/gpt-4o-mini"],
+            "cache": {
+                "mode": "static", "threshold": 0.8, "max_temperature": 1,
+                "embedder": "embed-small", "embedder_timeout_ms": 50,
+            },
+        },
+        "judging": {"targets": ["openrouter/gpt-4o-mini"]},
         "quick": {
             "targets": ["openai/gpt-4o-mini", "openrouter/gpt-4o-mini"],
             "timeouts": {"first_token_seconds": 0.5, "answer_seconds": 0.5, "idle_seconds": 0.5, "total_seconds": 5},

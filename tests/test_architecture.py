@@ -29,7 +29,7 @@ LAYERS = (
     ),
     (
         "routing", "estimate", "settlement", "relay", "confidence", "recall", "dialogue", "shadows", "gateway",
-        "server", "visits",
+        "errands", "server", "visits",
     ),
     (
         "api", "openapi", "admin", "cache_door", "status_page", "bodies", "keys", "ledger_shipper", "archive",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import zlib
@@ -18,7 +19,7 @@ from app.cache.guards import read
 from app.cache.learning import Learning
 from app.cache.partition import Ask
 from app.cache.room import Seen
-from app.cache.semantic import Questions, alike
+from app.cache.semantic import Questions
 from app.control import Control
 from app.core import Usage
 from app.redis_pipe import RedisPipe
@@ -48,7 +49,7 @@ class Words:
 
     name = "words"
 
-    async def embed(self, text: str) -> bytes | None:
+    async def embed(self, text: str, seconds: float) -> bytes | None:
         counts = array("f", bytes(4 * 256))
         for word in read(text).content:
             counts[zlib.crc32(word.encode()) % 256] += 1.0
@@ -59,18 +60,30 @@ class Words:
 class NoWords:
     name = "words"
 
-    async def embed(self, text: str) -> bytes | None:
+    async def embed(self, text: str, seconds: float) -> bytes | None:
         return None
+
+
+class Says:
+    """A judge that says the same of all answers."""
+
+    def __init__(self, says: bool | None) -> None:
+        self.says = says
+        self.heard: list[tuple[str, ...]] = []
+
+    async def same(self, alias: str, question: str, one: str, other: str) -> bool | None:
+        self.heard.append((alias, question, one, other))
+        return self.says
 
 
 class Replica:
     """Semantic lookups as one replica makes them, each answer kept as the room of the cache keeps it."""
 
-    def __init__(self, pipe: RedisPipe, server: RedisServer, name: str, vectors: Any) -> None:
+    def __init__(self, pipe: RedisPipe, server: RedisServer, name: str, vectors: Any, second: Any = None) -> None:
         self.control = Control(pipe, AMBIENT)
         self.learning = Learning(pipe, self.control, AMBIENT, name)
         self.questions = Questions(
-            pipe, AMBIENT, lambda _: vectors, self.learning, lambda ask, key, data: opened(key, data)
+            pipe, AMBIENT, lambda _: vectors, self.learning, lambda ask, key, data: opened(key, data), second
         )
         self.pipe, self.server = pipe, server
 
@@ -91,9 +104,11 @@ class Replica:
 
 
 @asynccontextmanager
-async def replica(server: RedisServer, name: str = "a", vectors: Any = None) -> AsyncIterator[Replica]:
+async def replica(
+    server: RedisServer, name: str = "a", vectors: Any = None, second: Any = None
+) -> AsyncIterator[Replica]:
     pipe = pipe_to(server)
-    made = Replica(pipe, server, name, vectors or Words())
+    made = Replica(pipe, server, name, vectors or Words(), second)
     async with running(pipe):
         yield made
 
@@ -243,12 +258,15 @@ def test_an_answer_that_has_ended_is_a_miss_and_its_question_forgotten(server: R
     run(scenario())
 
 
-def test_a_damaged_entry_is_a_miss(server: RedisServer) -> None:
+def test_a_damaged_entry_is_a_miss_and_its_question_forgotten(server: RedisServer) -> None:
     async def scenario() -> None:
         async with replica(server) as one:
             await one.put(REFUND, "Within 30 days.")
             server.client.set(of(REFUND).key, b"rubbish")
             assert (await one.questions.find(of(REFUND_TOO))).entry is None
+            assert one.learning.tally("acme-corp", "support-fast").ended == 1
+            await one.pipe.execute("PING")
+            assert server.client.zcard("sc:{acme-corp}:_questions") == 0
 
     run(scenario())
 
@@ -314,13 +332,98 @@ def test_long_conversations_are_not_looked_up(server: RedisServer) -> None:
     run(scenario())
 
 
-@pytest.mark.parametrize(
-    ("one", "other", "same"),
-    [
-        ("You get it back within 30 days.", "You will get it back in 30 days.", True),
-        ("You get it back within 30 days.", "You will get it back in 14 days.", False),
-    ],
-)
-def test_the_local_judge_minds_numbers(one: str, other: str, same: bool) -> None:
-    assert alike(one, other, 0.95) is same
-    assert not alike(one, other, 0.5)
+def test_each_look_is_told_by_what_became_of_it(server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with replica(server) as one:
+            await one.put(REFUND, "Within 30 days.")  # nobody is there
+            await one.put("How do I get a refund for 2 orders", "It depends.")  # another number
+            await one.put("Where do refunds for broken lamps go", "Elsewhere.")  # not alike enough
+            await one.put(REFUND_TOO, "", mode="verified")  # nothing has been learned
+            await one.put(REFUND_TOO, "")
+            tally = one.learning.tally("acme-corp", "support-fast")
+            assert (tally.alone, tally.vetoes, tally.unsure, tally.untaught, tally.hits) == (1, {"numbers": 1}, 1, 1, 1)
+            assert tally.looks == 5
+            await one.learning.run_once()
+            looks = {labels[2]: value for labels, value in one.learning.looks()}
+            assert (looks["alone"], looks["vetoed"], looks["hit"], sum(looks.values())) == (1, 1, 1, 5)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(("says", "checks", "wrong"), [(True, 1, 0), (False, 1, 1), (None, 0, 0)])
+def test_where_an_alias_judges_its_word_counts_and_no_word_teaches_nothing(
+    server: RedisServer, says: bool | None, checks: int, wrong: int
+) -> None:
+    judge = Says(says)
+
+    async def scenario() -> None:
+        async with replica(server, second=judge) as one:
+            await one.put(REFUND, "Within 30 days.")
+            ask = of(REFUND_TOO, reverify=1.0, judge="judging", judge_share=1.0)
+            seen = await one.questions.find(ask)
+            one.questions.reverified(ask, seen, entry_of("In a month."))
+            await one.questions.settled()
+            tally = one.learning.tally("acme-corp", "support-fast")
+            assert (tally.checks, tally.wrong) == (checks, wrong)
+
+    run(scenario())
+    assert judge.heard == [("judging", REFUND_TOO, "In a month.", "Within 30 days.")]
+
+
+@pytest.mark.parametrize(("share", "text"), [(0.0, "In a month."), (1.0, "Within 30 days.")])
+def test_a_judge_is_not_asked_of_the_same_words_nor_beyond_its_share(
+    server: RedisServer, share: float, text: str
+) -> None:
+    judge = Says(False)
+
+    async def scenario() -> None:
+        async with replica(server, second=judge) as one:
+            await one.put(REFUND, "Within 30 days.", judge="judging", judge_share=share)
+            ask = of(REFUND_TOO, reverify=1.0, judge="judging", judge_share=share)
+            one.questions.reverified(ask, await one.questions.find(ask), entry_of(text))
+            await one.questions.settled()
+            assert one.learning.tally("acme-corp", "support-fast").checks == 1
+
+    run(scenario())
+    assert judge.heard == []
+
+
+def test_of_two_that_learned_from_the_same_model_one_is_heard(server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with replica(server) as one, replica(server, "b") as two:
+            for text, label in made_up(400, 3):
+                await one.put(text, label, mode="verified")
+            assert await one.learning.run_once() == 1
+            put = [each.pipe.execute("EVALSHA", each.learning._put, 1, "sc:{acme-corp}:_model", 1, 2, name)
+                   for each, name in ((one, b"a"), (two, b"b"))]  # fmt: skip
+            assert sorted(await asyncio.gather(*put)) == [0, 1]
+            assert server.client.hget("sc:{acme-corp}:_model", "version") == "2"
+            await one.pipe.execute("HSET", "sc:{acme-corp}:_model", "model", "rubbish")
+            before = one.learning.model("acme-corp", 0.01)
+            await one.control.put("verifier", "acme-corp", "2", "b")
+            await one.control.run_once()
+            await one.learning.run_once()
+            assert one.learning.model("acme-corp", 0.01) == before  # what cannot be read replaces nothing
+
+    run(scenario())
+
+
+def test_questions_whose_answers_turn_out_to_be_one_become_one_group(server: RedisServer) -> None:
+    judge = Says(False)
+
+    async def scenario() -> None:
+        async with replica(server, second=judge) as one:
+
+            async def groups(question: str, text: str) -> int:
+                await one.put(question, text, mode="shadow", judge="judging", judge_share=1.0)
+                await one.pipe.execute("PING")
+                (key,) = server.client.keys("*:v:*")
+                ids = server.client.execute_command("VRANDMEMBER", key, 9)
+                return len({json.loads(server.client.execute_command("VGETATTR", key, id))[0] for id in ids})
+
+            assert await groups("how do I open an account", "You come to us.") == 1
+            assert await groups("how do I open my account at home", "Come to us, please.") == 2
+            judge.says = True
+            assert await groups("how to open an account", "Come to us, please.") == 1
+
+    run(scenario())

@@ -31,6 +31,8 @@ from app.ambient import Ambient
 from app.api import FrontDoor
 from app.archive import Archive
 from app.auth import Callers
+from app.cache.learning import Learning
+from app.cache.semantic import Questions
 from app.config import NAME, Config, Quota, ServiceKey, Tenant
 from app.core import Rates, Reservation
 from app.errors import LimitError
@@ -44,6 +46,7 @@ from tests.ledger_parts import query, running_postgres
 from tests.limits_parts import SHARE, Caller, Counters, not_just_before_midnight, pipe_to, whole
 from tests.redis_parts import AMBIENT, RedisServer, redis_server, running
 from tests.test_auth import NoTokens
+from tests.test_cache_semantic import Words
 from tests.test_front_door import Client, Source
 from tests.test_rollup import roll, settle
 
@@ -400,7 +403,16 @@ def test_each_call_is_its_tenant_s_in_the_ledger_and_in_usage_and_nobody_else_s(
 
 CACHED_CASES = CASES // 4
 PROMPTS = ["What is the refund policy?", "Who am I?", "Say hello.", "What did I ask before?"]
+GREETINGS = ["", "Hello, ", "hi ", "Good morning! "]
+"""Before a prompt, they change its words and not its meaning."""
 ONCE = [f"key-{number}" for number in range(12)]
+SURROUNDINGS: list[dict[str, Any]] = [
+    {"system": system, "tools": tools, "response_format": form}
+    for system in ("Answer briefly.", "Answer at length.")
+    for tools in (None, [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}])
+    for form in (None, {"type": "json_object"})
+]
+REVISIONS = ["r1", "r2"]
 NUMBERED = re.compile(rb"answer-(\d+)-")
 
 
@@ -432,20 +444,28 @@ class Numbering:
 
 
 @pytest.mark.timeout(3600)
-def test_an_answer_from_before_is_nobody_s_but_its_tenant_s(server: RedisServer, tmp_path: Path) -> None:
-    """The same few prompts, and the same few idempotency keys, from all tenants through two replicas."""
+@pytest.mark.parametrize("mode", ["exact", "static"])
+def test_an_answer_from_before_is_of_the_same_tenant_and_surroundings(
+    server: RedisServer, tmp_path: Path, mode: str
+) -> None:
+    """The same few prompts from all tenants through two replicas, under other system prompts, tools, formats and
+    revisions; and the same few idempotency keys, which know no surroundings.
+    """
     seed = random.randrange(2**32)
     chance = random.Random(seed)
-    current, vendor = a_config(chance, "exact"), Numbering()
+    current, vendor = a_config(chance, mode), Numbering()
     may = {key.id: key for key in current.keys.values()}
-    owners: dict[bytes, set[str]] = {}
+    owners: dict[bytes, set[tuple[str, str]]] = {}
     answered = Counter[str]()
 
     async def one(door: FrontDoor) -> None:
         secret, claimed = chance.choice(SECRETS), chance.choice(ALIKE)
-        messages = [{"role": "user", "content": chance.choice(PROMPTS)}]
-        body = {"model": ALIAS, "messages": messages, "temperature": 0, "stream": chance.random() < 0.3}
-        sent = {"authorization": f"Bearer {secret}", "x-tenant-id": claimed}
+        around, revision = chance.choice(SURROUNDINGS), chance.choice(REVISIONS)
+        prompt = chance.choice(GREETINGS) + chance.choice(PROMPTS)
+        messages = [{"role": "system", "content": around["system"]}, {"role": "user", "content": prompt}]
+        members = {name: value for name, value in around.items() if name != "system" and value is not None}
+        body = {"model": ALIAS, "messages": messages, "temperature": 0, "stream": chance.random() < 0.3} | members
+        sent = {"authorization": f"Bearer {secret}", "x-tenant-id": claimed, "x-kb-revision": revision}
         if chance.random() < 0.3:
             sent["idempotency-key"] = chance.choice(ONCE)
         client = Reader(json.dumps(body).encode(), [(name.encode(), value.encode()) for name, value in sent.items()])
@@ -455,7 +475,7 @@ def test_an_answer_from_before_is_nobody_s_but_its_tenant_s(server: RedisServer,
         numbers = set(NUMBERED.findall(client.body))
         assert len(numbers) == (client.status == 200)
         for number in numbers:
-            owners.setdefault(number, set()).add(claimed)
+            owners.setdefault(number, set()).add((claimed, json.dumps([around, revision])))
             answered[client.told.get(b"x-cache", b"").decode()] += 1
 
     async def main() -> None:
@@ -465,6 +485,11 @@ def test_an_answer_from_before_is_nobody_s_but_its_tenant_s(server: RedisServer,
                 rooms = Rooms(tmp_path / name, ambient=AMBIENT, pipe=pipe, replica=name)
                 rooms.dialogue.upstream = vendor
                 await rooms.channel.run_once()
+                cache = rooms.cache
+                cache.semantic = Questions(
+                    pipe, AMBIENT, lambda _: Words(), Learning(pipe, rooms.channel, AMBIENT, name),
+                    lambda ask, key, data, cache=cache: cache.opened(ask, data, key),
+                )  # fmt: skip
                 channels.append(rooms.channel)
                 doors.append(FrontDoor(Source(current), rooms.gateway, Callers(NoTokens()), AMBIENT))
             for _ in range(0, CACHED_CASES, AT_ONCE):
@@ -479,5 +504,5 @@ def test_an_answer_from_before_is_nobody_s_but_its_tenant_s(server: RedisServer,
         assert {number: seen for number, seen in owners.items() if len(seen) > 1} == {}
     except AssertionError as error:
         raise AssertionError(f"seed {seed}: {error}") from error
-    assert answered["HIT (exact)"] > CACHED_CASES / 500, answered
+    assert answered["HIT (semantic)" if mode == "static" else "HIT (exact)"] > CACHED_CASES / 500, answered
     assert vendor.given >= len(ALIKE)

@@ -17,10 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from app.config.caching import LOCAL_EMBEDDERS
+
 log = logging.getLogger("gateway")
 
-DEADLINE_SECONDS = 0.1
-"""A text that has no vector by then is not looked up."""
 WAITING = 8
 """Texts that may wait for MiniLM's thread: about 7 ms each."""
 MINILM_TOKENS = 256
@@ -61,8 +61,8 @@ class Embedder:
             self.error = str(error)
             log.error("the semantic cache finds nothing: %s", error)
 
-    async def embed(self, text: str) -> bytes | None:
-        """The vector; None where there is no model, or none in time."""
+    async def embed(self, text: str, seconds: float) -> bytes | None:
+        """The vector; None where there is no model, or none within so many seconds."""
         embed = self._embed
         if embed is None:
             if self._loading is None and self.error is None:
@@ -77,7 +77,7 @@ class Embedder:
         running = asyncio.get_running_loop().run_in_executor(self._pool, embed, text)
         running.add_done_callback(self._served)
         try:
-            async with asyncio.timeout(DEADLINE_SECONDS):
+            async with asyncio.timeout(seconds):
                 return await asyncio.shield(running)
         except (TimeoutError, ValueError, RuntimeError):
             self.late += 1
@@ -90,19 +90,26 @@ class Embedder:
 
 
 class Embedders:
-    """The local models of a replica, each loaded when it is first asked for, or by `prepare`."""
+    """The local models of a replica, each loaded when it is first asked for, or by `prepare`; another name is that of
+    an alias, whose vectors `remote` makes.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, remote: Callable[[str], Any]) -> None:
+        self._remote = remote
         self._loaded: dict[str, Embedder] = {}
+        self._aliases: dict[str, Any] = {}
 
-    def of(self, name: str) -> Embedder:
+    def of(self, name: str) -> Any:
+        if name not in LOCAL_EMBEDDERS:
+            return self._aliases.get(name) or self._aliases.setdefault(name, self._remote(name))
         embedder = self._loaded.get(name)
         if embedder is None:
             embedder = self._loaded[name] = local(name)
         return embedder
 
     async def prepare(self, names: Iterable[str]) -> None:
-        for name in names:
+        """Answers are compared by a local model also where an alias makes the vectors of questions."""
+        for name in {name if name in LOCAL_EMBEDDERS else "static" for name in names}:
             await self.of(name).load()
 
 
@@ -111,12 +118,6 @@ def local(name: str) -> Embedder:
     if name == "static":
         return Embedder(name, _static, threaded=False)
     return Embedder(name, _minilm, threaded=True)
-
-
-def similarity(one: bytes, other: bytes) -> float:
-    """The cosine of two vectors."""
-    a, b = memoryview(one).cast("f"), memoryview(other).cast("f")
-    return sum(x * y for x, y in zip(a, b, strict=True))
 
 
 def _folder(package: str, sentence: str) -> Path:

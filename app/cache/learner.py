@@ -40,8 +40,8 @@ CAUTION = 2_000
 class Observation(Struct, frozen=True, array_like=True):
     """A question with neighbours. `right` None: it was served, and nobody looked. `weight`: how many it stands for.
 
-    `chance` is what the model of its time gave it; -1 without one. The answer was `compared` with so many other groups'
-    answers, and `agreed` with so many of them: the judge cannot be right about those.
+    `chance` is what the model of its time gave it; -1 without one. The answer was `compared` with so many others
+    that say something else, and to the judge it `agreed` with so many of them.
     """
 
     features: tuple[float, ...]

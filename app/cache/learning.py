@@ -10,6 +10,7 @@ import asyncio
 import logging
 import struct
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -44,7 +45,10 @@ _model = msgspec.msgpack.Decoder(Model)
 class Tally(Struct):
     """What happened of one tenant and alias since it was last written down.
 
-    looks, no_vector   calls that looked, and those without a vector in time
+    looks              calls that looked; each was a hit, vetoed, one of the next six, or in mode shadow would have hit
+    no_vector, away    no vector in time; Redis had no answer
+    alone, untaught    no neighbour; nothing is learned of the tenant yet
+    unsure, ended      not sure enough; the answer was there no more
     hits, checks, wrong  served, asked again, and found wrong then
     shadow_right, shadow_wrong  would have been served, by what the vendor answered
     vetoes, vetoed_right  kept apart by a guard, and those of them whose answer would have been right
@@ -52,6 +56,11 @@ class Tally(Struct):
 
     looks: int = 0
     no_vector: int = 0
+    away: int = 0
+    alone: int = 0
+    untaught: int = 0
+    unsure: int = 0
+    ended: int = 0
     hits: int = 0
     checks: int = 0
     wrong: int = 0
@@ -76,22 +85,32 @@ class Tally(Struct):
             self.wrong += 1
             self.worst.append(key)
 
+    def add(self, other: Tally) -> None:
+        for name in _FIGURES:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for guard, count in other.vetoes.items():
+            self.vetoes[guard] = self.vetoes.get(guard, 0) + count
+
     def figures(self) -> dict[str, int]:
         """What there is to write down, by name."""
         figures = {name: value for name in _FIGURES if (value := getattr(self, name))}
         return figures | {f"veto:{guard}": count for guard, count in self.vetoes.items()}
 
 
-_FIGURES = ("looks", "no_vector", "hits", "checks", "wrong", "shadow_right", "shadow_wrong", "vetoed_right")
+MISSES = ("no_vector", "away", "alone", "untaught", "unsure", "ended")
+_FIGURES = ("looks", *MISSES, "hits", "checks", "wrong", "shadow_right", "shadow_wrong", "vetoed_right")
 
 
 class _Known(Struct):
-    """What this replica knows of one tenant. `new`: observations that it made since the tenant was last fitted."""
+    """What this replica knows of one tenant. `new`: observations that it made since the tenant was last fitted;
+    `behind`: those of all replicas that no model has learned from, when it last looked.
+    """
 
     max_wrong: float = 0.01
     model: Model | None = None
     heard: str = ""
     new: int = 0
+    behind: int = 0
     read_to: bytes = b"-"
     window: deque[Observation] = msgspec.field(default_factory=lambda: deque(maxlen=WINDOW))
 
@@ -107,6 +126,8 @@ class Learning:
         self._replica = replica
         self._known: dict[str, _Known] = {}
         self._tallies: dict[tuple[str, str], Tally] = {}
+        self.totals: dict[tuple[str, str], Tally] = {}
+        """What happened since the start, by tenant and alias, as far as it is written down."""
         self._due = asyncio.Event()
         self.fitted = 0
 
@@ -143,6 +164,31 @@ class Learning:
         if len(self._known) > TENANTS:
             del self._known[next(iter(self._known))]
         return known
+
+    def looks(self) -> Iterator[tuple[tuple[str, ...], float]]:
+        """Looks by tenant, alias and outcome."""
+        for name, tally in self.totals.items():
+            yield (*name, "hit"), tally.hits
+            yield (*name, "vetoed"), sum(tally.vetoes.values())
+            for miss in MISSES:
+                yield (*name, miss), getattr(tally, miss)
+
+    def judged(self) -> Iterator[tuple[tuple[str, ...], float]]:
+        """Answers whose outcome is known, by tenant, alias, whether they were served, and whether they were right."""
+        for name, tally in self.totals.items():
+            yield (*name, "true", "right"), tally.checks - tally.wrong
+            yield (*name, "true", "wrong"), tally.wrong
+            yield (*name, "false", "right"), tally.shadow_right
+            yield (*name, "false", "wrong"), tally.shadow_wrong
+
+    def thresholds(self) -> Iterator[tuple[tuple[str, ...], float]]:
+        for tenant_id, known in self._known.items():
+            if known.model is not None:
+                yield (tenant_id,), known.model.threshold
+
+    def waiting(self) -> Iterator[tuple[tuple[str, ...], float]]:
+        for tenant_id, known in self._known.items():
+            yield (tenant_id,), known.behind
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -201,6 +247,7 @@ class Learning:
         before = 0 if known.model is None else known.model.seen
         if before > added:  # Redis came back empty: what was learned before counts on, from new observations
             before = 0
+        known.behind = added - before
         if added - before < max(REFIT, min(length, added) // 20):
             known.new = 0 if added - before < REFIT // 2 else known.new
             return False
@@ -213,6 +260,7 @@ class Learning:
             known.new = 0
             if model is None:
                 return False
+            known.behind = 0
             if not await self._pipe.execute(
                 "EVALSHA", self._put, 1, _model_key(tenant_id), version, version + 1, _encode(model)
             ):
@@ -245,6 +293,8 @@ class Learning:
         tallies, self._tallies = self._tallies, {}
         day = timestamp(self._ambient.now())[:10]
         for (tenant_id, alias), tally in tallies.items():
+            if len(self.totals) < TENANTS or (tenant_id, alias) in self.totals:
+                self.totals.setdefault((tenant_id, alias), Tally()).add(tally)
             key = figures_key(tenant_id, day)
             for name, count in tally.figures().items():
                 self._pipe.send("HINCRBY", key, f"{alias}:{name}", count)
@@ -255,10 +305,10 @@ class Learning:
 
 
 def _fit(observations: list[Observation], max_wrong: float, version: int, seen: int) -> Model | None:
-    """The judge's error is estimated from answers that it found equal to more than one group's: groups differ."""
+    """The judge's error is estimated from answers that say something else and that it took for the same."""
     compared = sum(one.compared for one in observations)
     agreed = sum(one.agreed for one in observations)
-    error = min(0.9, (agreed + 1.0) / (compared + 100.0)) if agreed else 0.0
+    error = min(0.9, (agreed + 1.0) / (compared + 100.0))
     return fit(observations, max_wrong, error, version, seen)
 
 

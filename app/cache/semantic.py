@@ -7,10 +7,9 @@ served is one more. What a miss teaches is worked out after the call. Whatever f
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Coroutine
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,11 +17,11 @@ import msgspec
 from msgspec import Struct
 
 from app.ambient import Ambient
-from app.cache.embedder import similarity
 from app.cache.entry import Entry
 from app.cache.guards import LONGEST_TEXT, Facts, read
+from app.cache.judge import Answer, Judge, answer, digest
 from app.cache.learner import Observation
-from app.cache.learning import Learning
+from app.cache.learning import Learning, Tally
 from app.cache.partition import Ask, prefix
 from app.cache.room import Seen
 from app.cache.verifier import NEIGHBOURS, Neighbour, Verdict, weigh
@@ -37,14 +36,16 @@ QUESTION_BYTES = 1_500
 """What a remembered question costs in Redis: vector, links, facts, its place by use (measured: about 1,300)."""
 QUESTIONS_SHARE = 4
 """The tenant's questions may take one part in so many of its bytes, beside its answers."""
-COMPARED_GROUPS = 3
+FETCHED = 6
+"""Neighbours' answers that are fetched at most to compare a new one with; most are known from before."""
+ANSWERS = 4_096
+"""Answers that a replica knows by heart, as vectors of about 1,200 bytes; those longest unused go first."""
+JUDGES = 1_000
+"""Aliases of tenants whose answers a replica compares; those longest unused begin anew."""
+ANSWER_SECONDS = 1.0
+"""Nobody waits for the vector of an answer."""
 TASKS = 64
 """Answers that are learned from at a time; from what comes beyond nothing is learned."""
-ANSWERS_ALIKE = 0.8
-"""Cosine from which two answers say the same, unless their numbers or units differ. High: to take the same for
-another costs hits, to take another for the same is a wrong answer that nobody sees. (Of made-up answers with
-the same six facts in other words a third pass, of those with other facts fewer than one in 10,000.)
-"""
 _LOG_SECONDS = 60.0
 
 _encode = msgspec.json.encode
@@ -52,7 +53,10 @@ Opened = Callable[[Ask, str, bytes], Entry | None]
 
 
 class _Attributes(Struct, frozen=True, array_like=True):
+    """What lies beside a question: the group of its answer, that answer's digest, and its facts."""
+
     group: str
+    answer: str
     facts: Facts
 
 
@@ -64,7 +68,13 @@ class Vectors(Protocol):
 
     name: str
 
-    async def embed(self, text: str) -> bytes | None: ...
+    async def embed(self, text: str, seconds: float) -> bytes | None: ...
+
+
+class Second(Protocol):
+    """A model that is asked whether two answers say the same; None: it did not say so in time."""
+
+    async def same(self, alias: str, question: str, one: str, other: str) -> bool | None: ...
 
 
 class Notes(Struct, frozen=True):
@@ -77,9 +87,22 @@ class Notes(Struct, frozen=True):
     vector: bytes
     facts: Facts
     verdict: Verdict | None
-    nearest: tuple[Neighbour, ...]
+    neighbours: tuple[Neighbour, ...]
     chance: float = -1.0
     would: bool = False
+
+
+class Compared(Struct, frozen=True):
+    """What an answer says of the neighbours': the group that it belongs to, and the questions that come into it too;
+    whether the chosen group's answer was right (None: nobody knows), and what tells of the judge's own error.
+    """
+
+    group: str
+    digest: str
+    right: bool | None = None
+    compared: int = 0
+    agreed: int = 0
+    merged: tuple[Neighbour, ...] = ()
 
 
 class Questions:
@@ -92,6 +115,7 @@ class Questions:
         vectors: Callable[[str], Vectors],
         learning: Learning,
         opened: Opened,
+        second: Second | None = None,
     ) -> None:
         here = Path(__file__)
         self._remember = pipe.script(here.with_name("remember.lua").read_text())
@@ -101,7 +125,10 @@ class Questions:
         self._vectors = vectors
         self.learning = learning
         self._opened = opened
+        self._second = second
         self._tasks: set[asyncio.Task[None]] = set()
+        self._answers: OrderedDict[tuple[str, str, str], Answer] = OrderedDict()
+        self._judges: OrderedDict[tuple[str, str], Judge] = OrderedDict()
         self._logged = float("-inf")
         self.dropped = self.failed = 0
 
@@ -111,12 +138,10 @@ class Questions:
         policy, turn = ask.policy, ask.turn
         if turn.turns > policy.max_turns or len(turn.text) > LONGEST_TEXT:
             return Seen()
-        tally = self.learning.tally(ask.tenant_id, ask.alias)
-        tally.looks += 1
         vectors = self._vectors(policy.embedder)
-        vector = await vectors.embed(turn.text)
+        vector = await vectors.embed(turn.text, policy.embedder_seconds)
         if vector is None:
-            tally.no_vector += 1
+            self._looked(ask).no_vector += 1
             return Seen()
         key = _vector_set(ask, vectors)
         try:
@@ -124,30 +149,43 @@ class Questions:
                 "VSIM", key, "FP32", vector, "WITHSCORES", "WITHATTRIBS", "COUNT", NEIGHBOURS, "EF", EFFORT
             )
         except (RedisAway, RedisRefused) as error:
+            self._looked(ask).away += 1
             self._complain(error)
             return Seen()
         facts = read(turn.text)
         neighbours = _neighbours(found)
         verdict = weigh(facts, neighbours)
         if verdict is None:
+            self._looked(ask).alone += 1
             return Seen(notes=Notes(vectors, vector, facts, None, ()))
         chance, would = self._decide(ask, verdict)
-        if verdict.veto is not None:
-            tally.vetoed(verdict.veto)
-        serves = would and ask.mode != "shadow"
-        notes = Notes(vectors, vector, facts, verdict, _nearest(neighbours, verdict.group), chance, would)
-        if not serves:
+        notes = Notes(vectors, vector, facts, verdict, tuple(neighbours), chance, would)
+        if not would or ask.mode == "shadow":
+            tally = self._looked(ask)
+            if verdict.veto is not None:
+                tally.vetoed(verdict.veto)
+            elif chance < 0.0 and ask.mode != "static":
+                tally.untaught += 1
+            elif not would:
+                tally.unsure += 1
             return Seen(notes=notes)
         for candidate in verdict.candidates[:2]:
             entry_key = prefix(ask.tenant_id, ask.alias) + "x:" + candidate.id
             entry = await self._entry(ask, key, candidate.id, entry_key)
             if entry is not None:
-                tally.hits += 1
+                self._looked(ask).hits += 1
                 check = self._ambient.random() < policy.reverify
                 if chance >= 0.0 and not check:
                     self.learning.note(ask, Observation(verdict.features, None, 1.0, chance))
                 return Seen(entry, entry_key, candidate.similarity, notes, check)
+        self._looked(ask).ended += 1
         return Seen(notes=notes)
+
+    def _looked(self, ask: Ask) -> Tally:
+        """Counts a look when it is over: what is counted over an await may be written down meanwhile."""
+        tally = self.learning.tally(ask.tenant_id, ask.alias)
+        tally.looks += 1
+        return tally
 
     def _decide(self, ask: Ask, verdict: Verdict) -> tuple[float, bool]:
         """The chance that the group's answer is right, where there is a model; and whether it would be served."""
@@ -211,66 +249,134 @@ class Questions:
 
     async def _answered(self, ask: Ask, notes: Notes, key: str, entry: Entry) -> None:
         """A miss: whether the chosen group's answer was the vendor's, and the question as one more of its group."""
-        text = REPLAYS[ask.dialect].text(entry.body) or ""
-        group, right, more, agreed = await self._compared(ask, notes, text)
+        found = await self._compared(ask, notes, entry)
         verdict = notes.verdict
-        if verdict is not None and right is not None:
+        if verdict is not None and found.right is not None:
             if verdict.veto is None:
-                self.learning.note(ask, Observation(verdict.features, right, 1.0, notes.chance, more, agreed))
+                self._note(ask, notes, found, 1.0)
             tally = self.learning.tally(ask.tenant_id, ask.alias)
             if verdict.veto is not None:
-                tally.vetoed_right += right
+                tally.vetoed_right += found.right
             elif notes.would:
-                tally.shadowed(right)
+                tally.shadowed(found.right)
         vector_set = _vector_set(ask, notes.vectors)
         await self._pipe.execute(
             "EVALSHA", self._remember, 2, vector_set, _questions(ask.tenant_id), notes.vector,
-            key.rpartition(":")[2], _encode(_Attributes(group, notes.facts)),
+            key.rpartition(":")[2], _encode(_Attributes(found.group, found.digest, notes.facts)),
             max(1, ask.tenant.max_bytes // QUESTIONS_SHARE // QUESTION_BYTES), int(ask.policy.ttl_seconds * 1000),
         )  # fmt: skip
+
+        for other in found.merged:
+            attributes = _encode(_Attributes(found.group, other.answer, other.facts))
+            self._pipe.send("VSETATTR", vector_set, other.id, attributes)
 
     async def _checked(self, ask: Ask, seen: Seen, entry: Entry) -> None:
         """A hit that was asked again: it stands for all those that were not. A wrong answer is not served again."""
         notes: Notes = seen.notes
-        text = REPLAYS[ask.dialect].text(entry.body) or ""
-        _, right, more, agreed = await self._compared(ask, notes, text)
-        if right is None:
+        found = await self._compared(ask, notes, entry)
+        if found.right is None:
             return
-        weight = 1.0 / max(ask.policy.reverify, 0.001)
-        self.learning.tally(ask.tenant_id, ask.alias).checked(right, seen.key)
+        self.learning.tally(ask.tenant_id, ask.alias).checked(found.right, seen.key)
         if notes.chance >= 0.0:
-            self.learning.note(ask, Observation(notes.verdict.features, right, weight, notes.chance, more, agreed))
+            self._note(ask, notes, found, 1.0 / max(ask.policy.reverify, 0.001))
 
-    async def _compared(self, ask: Ask, notes: Notes, text: str) -> tuple[str, bool | None, int, int]:
-        """The group that an answer belongs to, whether that is the one that was chosen (None: nobody knows any more),
-        and of how many other groups it was compared with how many agreed, which they cannot all do rightly.
+    def _note(self, ask: Ask, notes: Notes, found: Compared, weight: float) -> None:
+        features = notes.verdict.features
+        seen = Observation(features, found.right, weight, notes.chance, found.compared, found.agreed)
+        self.learning.note(ask, seen)
+
+    async def _compared(self, ask: Ask, notes: Notes, entry: Entry) -> Compared:
+        """What a vendor's answer says of those of the neighbours, by the gateway's own judge; of a share of answers by
+        the model that the alias names for it, whose word counts, and shows what the gateway's own gets wrong.
         """
-        own = _digest(text)
-        verdict = notes.verdict
+        text, verdict, policy = REPLAYS[ask.dialect].text(entry.body) or "", notes.verdict, ask.policy
+        judge = self._judge(ask)
+        new = await self._answer(ask, text)
         if verdict is None:
-            return own, None, 0, 0
-        same: list[str] = []
-        known: set[str] = set()
-        vector: bytes | None = None
-        for neighbour in notes.nearest:
-            if neighbour.group == own:
-                same.append(own)
-                known.add(own)
-                continue
-            entry_key = prefix(ask.tenant_id, ask.alias) + "x:" + neighbour.id
-            entry = await self._entry(ask, _vector_set(ask, notes.vectors), neighbour.id, entry_key)
-            if entry is None:
-                continue
-            other = REPLAYS[ask.dialect].text(entry.body) or ""
-            known.add(neighbour.group)
-            if vector is None:
-                vector = await notes.vectors.embed(text[:LONGEST_TEXT])
-            theirs = await notes.vectors.embed(other[:LONGEST_TEXT])
-            if vector is not None and theirs is not None and alike(text, other, similarity(vector, theirs)):
-                same.append(neighbour.group)
-        group = own if own in same else same[0] if same else own
-        right = None if verdict.group not in known else group == verdict.group or verdict.group in same
-        return group, right, max(0, len(known) - 1), max(0, len(same) - 1)
+            judge.hear(new)
+            return Compared(new.digest, new.digest)
+        groups = await self._groups(ask, notes, new)
+        agreeing = judge.agreeing(new, groups)
+        compared, agreed = judge.hear(new)
+        right = None if verdict.group not in groups else verdict.group in agreeing
+        if policy.judge is not None:
+            compared = agreed = 0
+            same_words = any(new.digest == each.digest for each in groups.get(verdict.group, ()))
+            if right is not None and not same_words and self._ambient.random() < policy.judge_share:
+                says = await self._asked(ask, verdict, text)
+                if says is False:
+                    compared, agreed = 1, int(right)
+                    agreeing = tuple(name for name in agreeing if name != verdict.group)
+                elif says and not right:
+                    agreeing = (verdict.group, *agreeing)
+                right = says
+        if not agreeing:
+            return Compared(new.digest, new.digest, right, compared, agreed)
+        sizes = {name: sum(n.group == name for n in notes.neighbours) for name in agreeing}
+        group = max(sizes, key=sizes.__getitem__)
+        merged = tuple(n for n in notes.neighbours if n.group in sizes and n.group != group)
+        return Compared(group, new.digest, right, compared, agreed, merged)
+
+    async def _groups(self, ask: Ask, notes: Notes, new: Answer) -> dict[str, list[Answer]]:
+        """The neighbours' answers by group, as far as they are known or can be fetched; the chosen group's first."""
+        answers = {new.digest: new}
+        fetched = 0
+        groups: dict[str, list[Answer]] = {}
+        for neighbour in sorted(notes.neighbours, key=lambda one: one.group != notes.verdict.group):
+            found = answers.get(neighbour.answer) or self._known(ask, neighbour.answer)
+            if found is None and fetched < FETCHED:
+                fetched += 1
+                text = await self._text(ask, notes.vectors, neighbour.id)
+                found = None if text is None else await self._answer(ask, text)
+            if found is not None:
+                answers[neighbour.answer] = found
+                group = groups.setdefault(neighbour.group, [])
+                if found not in group:
+                    group.append(found)
+        return groups
+
+    async def _asked(self, ask: Ask, verdict: Verdict, text: str) -> bool | None:
+        """What the judge that the alias names says of an answer and the chosen group's nearest."""
+        vectors = self._vectors(ask.policy.embedder)
+        for candidate in verdict.candidates[:2]:
+            other = await self._text(ask, vectors, candidate.id)
+            if other is not None and self._second is not None:
+                return await self._second.same(ask.policy.judge, ask.turn.text, text, other)
+        return None
+
+    async def _text(self, ask: Ask, vectors: Vectors, id: str) -> str | None:
+        """An answer by its question's id."""
+        entry_key = prefix(ask.tenant_id, ask.alias) + "x:" + id
+        entry = await self._entry(ask, _vector_set(ask, vectors), id, entry_key)
+        return None if entry is None else REPLAYS[ask.dialect].text(entry.body) or ""
+
+    async def _answer(self, ask: Ask, text: str) -> Answer:
+        """The answer as the judge sees it, known from now on."""
+        known = self._known(ask, digest(text))
+        if known is not None:
+            return known
+        vectors = self._vectors("minilm" if ask.policy.embedder == "minilm" else "static")
+        made = answer(text, await vectors.embed(text[:LONGEST_TEXT], ANSWER_SECONDS))
+        if made.vector is not None:
+            self._answers[ask.tenant_id, ask.alias, made.digest] = made
+            if len(self._answers) > ANSWERS:
+                self._answers.popitem(last=False)
+        return made
+
+    def _known(self, ask: Ask, digest: str) -> Answer | None:
+        name = (ask.tenant_id, ask.alias, digest)
+        found = self._answers.get(name)
+        if found is not None:
+            self._answers.move_to_end(name)
+        return found
+
+    def _judge(self, ask: Ask) -> Judge:
+        name = (ask.tenant_id, ask.alias)
+        judge = self._judges.pop(name, None) or Judge()
+        self._judges[name] = judge
+        if len(self._judges) > JUDGES:
+            self._judges.popitem(last=False)
+        return judge
 
     # --- forgetting ---------------------------------------------------------------------------------------------------
 
@@ -293,19 +399,6 @@ class Questions:
             log.error("redis does not do what the semantic cache asks: %s", error)
 
 
-def alike(one: str, other: str, cosine: float) -> bool:
-    """The local judge: whether two answers say the same."""
-    return cosine >= ANSWERS_ALIKE and _said_alike(one, other)
-
-
-def _said_alike(one: str, other: str) -> bool:
-    here, there = _read(one[:LONGEST_TEXT]), _read(other[:LONGEST_TEXT])
-    return set(here.numbers) == set(there.numbers) and set(here.units) == set(there.units)
-
-
-_read = lru_cache(512)(read)
-
-
 def _neighbours(found: list[Any]) -> list[Neighbour]:
     """VSIM's answer: id, score, attributes, and so on. Its score is (1 + cosine) / 2."""
     neighbours = []
@@ -315,23 +408,15 @@ def _neighbours(found: list[Any]) -> list[Neighbour]:
         except msgspec.DecodeError:
             continue
         neighbours.append(
-            Neighbour(found[n].decode(), 2.0 * float(found[n + 1]) - 1.0, attributes.group, attributes.facts)
+            Neighbour(
+                found[n].decode(),
+                2.0 * float(found[n + 1]) - 1.0,
+                attributes.group,
+                attributes.facts,
+                attributes.answer,
+            )
         )
     return neighbours
-
-
-def _nearest(neighbours: list[Neighbour], chosen: str) -> tuple[Neighbour, ...]:
-    """The nearest question of each of the nearest groups, the chosen one's among them."""
-    first: dict[str, Neighbour] = {}
-    for neighbour in neighbours:
-        first.setdefault(neighbour.group, neighbour)
-    mine = first.pop(chosen)
-    return (mine, *list(first.values())[: COMPARED_GROUPS - 1])
-
-
-def _digest(answer: str) -> str:
-    """Of an answer's words: those that differ in blanks and case only are the same."""
-    return hashlib.sha256(" ".join(answer.lower().split()).encode()).hexdigest()[:16]
 
 
 def _vector_set(ask: Ask, vectors: Vectors) -> str:

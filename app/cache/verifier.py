@@ -26,12 +26,15 @@ FEATURES = (
 
 
 class Neighbour(Struct, frozen=True):
-    """A question that was answered before: `id` the digest of its entry, `group` that of its answer."""
+    """A question that was answered before: `id` the digest of its entry, `group` that of its answer's group, `answer`
+    of its own answer.
+    """
 
     id: str
     similarity: float
     group: str
     facts: Facts
+    answer: str = ""
 
 
 class Verdict(Struct, frozen=True):

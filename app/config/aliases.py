@@ -9,7 +9,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
 
-from app.config.caching import alias_cache
+from app.config.caching import alias_cache, check_helpers
 from app.config.guarding import named
 from app.config.pricing import second_of_day
 from app.config.reading import Faults, entries, known
@@ -85,6 +85,7 @@ def build_aliases(
     for name, alias in entries(written.aliases, NAME, "aliases", faults):
         builder = _Builder(written, targets, guardrails, faults)
         aliases[name] = builder.alias(name, alias, timeouts(alias.timeouts, base, f"aliases.{name}.timeouts", faults))
+    check_helpers(aliases, faults)
     return aliases
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 
 import msgspec
 
 from app.config.reading import Faults
-from app.config.running import CACHED, AliasCache, Target, TenantCache
+from app.config.running import CACHED, Alias, AliasCache, Target, TenantCache
 from app.config.written import WrittenCache, WrittenTenantCache
 
 MAX_TTL_SECONDS = 2_592_000.0
 """Thirty days: for so long it is remembered that something was invalidated."""
+LOCAL_EMBEDDERS = ("static", "minilm")
+"""Models that run in the replica; another name is that of an alias."""
 MAX_TENANT_BYTES = 68_719_476_736
 REVISION = re.compile(r"[\x20-\x7e]{1,128}")
 """A state of the knowledge that answers come from, as X-KB-Revision or an alias says."""
@@ -33,6 +36,10 @@ def alias_cache(written: WrittenCache, targets: tuple[Target, ...], path: str, f
         faults.add(f"{path}.max_turns", "must be from 1 to 20")
     if not 0 <= written.reverify_percent <= 100:
         faults.add(f"{path}.reverify_percent", "must be from 0 to 100")
+    if not 0 <= written.judge_percent <= 100:
+        faults.add(f"{path}.judge_percent", "must be from 0 to 100")
+    if not 1 <= written.embedder_timeout_ms <= 10_000:
+        faults.add(f"{path}.embedder_timeout_ms", "must be from 1 to 10000: every call that misses waits for it")
     if written.mode == "off":
         return None
     answers_by = [
@@ -49,7 +56,27 @@ def alias_cache(written: WrittenCache, targets: tuple[Target, ...], path: str, f
         threshold=float(written.threshold),
         max_turns=written.max_turns,
         reverify=written.reverify_percent / 100,
+        embedder_seconds=written.embedder_timeout_ms / 1000,
+        judge=written.judge,
+        judge_share=written.judge_percent / 100,
     )
+
+
+def check_helpers(aliases: Mapping[str, Alias], faults: Faults) -> None:
+    """The aliases that caches name must be there: one of embeddings makes vectors, one of chats judges answers."""
+    for alias in aliases.values():
+        if alias.cache is None:
+            continue
+        named = [("judge", alias.cache.judge, "chat")] if alias.cache.judge is not None else []
+        if alias.cache.embedder not in LOCAL_EMBEDDERS:
+            named.append(("embedder", alias.cache.embedder, "embeddings"))
+        for key, name, serves in named:
+            path = f"aliases.{alias.name}.cache.{key}"
+            if name not in aliases:
+                known = f"{' and '.join(LOCAL_EMBEDDERS)} are local models; " if key == "embedder" else ""
+                faults.add(path, f"no alias {name!r}; {known}aliases: {', '.join(sorted(aliases))}")
+            elif aliases[name].serves != serves:
+                faults.add(path, f"{name!r} serves {aliases[name].serves}; it must serve {serves}")
 
 
 def tenant_cache(

@@ -177,7 +177,8 @@ class AliasCache(Struct, frozen=True):
 
     Of the semantic modes: `embedder` makes vectors of questions; `threshold` is the least cosine in mode static;
     conversations of more than `max_turns` user turns are not looked up; `reverify` is the share of hits that are asked
-    again behind the caller's back.
+    again behind the caller's back. `embedder` is a local model or an alias, and has `embedder_seconds`; `judge` is the
+    alias that says of a share of answers (`judge_share`) whether two are the same.
     """
 
     mode: CacheMode
@@ -189,6 +190,9 @@ class AliasCache(Struct, frozen=True):
     threshold: float = 0.95
     max_turns: int = 2
     reverify: float = 0.05
+    embedder_seconds: float = 0.1
+    judge: str | None = None
+    judge_share: float = 0.1
 
 
 class TenantCache(Struct, frozen=True):

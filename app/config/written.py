@@ -63,10 +63,13 @@ class WrittenCache(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     ttl_seconds: float = 3600.0
     max_temperature: float = 0.0
     kb_revision: str | None = None
-    embedder: Literal["static", "minilm"] = "static"
+    embedder: str = "static"
+    embedder_timeout_ms: int = 100
     threshold: float = 0.95
     max_turns: int = 2
     reverify_percent: float = 5.0
+    judge: str | None = None
+    judge_percent: float = 10.0
 
 
 Weekday = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]

@@ -114,7 +114,7 @@ class Telemetry:
         cell.set_function(read)
 
     def states(self, metric: str, help: str, labels: tuple[str, ...], read: States) -> None:
-        """Gauges whose labels are known only when they are scraped."""
+        """Figures whose labels are known only when they are scraped: counters where the name ends in `_total`."""
         self._states.append((metric, help, labels, read))
 
     def config_loaded(self, config: Config) -> None:
@@ -284,10 +284,11 @@ class Telemetry:
             late.add_metric((), self._late.buckets(), self._late.total)
         yield from (attempts, retries, late)
         for metric, help, names, read in self._states:
-            gauges = GaugeMetricFamily(metric, help, labels=names)
+            kind = CounterMetricFamily if metric.endswith("_total") else GaugeMetricFamily
+            family = kind(metric, help, labels=names)
             for labels, value in read():
-                gauges.add_metric(labels, value)
-            yield gauges
+                family.add_metric(labels, value)
+            yield family
 
     def _make_cells(self, tenant: str | None, alias: str | None, provider: str | None, status: str) -> Cells:
         timed = (alias or "", provider or "", status)

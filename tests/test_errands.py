@@ -1,0 +1,109 @@
+"""The gateway's own calls over the whole stack: vectors of questions, and a judge of answers, by aliases."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import httpx
+import pytest
+from redis import Redis
+
+from app.errands import case
+from tests.journey import Journey, chat, until
+
+ALIAS, HASTY = "meant", "meant-hasty"
+
+
+@pytest.fixture
+def book(journey: Journey) -> Iterator[dict[str, str]]:
+    """What vendors answer to a last message; read when the test calls `told`."""
+    yield {}
+    httpx.delete(f"{journey.stack.simulator_url}/_sim/answers").raise_for_status()
+
+
+def told(journey: Journey, book: dict[str, str]) -> None:
+    httpx.put(f"{journey.stack.simulator_url}/_sim/answers", json=book).raise_for_status()
+
+
+def own(journey: Journey, purpose: str, since: datetime) -> list[dict[str, Any]]:
+    """The rows of the gateway's own calls."""
+    rows = journey.query(
+        "SELECT event FROM ledger WHERE purpose = %s AND occurred_at >= %s ORDER BY occurred_at", purpose, since
+    )
+    return [row["event"] for row in rows]
+
+
+def questions(journey: Journey, alias: str) -> int:
+    """How many questions of the alias are remembered."""
+    with Redis.from_url(journey.stack.redis_url) as client:
+        keys = client.scan_iter(match=f"sc:{{{journey.tenant}}}:{alias}:v:*")
+        return sum(client.execute_command("VCARD", key) for key in keys)
+
+
+def figure(journey: Journey, alias: str, name: str) -> int:
+    with Redis.from_url(journey.stack.redis_url, decode_responses=True) as client:
+        keys = client.scan_iter(match=f"sc:{{{journey.tenant}}}:_figures:*")
+        return sum(int(client.hget(key, f"{alias}:{name}") or 0) for key in keys)
+
+
+def test_an_alias_makes_vectors_and_their_tokens_are_in_the_ledger(journey: Journey, book: dict[str, str]) -> None:
+    since = datetime.now(UTC)
+    one, two = "Which harbor has a lantern at night?", "Hello, which harbor has a lantern at night"
+    told(journey, book | dict.fromkeys((one, two), "The eastern one."))
+    assert journey.post(chat(one, ALIAS)).headers["x-cache"] == "MISS"
+    until(lambda: questions(journey, ALIAS) >= 1)
+    hit = journey.post(chat(two, ALIAS))
+    assert hit.headers["x-cache"] == "HIT (semantic)"
+    assert hit.json()["choices"][0]["message"]["content"] == "The eastern one."
+    rows = until(lambda: len(found := own(journey, "embedding", since)) >= 2 and found)
+    row = rows[0]
+    assert (row["tenant_id"], row["model_alias"], row["operation"]) == ("_gateway", "embed-small", "embeddings")
+    assert (row["status"], row["usage"]["embedding_tokens"] > 0, row["cost_usd"]["total"] > 0) == (
+        "success",
+        True,
+        True,
+    )
+
+
+@pytest.mark.parametrize("fault", [{"kind": "hang"}, {"kind": "status", "status": 500}, {"kind": "reset"}])
+def test_an_embedder_that_is_late_or_broken_is_a_miss(journey: Journey, fault: dict[str, Any]) -> None:
+    since = datetime.now(UTC)
+    journey.fault("openai", model="text-embedding-3-small", **fault)
+    answer = journey.post(chat(f"Where does the {fault['kind']} ferry land?", HASTY))
+    assert (answer.status_code, answer.headers["x-cache"]) == (200, "MISS")
+    (row,) = until(lambda: own(journey, "embedding", since))
+    assert row["status"] in ("timeout", "error")
+    assert journey.row(answer.headers["x-request-id"])["status"] == "success"
+
+
+@pytest.mark.parametrize("says", ["different", "Same."])
+def test_a_judge_says_whether_what_was_served_was_right(journey: Journey, book: dict[str, str], says: str) -> None:
+    since = datetime.now(UTC)
+    one, two = f"Who paints the {says} boats in winter?", f"Please, who paints the {says} boats in winter"
+    first, second = "The crew paints them.", "Nobody does that."
+    told(journey, book | {one: first, two: second, case(two, second, first): says})
+    checks, wrong = (figure(journey, ALIAS, name) for name in ("checks", "wrong"))
+    before = questions(journey, ALIAS)
+    journey.post(chat(one, ALIAS))
+    until(lambda: questions(journey, ALIAS) > before)
+    assert journey.post(chat(two, ALIAS)).headers["x-cache"] == "HIT (semantic)"
+    until(lambda: figure(journey, ALIAS, "checks") > checks)
+    assert figure(journey, ALIAS, "wrong") - wrong == (says == "different")
+    (row,) = until(lambda: own(journey, "judge", since))
+    assert (row["tenant_id"], row["model_alias"], row["status"]) == ("_gateway", "judging", "success")
+    assert row["cost_usd"]["total"] > 0
+    asked = journey.asked("openrouter")[-1]["body"]["messages"]
+    assert json.loads(asked[-1]["content"]) == {"question": two, "one": second, "other": first}
+
+
+def test_the_looks_are_counted_by_tenant_alias_and_outcome(journey: Journey) -> None:
+    journey.post(chat("What is the tide at the old pier?", HASTY))
+
+    def looked() -> bool:
+        text = "".join(journey.admin("/metrics", replica).text for replica in range(2))
+        return f'gateway_semantic_looks_total{{alias="{HASTY}",outcome="alone",tenant="{journey.tenant}"}}' in text
+
+    until(looked)
