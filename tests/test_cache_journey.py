@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from typing import Any
 import httpx
 import pytest
 
+from app.cache.epochs import REACH_SECONDS
 from tests.journey import Journey, chat, decoded, text, until
+from tests.test_errands import questions
 
 CACHED = "remembered"
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.endswith("_API_KEY")}
@@ -114,6 +117,27 @@ def test_what_was_invalidated_at_one_replica_is_asked_again_at_both(journey: Jou
     until(all_hit)
     invalidate(journey, replica=1, tenant=journey.tenant, tag="doc-17", id="ingest-1")
     assert all_hit()
+
+
+def test_a_second_after_an_invalidation_no_replica_answers_from_before(journey: Journey) -> None:
+    """By their own doors: same words and same meaning. Whoever has not heard for a second finds nothing at all."""
+    first, second = "Which ferry leaves before dawn?", "Hello, which ferry leaves before dawn"
+
+    def ask(replica: int, words: str) -> str:
+        url = journey.stack.replicas[replica].url + "/v1/chat/completions"
+        headers = journey.headers(x_kb_revision="ferries")
+        return httpx.post(url, json=chat(words, "meant"), headers=headers, timeout=30).headers["x-cache"]
+
+    before = questions(journey, "meant")
+    ask(0, first)
+    until(lambda: questions(journey, "meant") > before)
+    for replica in (0, 1):
+        until(lambda replica=replica: ask(replica, first) == "HIT (exact)")
+        assert ask(replica, second) == "HIT (semantic)"
+    assert invalidate(journey, tenant=journey.tenant, revision="ferries").status_code == 200
+    time.sleep(REACH_SECONDS)
+    assert ask(1, second) in ("MISS", "BYPASS")
+    assert ask(0, first) != "HIT (exact)"  # by meaning it may be: of what has just been answered
 
 
 @pytest.mark.parametrize(

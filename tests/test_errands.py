@@ -53,19 +53,18 @@ def test_an_alias_makes_vectors_and_their_tokens_are_in_the_ledger(journey: Jour
     since = datetime.now(UTC)
     one, two = "Which harbor has a lantern at night?", "Hello, which harbor has a lantern at night"
     told(journey, book | dict.fromkeys((one, two), "The eastern one."))
+    checks, before = figure(journey, ALIAS, "checks"), questions(journey, ALIAS)
     assert journey.post(chat(one, ALIAS)).headers["x-cache"] == "MISS"
-    until(lambda: questions(journey, ALIAS) >= 1)
+    until(lambda: questions(journey, ALIAS) > before)
     hit = journey.post(chat(two, ALIAS))
     assert hit.headers["x-cache"] == "HIT (semantic)"
     assert hit.json()["choices"][0]["message"]["content"] == "The eastern one."
     rows = until(lambda: len(found := own(journey, "embedding", since)) >= 2 and found)
     row = rows[0]
     assert (row["tenant_id"], row["model_alias"], row["operation"]) == ("_gateway", "embed-small", "embeddings")
-    assert (row["status"], row["usage"]["embedding_tokens"] > 0, row["cost_usd"]["total"] > 0) == (
-        "success",
-        True,
-        True,
-    )
+    assert (row["status"], row["usage"]["embedding_tokens"] > 0) == ("success", True)
+    assert row["cost_usd"]["total"] > 0
+    until(lambda: figure(journey, ALIAS, "checks") > checks)  # it is asked again behind the caller's back: not later
 
 
 @pytest.mark.parametrize("fault", [{"kind": "hang"}, {"kind": "status", "status": 500}, {"kind": "reset"}])
@@ -92,11 +91,11 @@ def test_a_judge_says_whether_what_was_served_was_right(journey: Journey, book: 
     assert journey.post(chat(two, ALIAS)).headers["x-cache"] == "HIT (semantic)"
     until(lambda: figure(journey, ALIAS, "checks") > checks)
     assert figure(journey, ALIAS, "wrong") - wrong == (says == "different")
-    (row,) = until(lambda: own(journey, "judge", since))
+    row = until(lambda: own(journey, "judge", since))[-1]
     assert (row["tenant_id"], row["model_alias"], row["status"]) == ("_gateway", "judging", "success")
     assert row["cost_usd"]["total"] > 0
-    asked = journey.asked("openrouter")[-1]["body"]["messages"]
-    assert json.loads(asked[-1]["content"]) == {"question": two, "one": second, "other": first}
+    asked = [json.loads(each["body"]["messages"][-1]["content"]) for each in journey.asked("openrouter")]
+    assert {"question": two, "one": second, "other": first} in asked
 
 
 def test_the_looks_are_counted_by_tenant_alias_and_outcome(journey: Journey) -> None:

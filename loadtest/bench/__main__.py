@@ -29,6 +29,7 @@ from loadtest.bench import plot
 from loadtest.bench import report as reporting
 from loadtest.bench.parts import (
     CACHED,
+    MEANT,
     TRIPPED,
     Parts,
     Subject,
@@ -52,11 +53,12 @@ CASES = {
     "burst": f"the same request streamed, {STREAM_CHUNKS} chunks at once",
     "translated": f"the same stream asked for in Messages: {STREAM_CHUNKS} chunks one by one, each translated",
     "miss": "another question each time to an alias whose answers are kept: looked up, asked, kept",
+    "meaning": "a miss of an alias that looks for the same meaning too: embedded, looked up, kept, learned from",
     "hit": "the same question to that alias each time: answered from the cache",
     "beside": f"the unary request while {SLOW_STREAMS} streams are open that get a chunk a second",
     "tripped": "a tenant whose limit is reached: refused with 429",
 }
-ALONE = ("translated", "miss", "hit", "tripped")
+ALONE = ("translated", "miss", "meaning", "hit", "tripped")
 """Cases that the gateway alone can do."""
 SUBJECTS = ("mock", "gateway", "gateway-bare", "traefik", "nginx")
 PEERS = ("litellm", "portkey")
@@ -77,13 +79,13 @@ def measured(case: str, subjects: Sequence[Subject]) -> list[Subject]:
 def chat_request(case: str) -> bytes:
     """The body of `case`, or of a `slow` stream: exactly REQUEST_BYTES of JSON, or a hundred times as many."""
     body: dict[str, object] = {
-        "model": CACHED if case in ("miss", "hit") else "support-fast",
+        "model": {"miss": CACHED, "hit": CACHED, "meaning": MEANT}.get(case, "support-fast"),
         "messages": [
             {"role": "system", "content": "You answer customers of a parcel service, briefly and kindly."},
             {"role": "user", "content": ""},
         ],
         "max_tokens": 256,
-        "temperature": 0 if case in ("miss", "hit") else 0.2,
+        "temperature": 0 if case in ("miss", "meaning", "hit") else 0.2,
     }
     if case in ("stream", "burst", "slow", "translated"):
         body["stream"] = True
@@ -92,10 +94,15 @@ def chat_request(case: str) -> bytes:
     question = "Where is my parcel, and when will it come? "
     if case == "translated":  # Messages have the system prompt beside the conversation
         body["system"] = body["messages"].pop(0)["content"]  # type: ignore[attr-defined]
-    if case == "miss":
+    if case in ("miss", "meaning"):
         question = f"{NUMBER.decode()} {question}"
+    filled = body["messages"][-1]  # type: ignore[index]
+    if case == "meaning":  # what is embedded is as long as a question is
+        filled["content"], filled = question, body["messages"][0]  # type: ignore[index]
+        question = filled["content"] + " "
+        filled["content"] = ""
     room = REQUEST_BYTES * (100 if case == "large" else 1) - len(json.dumps(body))
-    body["messages"][-1]["content"] = (question * (room // len(question) + 1))[:room]  # type: ignore[index]
+    filled["content"] = (question * (room // len(question) + 1))[:room]
     return json.dumps(body).encode()
 
 

@@ -29,7 +29,7 @@ from loadtest.services import StackError, get
 TENANT, TRIPPED = "bench", "bench-tripped"
 URGENT, PATIENT = "bench-urgent", "bench-patient"
 """Tenants of high and of low priority."""
-CACHED = "bench-cached"
+CACHED, MEANT = "bench-cached", "bench-meant"
 """An alias whose answers are kept."""
 ENVIRONMENT = "dev"
 START_SECONDS = 60
@@ -200,7 +200,10 @@ class Parts:
                 URGENT: {"plan": "bench", "priority": "high", **LIMITS},
                 PATIENT: {"plan": "bench", "priority": "low", **LIMITS},
             },
-            "aliases": {CACHED: {"targets": ["openai/gpt-4o-mini"], "cache": {"mode": "exact"}}},
+            "aliases": {
+                name: {"targets": ["openai/gpt-4o-mini"], "cache": {"mode": mode}}
+                for name, mode in ((CACHED, "exact"), (MEANT, "verified"))
+            },
             "global": {"tpm": None if bare else GLOBAL_TPM},
             "gateway": {
                 "trace_sample_ratio": 0.0 if bare else self._trace_ratio,
