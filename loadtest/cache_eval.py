@@ -317,10 +317,10 @@ def page(runs: dict[str, list[Outcome]], text: Sequence[str]) -> bytes:
 
     def plots(outcomes: list[Outcome]) -> list[Element]:
         parts = [share(outcomes[at : at + WINDOW]) for at in range(0, len(outcomes), WINDOW)]
-        marks = [False] * len(parts)
+        marks, last = [False] * len(parts), f"{len(outcomes):,} requests"
         return [
-            line(f"hits, of {WINDOW} requests each", [part.hits for part in parts], marks, "{:.0%}"),
-            line(f"wrong answers, of {WINDOW} requests each", [part.wrong for part in parts], marks, "{:.2%}"),
+            line(f"hits, of {WINDOW} requests each", [part.hits for part in parts], marks, "{:.0%}", last),
+            line(f"wrong, of {WINDOW} requests each", [part.wrong for part in parts], marks, "{:.2%}", last),
         ]
 
     sections = [el("section", el("h2", name), *plots(outcomes)) for name, outcomes in runs.items()]
