@@ -208,8 +208,11 @@ class Gateway:
     async def own(self, exchange: Exchange, alias: Alias) -> bytes | None:
         """The journey of a copy, or of a call that the gateway makes for itself: its row is the gateway's own.
 
-        Gives a good answer, but for a copy to a shadow: nobody reads that.
+        Gives a good answer, but for a copy to a shadow: nobody reads that. Where calls wait for an incident to end, so
+        do these: nothing is asked.
         """
+        if self.modes.of(exchange.call.config, exchange.tenant.id) != "normal":
+            return None
         answer: VendorAnswer | None = None
         checks = exchange.purpose != "shadow"
         said: list[bytes] = []

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from app.cache.learning import Learning
@@ -112,4 +113,20 @@ def test_shadow_mode_and_a_missing_embedder_ask_the_vendor(server: RedisServer, 
 
     for name in "ab":
         (tmp_path / name).mkdir()
+    run(scenario())
+
+
+def test_in_an_incident_a_hit_is_served_and_no_vendor_is_asked_about_it(server: RedisServer, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with meaning(server, tmp_path, ScriptedAnswer(completion())) as (client, questions):
+            await client.ask(question(ASKED), config=config())
+            await kept(server)
+            await questions.settled()
+            calm = config(reverify=1.0)
+            incident = msgspec.structs.replace(calm, settings=msgspec.structs.replace(calm.settings, mode="cache_only"))
+            reply = await client.ask(question(AGAIN), config=incident)
+            assert headers(reply)["x-cache"] == "HIT (semantic)"
+            await until(lambda: not client.rooms.gateway.shadows._running)
+            assert [row["purpose"] for row in client.rooms.rows()] == ["client", "client"]
+
     run(scenario())

@@ -127,8 +127,8 @@ class Questions:
         self._opened = opened
         self._second = second
         self._tasks: set[asyncio.Task[None]] = set()
-        self._answers: OrderedDict[tuple[str, str, str], Answer] = OrderedDict()
-        self._judges: OrderedDict[tuple[str, str], Judge] = OrderedDict()
+        self._answers: OrderedDict[tuple[str, str, str, str], Answer] = OrderedDict()
+        self._judges: OrderedDict[tuple[str, str, str], Judge] = OrderedDict()
         self._logged = float("-inf")
         self.dropped = self.failed = 0
 
@@ -355,23 +355,23 @@ class Questions:
         known = self._known(ask, digest(text))
         if known is not None:
             return known
-        vectors = self._vectors("minilm" if ask.policy.embedder == "minilm" else "static")
+        vectors = self._vectors(_judged_by(ask))
         made = answer(text, await vectors.embed(text[:LONGEST_TEXT], ANSWER_SECONDS))
         if made.vector is not None:
-            self._answers[ask.tenant_id, ask.alias, made.digest] = made
+            self._answers[ask.tenant_id, ask.alias, _judged_by(ask), made.digest] = made
             if len(self._answers) > ANSWERS:
                 self._answers.popitem(last=False)
         return made
 
     def _known(self, ask: Ask, digest: str) -> Answer | None:
-        name = (ask.tenant_id, ask.alias, digest)
+        name = (ask.tenant_id, ask.alias, _judged_by(ask), digest)
         found = self._answers.get(name)
         if found is not None:
             self._answers.move_to_end(name)
         return found
 
     def _judge(self, ask: Ask) -> Judge:
-        name = (ask.tenant_id, ask.alias)
+        name = (ask.tenant_id, ask.alias, _judged_by(ask))
         judge = self._judges.pop(name, None) or Judge()
         self._judges[name] = judge
         if len(self._judges) > JUDGES:
@@ -417,6 +417,11 @@ def _neighbours(found: list[Any]) -> list[Neighbour]:
             )
         )
     return neighbours
+
+
+def _judged_by(ask: Ask) -> str:
+    """The local model whose vectors of answers are compared. Those of another one do not compare."""
+    return "minilm" if ask.policy.embedder == "minilm" else "static"
 
 
 def _vector_set(ask: Ask, vectors: Vectors) -> str:
