@@ -300,11 +300,16 @@ class ClusterPipe:
         if code == "TRYAGAIN" and waiting.turns < _MOST_TURNS:
             asyncio.get_running_loop().call_later(_AGAIN_SECONDS, node.again, waiting)
         elif code in ("MOVED", "ASK"):
-            told = (MovedError if code == "MOVED" else AskError)(rest)
+            try:
+                told = (MovedError if code == "MOVED" else AskError)(rest)
+            except ValueError:
+                waiting.fail(error)
+                return
             other = self._by_address.get(_address(told.host or node.host, told.port))
             if code == "MOVED":
                 self._doubt.set()
-                self._slots[told.slot_id] = other or self._slots[told.slot_id]
+                if other is not None and 0 <= told.slot_id < SLOTS:
+                    self._slots[told.slot_id] = other
             if other is None:
                 waiting.fail(RedisAway("the slot has moved to a node that is not known yet"))
             else:

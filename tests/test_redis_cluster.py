@@ -25,8 +25,8 @@ from app.errors import LimitError
 from app.limits import Limits
 from app.limits.budgets import Budgets
 from app.limits.scopes import grant_scope, make_scope, whole_mark
-from app.redis_cluster import SLOTS, ClusterPipe, is_cluster, key_of, pipe_to, seeds, slot_of, slot_tags
-from app.redis_pipe import Argument, RedisPipe
+from app.redis_cluster import SLOTS, ClusterPipe, _Node, is_cluster, key_of, pipe_to, seeds, slot_of, slot_tags
+from app.redis_pipe import Argument, RedisAway, RedisPipe, RedisRefused, Waiting
 from tests.cache_parts import tenant
 from tests.gateway_parts import Rooms, ScriptedAnswer, completion
 from tests.limits_parts import OPEN, SHARE, Caller, Counters, a_config, a_key, a_tenant
@@ -427,6 +427,34 @@ def test_commands_follow_a_slot_that_moves(tmp_path: Path) -> None:
                 return found
 
         assert run(main()) == [2, b"OK", 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("said", "raised"),
+    [
+        ("MOVED nonsense", RedisRefused),
+        ("MOVED 99999 a:1", RedisAway),
+        ("MOVED 7 evil.example:6379", RedisAway),
+        ("ASK 7 evil.example:6379", RedisAway),
+        ("CLUSTERDOWN The cluster is down", RedisAway),
+        ("LOADING Redis is loading", RedisAway),
+        ("WRONGTYPE of value", RedisRefused),
+    ],
+)
+def test_whatever_a_node_says_the_command_gets_its_answer(said: str, raised: type[Exception]) -> None:
+    """It is sent to no address that the slot map does not have."""
+
+    async def main() -> None:
+        pipe = pipe_to("redis://a:1,b:1", AMBIENT)
+        node = _Node(pipe, "a:1", "redis://a:1/0")
+        pipe._by_address["a:1"] = node
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        pipe.refused(node, Waiting(0.0, ("GET", "x"), future, None), RedisRefused(said))
+        with pytest.raises(raised):
+            await future
+        assert set(pipe._by_address) == {"a:1"}
+
+    run(main())
 
 
 def test_a_dead_node_is_away_for_its_own_keys_alone(cluster: RedisCluster) -> None:
