@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 
 import msgspec
 import pytest
@@ -12,7 +13,7 @@ from loadtest import mock_vendor
 from loadtest.bench import __main__ as bench
 from loadtest.bench import plot
 from loadtest.bench import report as reporting
-from loadtest.bench.parts import Subject
+from loadtest.bench.parts import Subject, usage
 from loadtest.bench.report import Facts, Report, Row, Sample
 from loadtest.load import NUMBER, Latency, LoadResult, hold_open, latency, percentile, request_bytes, run_load
 
@@ -224,6 +225,19 @@ def test_only_the_gateway_is_asked_what_no_other_does(case: str) -> None:
     subjects = [Subject(name, "http://x", {}, 1) for name in ("mock", "gateway", "gateway-bare", "nginx", "litellm")]
     assert [one.name for one in bench.measured(case, subjects)] == ["gateway"]
     assert bench.measured("stream", subjects) == subjects
+
+
+def test_what_does_a_subjects_work_beside_it_counts_as_its_own() -> None:
+    def idle() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(["sh", "-c", "echo; read _"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    with idle() as one, idle() as two:
+        for each in (one, two):
+            each.stdout.readline()  # type: ignore[union-attr]
+        both = usage(Subject("replicas-2", "", {}, one.pid, beside=(two.pid,))).memory_bytes
+        alone = [usage(Subject("", "", {}, each.pid)).memory_bytes for each in (one, two)]
+    assert min(alone) > 0
+    assert both == pytest.approx(sum(alone), rel=0.2)
 
 
 # --- the arithmetic -------------------------------------------------------------------------------------------------

@@ -62,6 +62,8 @@ ALONE = ("translated", "miss", "meaning", "hit", "tripped")
 """Cases that the gateway alone can do."""
 SUBJECTS = ("mock", "gateway", "gateway-bare", "traefik", "nginx")
 PEERS = ("litellm", "portkey")
+BEHIND = ("replicas-1", "replicas-2")
+"""One replica and two behind Traefik, on all cores: what a second one brings where the load takes its share of them."""
 ON = (
     "The gateway with everything on: service key and tenant policy, limits in Redis (requests, daily tokens, global "
     "tokens), ledger spool and shipper to PostgreSQL, metrics, access log, tracing sampled {ratio:.0%}."
@@ -192,7 +194,8 @@ def run(options: argparse.Namespace) -> int:
 
 def measure(parts: Parts, options: argparse.Namespace, cores: int, notes: list[str], show: Progress) -> Report:
     cases = [case for case in CASES if case in options.only] or list(CASES)
-    wanted = [name for name in SUBJECTS if name in options.only] or list(SUBJECTS)
+    behind = [name for name in BEHIND if name in options.only]
+    wanted = [name for name in SUBJECTS if name in options.only] or ([] if behind else list(SUBJECTS))
     peers = [name for name in PEERS if options.peers or name in options.only]
     for name, installed in (
         ("traefik", traefik_installed()),
@@ -225,6 +228,12 @@ def measure(parts: Parts, options: argparse.Namespace, cores: int, notes: list[s
     if "nginx" in wanted:
         show("starting nginx")
         subjects.append(parts.start_nginx())
+    if behind and not parts.redis_url:
+        show("starting Redis and PostgreSQL")
+        parts.start_backing_services()
+    for name in behind:
+        show(f"starting {name}")
+        subjects.append(parts.start_replicas(int(name.removeprefix("replicas-"))))
     found = versions([subject.name for subject in subjects])
     for name in peers:
         show(f"starting {name}; where it is not there it is installed, which takes minutes")
@@ -247,7 +256,8 @@ def measure(parts: Parts, options: argparse.Namespace, cores: int, notes: list[s
     ledger_rows = None
     if gateway:
         show("waiting until the shipper has shipped")
-        ledger_rows = parts.ledger_rows(meter.answered["gateway"], SHIPPING_SECONDS)
+        kept = sum(meter.answered.get(name, 0) for name in ("gateway", *BEHIND))
+        ledger_rows = parts.ledger_rows(kept, SHIPPING_SECONDS)
     facts = Facts(
         on=ON.format(ratio=options.trace_ratio) if gateway else "The gateway was not measured.",
         machine=machine(cores, options),
@@ -256,7 +266,7 @@ def measure(parts: Parts, options: argparse.Namespace, cores: int, notes: list[s
         cold_start_seconds=cold_starts,
         idle_memory_mb=_megabytes(idle),
         loaded_memory_mb=_megabytes(loaded),
-        answered_calls=meter.answered["gateway"] if gateway else None,
+        answered_calls=kept if gateway else None,
         ledger_rows=ledger_rows,
     )
     return Report(facts, reporting.rows(samples), samples)
@@ -313,9 +323,10 @@ def _parser() -> argparse.ArgumentParser:
         "--only",
         nargs="+",
         default=[],
-        choices=[*CASES, *SUBJECTS, *PEERS],
+        choices=[*CASES, *SUBJECTS, *PEERS, *BEHIND],
         metavar="NAME",
-        help=f"cases ({', '.join(CASES)}) and subjects ({', '.join((*SUBJECTS, *PEERS))}); the mock is always measured",
+        help=f"cases ({', '.join(CASES)}) and subjects ({', '.join((*SUBJECTS, *PEERS, *BEHIND))}); the mock is always "
+        "measured",
     )
     parser.add_argument(
         "--peers", action="store_true", help="LiteLLM's proxy and Portkey's gateway too, installed below build/"

@@ -50,6 +50,8 @@ class Subject(msgspec.Struct, frozen=True):
     pid: int
     whole_family: bool = True
     """Whether its children do its work (nginx), and not something beside it (the gateway's shipper)."""
+    beside: tuple[int, ...] = ()
+    """Processes that do its work with it, with their children."""
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -64,7 +66,10 @@ class Usage(msgspec.Struct, frozen=True):
 def usage(subject: Subject) -> Usage:
     """CPU time of all threads, and memory, of the subject and of its children."""
     own = _cpu_seconds(subject.pid), _memory_bytes(subject.pid)
-    children = [(_cpu_seconds(pid), _memory_bytes(pid)) for pid, _ in family(subject.pid)]
+    pids = [pid for pid, _ in family(subject.pid)]
+    for beside in subject.beside:
+        pids += [beside, *(pid for pid, _ in family(beside))]
+    children = [(_cpu_seconds(pid), _memory_bytes(pid)) for pid in pids]
     cpu, memory = sum(c for c, _ in children), sum(m for _, m in children)
     if subject.whole_family:
         return Usage(own[0] + cpu, 0.0, own[1] + memory, 0)
@@ -105,7 +110,11 @@ class Parts:
         self._config = config
         self._spawners = {
             place: ThreadPoolExecutor(1, initializer=os.sched_setaffinity, initargs=(0, cores))
-            for place, cores in (("subject", {subject_core}), ("other", other_cores))
+            for place, cores in (
+                ("subject", {subject_core}),
+                ("other", other_cores),
+                ("all", {subject_core, *other_cores}),
+            )
         }
         self._children: list[Child] = []
         self._subjects: list[Child] = []
@@ -140,6 +149,9 @@ class Parts:
         self.redis_url = f"redis://:{self._redis_password}@127.0.0.1:{redis_port}/0"
         self.postgres_url = services.postgres_url(postgres_port, self._postgres_password, "gateway")
 
+    def pid(self, name: str) -> int:
+        return next(child.pid for child in self._children if child.service.name == name)
+
     def start_mock(self, chunk_interval_ms: float) -> Subject:
         port = self._port()
         argv = [sys.executable, "-m", "loadtest.mock_vendor"]
@@ -154,10 +166,31 @@ class Parts:
         `bare`: with all off that can be: no limits, so Redis is not asked, no PostgreSQL, no spans. `prefix` is what
         its command is run under.
         """
-        name = "gateway-bare" if bare else "gateway"
+        service, subject = self._gateway("gateway-bare" if bare else "gateway", _identity(), bare, prefix)
+        cold_starts = []
+        for number in range(starts):
+            child = self._start(service, "subject")
+            cold_starts.append(time.monotonic() - child.started)
+            if number < starts - 1:
+                child.end()
+        return msgspec.structs.replace(subject, pid=child.pid), cold_starts
+
+    def start_replicas(self, count: int) -> Subject:
+        """So many replicas with everything on, behind Traefik; all of them have all cores, as everything else has."""
+        identity = _identity()
+        started = [self._gateway(f"replica-{n + 1}-of-{count}", identity) for n in range(count)]
+        pids = [self._start(service, "all").pid for service, _ in started]
+        urls = [subject.url.removesuffix("/v1/chat/completions") for _, subject in started]
+        traefik = self._traefik(f"traefik-{count}", urls, "/health/ready", "all")
+        url = f"{traefik.url.removesuffix('/openai/v1/chat/completions')}/v1/chat/completions"
+        return Subject(f"replicas-{count}", url, started[0][1].headers, traefik.pid, beside=tuple(pids))
+
+    def _gateway(
+        self, name: str, identity: tuple[str, str], bare: bool = False, prefix: Sequence[str] = ()
+    ) -> tuple[Service, Subject]:
+        """A replica that is not started, and where calls to it go."""
         port, admin_port = self._port(), self._port()
-        public_id = "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz0123456789") for _ in range(12))
-        key = f"sk-gw-{public_id}-{secrets.token_urlsafe(32)}"
+        public_id, key = identity
         overlay = self._folder / f"{name}.yaml"
         services.write_private(overlay, yaml.safe_dump(self._overlay(public_id, key, bare)))
         argv = [*prefix, *gateway_command(port, admin_port, self._config, overlay, self._folder / f"{name}-spool")]
@@ -170,16 +203,9 @@ class Parts:
         if not bare:
             given |= {"DATABASE_URL": self.postgres_url, "OTEL_EXPORTER_OTLP_ENDPOINT": self.mock_url}
         env = services.replica_environment(os.environ, self._config, given)
-        service = _http_service(name, argv, env, port, "/health/ready")
-        cold_starts = []
-        for number in range(starts):
-            child = self._start(service, "subject")
-            cold_starts.append(time.monotonic() - child.started)
-            if number < starts - 1:
-                child.end()
         headers = {"authorization": f"Bearer {key}", "x-tenant-id": TENANT}
         url = f"http://127.0.0.1:{port}/v1/chat/completions"
-        return Subject(name, url, headers, child.pid, whole_family=False), cold_starts
+        return _http_service(name, argv, env, port, "/health/ready"), Subject(name, url, headers, 0, whole_family=False)
 
     def _overlay(self, public_id: str, key: str, bare: bool) -> Mapping[str, object]:
         digest = f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"
@@ -227,14 +253,17 @@ class Parts:
 
     def start_traefik(self) -> Subject:
         """Traefik as a plain reverse proxy: one router, no middleware, no access log, no TLS."""
+        return self._traefik("traefik", [self.mock_url], "/openai/v1/models", "subject")
+
+    def _traefik(self, name: str, servers: Sequence[str], health: str, place: str) -> Subject:
         port = self._port()
-        dynamic = self._folder / "traefik-dynamic.yml"
+        dynamic = self._folder / f"{name}-dynamic.yml"
         dynamic.write_text(
             yaml.safe_dump(
                 {
                     "http": {
                         "routers": {"all": {"rule": "PathPrefix(`/`)", "service": "mock"}},
-                        "services": {"mock": {"loadBalancer": {"servers": [{"url": self.mock_url}]}}},
+                        "services": {"mock": {"loadBalancer": {"servers": [{"url": url} for url in servers]}}},
                     }
                 }
             )
@@ -243,9 +272,9 @@ class Parts:
         argv += [f"--providers.file.filename={dynamic}", "--providers.file.watch=false"]
         argv += ["--global.checknewversion=false", "--global.sendanonymoususage=false", "--log.level=ERROR"]
         # One core is what it has; told so, its scheduler does not spread over cores that it may not use.
-        env = {**services.plain_environment(os.environ), "GOMAXPROCS": "1"}
-        child = self._start(_http_service("traefik", argv, env, port, "/openai/v1/models"), "subject")
-        return Subject("traefik", f"http://127.0.0.1:{port}/openai/v1/chat/completions", {}, child.pid)
+        env = {**services.plain_environment(os.environ), **({"GOMAXPROCS": "1"} if place == "subject" else {})}
+        child = self._start(_http_service(name, argv, env, port, health), place)
+        return Subject(name, f"http://127.0.0.1:{port}/openai/v1/chat/completions", {}, child.pid)
 
     def start_edge(self, subject: Subject) -> Subject:
         """Traefik as shipped, with TLS and all its middlewares, before the subject and not on its core."""
@@ -292,7 +321,7 @@ class Parts:
     def _start(self, service: Service, place: str = "other") -> Child:
         """Starts it and waits until it answers; raises `StackError` with the end of its log otherwise."""
         child = Child(service, self._folder / "log", self._spawners[place])
-        (self._subjects if place == "subject" else self._children).append(child)
+        (self._children if place == "other" else self._subjects).append(child)
         child.start()
         deadline = time.monotonic() + START_SECONDS
         while not child.answers():
@@ -304,6 +333,12 @@ class Parts:
                 )
             time.sleep(0.005)
         return child
+
+
+def _identity() -> tuple[str, str]:
+    """A service key's public id, and the key."""
+    public_id = "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz0123456789") for _ in range(12))
+    return public_id, f"sk-gw-{public_id}-{secrets.token_urlsafe(32)}"
 
 
 def gateway_command(port: int, admin_port: int, config: Path, overlay: Path, spool: Path) -> Sequence[str]:
