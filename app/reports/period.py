@@ -24,6 +24,9 @@ from app.reports.money import nanos
 from app.sql import statements
 
 DEADLINE_SECONDS = 10.0
+STATEMENT_SHARE = 0.8
+"""Of the deadline, after which a statement's connection is cut: a statement that is cancelled instead first has psycopg
+ask the server to cancel it, and a frozen one is silent for another 5 s."""
 """How long a page waits for PostgreSQL. One tenant's month is a fraction of a second."""
 SPIKE = (6, 5)
 """A day that costs above 6/5, that is 120 %, of the average of the seven days before it is an anomaly."""
@@ -140,7 +143,7 @@ class UsageReader:
 
     def __init__(self, database_url: str, ambient: Ambient, deadline_seconds: float = DEADLINE_SECONDS) -> None:
         """Raises `archive.InvalidDatabaseUrl`."""
-        self._archive = Archive(database_url, ambient, deadline_seconds)
+        self._archive = Archive(database_url, ambient, deadline_seconds * STATEMENT_SHARE)
         self._deadline_seconds = deadline_seconds
         self._ambient = ambient
         self._turn = asyncio.Lock()
