@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 from msgspec import Raw, Struct
@@ -12,7 +12,8 @@ from app.core import Usage
 from app.dialects import thoughts
 from app.dialects.thoughts import Detail
 from app.errors import VendorBroke
-from app.providers.translator import Frame, StreamReader
+from app.providers.translator import Frame, Stamp, StreamReader
+from app.sse import FrameSplitter, data_of
 
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
@@ -154,8 +155,13 @@ def begins(open_call: ToolCall | None, delta: ToolCall) -> bool:
 class WrappedStream(StreamReader):
     """A reader that says in other words what `inner` reads. What it tells the ledger is what `inner` tells."""
 
-    def __init__(self, inner: StreamReader) -> None:
+    keep_alive: ClassVar[bytes]
+    """What a comment becomes, by which a vendor keeps the connection alive."""
+
+    def __init__(self, inner: StreamReader, stamp: Stamp) -> None:
         self._inner = inner
+        self._stamp = stamp
+        self._begun = False
 
     @property
     def usage(self) -> Usage | None:  # type: ignore[override]
@@ -192,4 +198,28 @@ class WrappedStream(StreamReader):
         return self._told(self._inner.end())
 
     def _told(self, frames: Iterator[Frame]) -> Iterator[Frame]:
+        raise NotImplementedError
+
+    def _events(self, frames: bytes) -> Iterator[bytes]:
+        for one in FrameSplitter().feed(frames):
+            data = data_of(one)
+            if not data:
+                yield from [self.keep_alive] if self._begun else []
+                continue
+            told = chunk(data)
+            if told.choices:
+                yield from self._begin(told)
+                yield from self._grow(told.choices[0])
+
+    def _begin(self, chunk: Completion) -> Iterator[bytes]:
+        if not self._begun:
+            self._begun = True
+            yield from self._opening(chunk)
+
+    def _opening(self, chunk: Completion) -> Iterator[bytes]:
+        """The events before all others."""
+        raise NotImplementedError
+
+    def _grow(self, choice: Choice) -> Iterator[bytes]:
+        """What a part of the answer becomes."""
         raise NotImplementedError

@@ -30,7 +30,7 @@ from app.dialects.thoughts import Detail, is_hidden, text_of
 from app.errors import VendorBroke
 from app.providers.anthropic.relay import STOP, text_bytes
 from app.providers.translator import Answer, Frame, Kind, Stamp, StreamReader, Translator
-from app.sse import FrameSplitter, data_of, frame
+from app.sse import frame
 
 Block = dict[str, Any]
 _encode = msgspec.json.encode
@@ -136,10 +136,10 @@ def usage_of(usage: Usage | None) -> Block:
 class MessagesEvents(WrappedStream):
     """Every chunk becomes events as it comes. What is true of the whole answer is told with the last ones."""
 
+    keep_alive = _PING
+
     def __init__(self, inner: StreamReader, stamp: Stamp) -> None:
-        super().__init__(inner)
-        self._stamp = stamp
-        self._begun = False
+        super().__init__(inner, stamp)
         self._index = -1
         self._open: str | None = None
         """Type of the block that is open."""
@@ -162,24 +162,12 @@ class MessagesEvents(WrappedStream):
             if events:
                 yield Kind.START if self._index < 0 else Kind.CONTENT, events
 
-    def _events(self, frames: bytes) -> Iterator[bytes]:
-        for one in FrameSplitter().feed(frames):
-            data = data_of(one)
-            if not data:  # a comment, by which a vendor keeps the connection alive
-                yield from [_PING] if self._begun else []
-                continue
-            chunk = completions.chunk(data)
-            if chunk.choices:
-                yield from self._begin(chunk)
-                yield from self._grow(chunk.choices[0].delta or Said())
+    def _opening(self, chunk: Completion) -> Iterator[bytes]:
+        message = _message(chunk.id, chunk.model or self.model, self._stamp)
+        yield _event("message_start", message=message)
 
-    def _begin(self, chunk: Completion) -> Iterator[bytes]:
-        if not self._begun:
-            self._begun = True
-            message = _message(chunk.id, chunk.model or self.model, self._stamp)
-            yield _event("message_start", message=message)
-
-    def _grow(self, said: Said) -> Iterator[bytes]:
+    def _grow(self, choice: completions.Choice) -> Iterator[bytes]:
+        said = choice.delta or Said()
         for detail in said.details:
             yield from self._think(detail)
         if said.text:

@@ -6,14 +6,14 @@ Source: Anthropic API reference, Messages; OpenAI API reference, chat completion
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from typing import Annotated, Any, TypeVar
+from functools import partial
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Raw
 
-from app.config import Target
+from app.dialects import asked
 from app.dialects.anthropic_messages import thinking as sealed
 from app.dialects.anthropic_messages.wire import (
     AnyBlock,
@@ -32,15 +32,12 @@ from app.dialects.anthropic_messages.wire import (
     ToolUse,
     Turn,
 )
+from app.dialects.asked import Asked, Part
 from app.dialects.openai_chat import MAX_OUTPUT_TOKENS, alias_of, member, members
-from app.errors import InvalidRequest, VendorCannot
+from app.errors import InvalidRequest
 from app.providers.chat_shape import cannot
-from app.providers.translator import Outgoing, Translator
 from app.wire import CacheControl, ChatRequest
 
-T = TypeVar("T")
-Fields = dict[str, Raw]
-Part = dict[str, object]
 _encode = msgspec.json.encode
 _flag = msgspec.json.Decoder(bool | None)
 _tokens = msgspec.json.Decoder(Annotated[int, Meta(ge=1, le=MAX_OUTPUT_TOKENS)] | None)
@@ -108,65 +105,27 @@ def read(body: bytes) -> ChatRequest:
     )
 
 
-def chat(inner: Translator, request: ChatRequest, target: Target) -> Outgoing:
-    """The vendor's request, by way of chat completions. A refusal names the member of Messages. Raises VendorCannot."""
-    asked = _Asked(request, target, inner.extras)
-    written = asked.as_chat()
-    try:
-        return inner.chat(written, target)
-    except VendorCannot as error:
-        own = asked.own_name(error.param or "")
-        raise VendorCannot(error.message.replace(f"`{error.param}`", f"`{own}`"), param=own) from None
+class _Asked(Asked):
+    """One request of Messages."""
 
-
-class _Asked:
-    """One request on its way into the other words.
-
-    `origins` has, for each message written, the place that it came from, and that of each of its parts.
-    """
-
-    def __init__(self, request: ChatRequest, target: Target, extras: frozenset[str]) -> None:
-        self.request = request
-        self.target = target
-        self.extras = extras
-        dropped = target.drop_params
-        self.fields: Fields = {name: value for name, value in request.fields.items() if name not in dropped}
-        self.origins: list[tuple[str, list[str]]] = []
-
-    def as_chat(self) -> ChatRequest:
+    def said(self) -> Part:
         for name, value in self.fields.items():
             if name not in _TRANSLATED and bytes(value) not in _ASKS_NOTHING:
                 raise cannot(name, self.target)
-        said = {
-            "model": self.request.alias,
+        return {
             "messages": self._hinted_at_last(list(self._messages())),
-            "stream": True if self.request.stream else None,
             "max_completion_tokens": self.request.max_output_tokens,
             "stop": self._unless_empty("stop_sequences"),
             "tools": list(self._tools()) or None,
             "reasoning_effort": self._effort(),
             "response_format": self._response_format(),
-            "user": metadata.user_id if (metadata := self._member("metadata", _metadata)) else None,
+            "user": metadata.user_id if (metadata := self.member("metadata", _metadata)) else None,
             "service_tier": self._service_tier(),
             **self._tool_choice(),
             **{name: self.fields.get(name) for name in _AS_THEY_ARE},
         }
-        fields = {name: Raw(_encode(value)) for name, value in said.items() if value is not None}
-        return ChatRequest(
-            body=_encode(fields),
-            alias=self.request.alias,
-            fields=fields,
-            stream=self.request.stream,
-            max_output_tokens=self.request.max_output_tokens,
-        )
 
-    def own_name(self, param: str) -> str:
-        """The member of Messages that became `param` of the internal form."""
-        if found := re.match(r"messages\[(\d+)\](?:\.content\[(\d+)\])?", param):
-            where, parts = self.origins[int(found[1])]
-            return parts[int(found[2])] if found[2] and int(found[2]) < len(parts) else where
-        if found := re.match(r"tools\[\d+\]", param):
-            return found[0]
+    def own_member(self, param: str) -> str:
         if param == "reasoning_effort":
             return "thinking" if "thinking" in self.fields else "output_config"
         if param == "response_format":
@@ -176,15 +135,15 @@ class _Asked:
     # --- messages -----------------------------------------------------------------------------------------------------
 
     def _messages(self) -> Iterator[Part]:
-        system = self._member("system", _system)
+        system = self.member("system", _system)
         if system:
-            yield self._wrote("system", {"role": "system", "content": self._content(system, "system")})
-        turns = self._read(_raws, self.fields["messages"], "messages")
+            yield self.wrote("system", {"role": "system", "content": self._content(system, "system")})
+        turns = self.read(_raws, self.fields["messages"], "messages")
         for place, written in enumerate(turns):
             where = f"messages[{place}]"
-            turn = self._read(_turn, written, where)
+            turn = self.read(_turn, written, where)
             if isinstance(turn.content, str):
-                yield self._wrote(where, {"role": turn.role, "content": turn.content})
+                yield self.wrote(where, {"role": turn.role, "content": turn.content})
             elif turn.role == "assistant":
                 yield self._answered(turn.content, where)
             else:
@@ -192,7 +151,7 @@ class _Asked:
 
     def _hinted_at_last(self, messages: list[Part]) -> list[Part]:
         """A hint of the whole request stands for one on its last part."""
-        hint = self._member("cache_control", _hint)
+        hint = self.member("cache_control", _hint)
         last = messages[-1] if messages else {}
         if hint is not None and last.get("content"):
             content = last["content"]
@@ -200,10 +159,6 @@ class _Asked:
             self._hinted(parts[-1], hint)
             last["content"] = self._plain(parts)
         return messages
-
-    def _wrote(self, origin: str, message: Part, parts: list[str] | None = None) -> Part:
-        self.origins.append((origin, parts or []))
-        return message
 
     def _asked(self, role: str, content: list[Raw], where: str) -> Iterator[Part]:
         """Results of tools are messages of their own, in front of what else the user says, as either API wants them."""
@@ -214,11 +169,11 @@ class _Asked:
                     "" if block.content is None else self._content(block.content, f"{at}.content", block.cache_control)
                 )
                 message = {"role": "tool", "tool_call_id": block.tool_use_id, "content": content}
-                yield self._wrote(at, message)
+                yield self.wrote(at, message)
         said = [(block, at) for block, at in blocks if not isinstance(block, ToolResult)]
         if said or not blocks:
             message: Part = {"role": role, "content": self._plain([self._part(*one) for one in said])}
-            yield self._wrote(where, message, [at for _, at in said])
+            yield self.wrote(where, message, [at for _, at in said])
 
     def _answered(self, content: list[Raw], where: str) -> Part:
         """An earlier answer. Its reasoning goes back to a vendor that wants it."""
@@ -242,7 +197,7 @@ class _Asked:
         text = "".join(block.thinking for block in thinking if isinstance(block, Thinking))
         if "reasoning_content" in self.extras and text:
             message["reasoning_content"] = text
-        return self._wrote(where, message)
+        return self.wrote(where, message)
 
     def _arguments(self, written: Raw, where: str) -> str:
         if bytes(written)[:1] != b"{":
@@ -269,7 +224,7 @@ class _Asked:
     def _blocks(self, content: list[Raw], where: str) -> Iterator[tuple[AnyBlock, str]]:
         for place, written in enumerate(content):
             at = f"{where}[{place}]"
-            yield self._read(_block, written, at), at
+            yield self.read(_block, written, at), at
 
     def _part(self, block: AnyBlock, where: str) -> Part:
         if isinstance(block, Text):
@@ -312,8 +267,8 @@ class _Asked:
     # --- what else a request says -------------------------------------------------------------------------------------
 
     def _tools(self) -> Iterator[Part]:
-        for place, written in enumerate(self._member("tools", _tools) or ()):
-            tool = self._read(_tool, written, f"tools[{place}]")
+        for place, written in enumerate(self.member("tools", _tools) or ()):
+            tool = self.read(_tool, written, f"tools[{place}]")
             function: Part = {"name": tool.name, "parameters": tool.input_schema}
             if tool.description is not None:
                 function["description"] = tool.description
@@ -322,7 +277,7 @@ class _Asked:
             yield self._hinted({"type": "function", "function": function}, tool.cache_control)
 
     def _tool_choice(self) -> Part:
-        choice = self._member("tool_choice", _tool_choice)
+        choice = self.member("tool_choice", _tool_choice)
         if choice is None:
             return {}
         said: dict[str, Any] = {"auto": "auto", "any": "required", "none": "none"}
@@ -333,8 +288,8 @@ class _Asked:
 
     def _effort(self) -> str | None:
         """How much to think. Not thinking is what a request without a word about it asks for too."""
-        thinking = self._member("thinking", _thinking)
-        config = self._member("output_config", _output_config)
+        thinking = self.member("thinking", _thinking)
+        config = self.member("output_config", _output_config)
         effort = config.effort if config else None
         if thinking is None or thinking.type == "disabled":
             return effort
@@ -346,15 +301,15 @@ class _Asked:
         return effort or next((effort for most, effort in _EFFORTS if share <= most), "high")
 
     def _response_format(self) -> Part | None:
-        config = self._member("output_config", _output_config)
-        wanted = self._member("output_format", _output_format) or (config.format if config else None)
+        config = self.member("output_config", _output_config)
+        wanted = self.member("output_format", _output_format) or (config.format if config else None)
         if wanted is None:
             return None
         schema = {"name": "answer", "schema": wanted.schema, "strict": True}
         return {"type": "json_schema", "json_schema": schema}
 
     def _service_tier(self) -> str | None:
-        tier = self._member("service_tier", _tier)
+        tier = self.member("service_tier", _tier)
         if tier not in (None, "auto", "standard_only"):
             raise cannot("service_tier", self.target)
         return "default" if tier == "standard_only" else None
@@ -363,16 +318,6 @@ class _Asked:
         written = self.fields.get(name)
         return None if written is None or bytes(written) in _ASKS_NOTHING else written
 
-    def _member(self, name: str, shape: msgspec.json.Decoder[T]) -> T | None:
-        written = self.fields.get(name)
-        return None if written is None else self._read(shape, written, name)
-
-    def _read(self, shape: msgspec.json.Decoder[T], written: Raw, where: str) -> T:
-        try:
-            return shape.decode(written)
-        except (msgspec.DecodeError, RecursionError) as error:
-            raise cannot(where, self.target, str(error)) from None
-
 
 _OWN_NAMES = {
     "max_completion_tokens": "max_tokens",
@@ -380,3 +325,7 @@ _OWN_NAMES = {
     "parallel_tool_calls": "tool_choice",
     "user": "metadata",
 }
+
+
+chat = partial(asked.chat, _Asked)
+"""The vendor's request, by way of chat completions. Raises VendorCannot."""

@@ -19,11 +19,10 @@ from app.dialects.completions import Completion, Said, ToolCall, WrappedStream, 
 from app.dialects.thoughts import Detail
 from app.providers.openai_responses import text_bytes
 from app.providers.translator import Answer, Frame, Kind, Stamp, StreamReader, Translator
-from app.sse import FrameSplitter, data_of, frame
+from app.sse import frame
 
 Item = dict[str, Any]
 _encode = msgspec.json.encode
-_KEEP_ALIVE = b": \n\n"
 _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 """Why an answer has no end, by the reason in chat completions. Every other reason is an end."""
 _TIERS = ("flex", "priority", "scale")
@@ -206,12 +205,12 @@ class _Delta(Struct, omit_defaults=True):
 class ResponsesEvents(WrappedStream):
     """Every chunk becomes events as it comes. What is true of the whole answer is told with the last ones."""
 
+    keep_alive = b": \n\n"
+
     def __init__(self, inner: StreamReader, stamp: Stamp) -> None:
-        super().__init__(inner)
-        self._stamp = stamp
+        super().__init__(inner, stamp)
         self._ids = _Ids(stamp)
         self._number = 0
-        self._begun = False
         self._items: list[Item] = []
         """Those that are done, as the last event has them."""
         self._open = ""
@@ -242,23 +241,10 @@ class ResponsesEvents(WrappedStream):
             if events:
                 yield Kind.CONTENT if self._open else Kind.START, events
 
-    def _events(self, frames: bytes) -> Iterator[bytes]:
-        for one in FrameSplitter().feed(frames):
-            data = data_of(one)
-            if not data:  # a comment, by which a vendor keeps the connection alive
-                yield from [_KEEP_ALIVE] if self._begun else []
-                continue
-            chunk = completions.chunk(data)
-            if chunk.choices:
-                yield from self._begin(chunk)
-                yield from self._grow(chunk.choices[0])
-
-    def _begin(self, chunk: Completion) -> Iterator[bytes]:
-        if not self._begun:
-            self._begun = True
-            begun = _response(self._stamp, "in_progress", chunk.model or self.model, self.service_tier)
-            yield self._event("response.created", response=begun)
-            yield self._event("response.in_progress", response=begun)
+    def _opening(self, chunk: Completion) -> Iterator[bytes]:
+        begun = _response(self._stamp, "in_progress", chunk.model or self.model, self.service_tier)
+        yield self._event("response.created", response=begun)
+        yield self._event("response.in_progress", response=begun)
 
     def _grow(self, choice: completions.Choice) -> Iterator[bytes]:
         said = choice.delta or Said()

@@ -7,15 +7,15 @@ Source: OpenAI API reference, Responses and chat completions.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from typing import Annotated, TypeVar
+from functools import partial
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta, Raw
 
-from app.config import Target
-from app.dialects import thoughts
+from app.dialects import asked, thoughts
+from app.dialects.asked import Asked, Part
 from app.dialects.openai_chat import MAX_OUTPUT_TOKENS, alias_of, member, members
 from app.dialects.openai_responses.wire import (
     AllowedTools,
@@ -34,14 +34,10 @@ from app.dialects.openai_responses.wire import (
     Text,
     Tool,
 )
-from app.errors import InvalidRequest, VendorCannot
+from app.errors import InvalidRequest
 from app.providers.chat_shape import cannot
-from app.providers.translator import Outgoing, Translator
 from app.wire import ABSENT, ChatRequest
 
-T = TypeVar("T")
-Fields = dict[str, Raw]
-Part = dict[str, object]
 _encode = msgspec.json.encode
 _flag = msgspec.json.Decoder(bool | None)
 _word = msgspec.json.Decoder(str | None)
@@ -140,40 +136,16 @@ def _is_reference(item: Kind) -> bool:
     return item.role is None and item.type in (None, "item_reference")
 
 
-def chat(inner: Translator, request: ChatRequest, target: Target) -> Outgoing:
-    """The vendor's request, by way of chat completions. Refusals name the member of Responses. Raises VendorCannot."""
-    asked = _Asked(request, target, inner.extras)
-    written = asked.as_chat()
-    try:
-        return inner.chat(written, target)
-    except VendorCannot as error:
-        own = asked.own_name(error.param or "")
-        raise VendorCannot(error.message.replace(f"`{error.param}`", f"`{own}`"), param=own) from None
+class _Asked(Asked):
+    """One request of Responses."""
 
-
-class _Asked:
-    """One request on its way into the other words.
-
-    `origins` has, for each message written, the place that it came from, and that of each of its parts.
-    """
-
-    def __init__(self, request: ChatRequest, target: Target, extras: frozenset[str]) -> None:
-        self.request = request
-        self.target = target
-        self.extras = extras
-        dropped = target.drop_params
-        self.fields: Fields = {name: value for name, value in request.fields.items() if name not in dropped}
-        self.origins: list[tuple[str, list[str]]] = []
-
-    def as_chat(self) -> ChatRequest:
+    def said(self) -> Part:
         for name, value in self.fields.items():
             if name not in _TRANSLATED and bytes(value) not in (_NULL, *_ASKS_NOTHING.get(name, ())):
                 raise cannot(name, self.target, _WHY.get(name, ""))
         tools = list(self._tools())
-        said = {
-            "model": self.request.alias,
+        said: Part = {
             "messages": list(self._messages()),
-            "stream": True if self.request.stream else None,
             "max_completion_tokens": self.request.max_output_tokens,
             "tools": tools or None,
             **self._effort(),
@@ -186,22 +158,9 @@ class _Asked:
             said["tool_choice"] = choice
         if not tools:  # clients send it all the same, and vendors mind
             said.pop("parallel_tool_calls", None)
-        fields = {name: Raw(_encode(value)) for name, value in said.items() if value is not None}
-        return ChatRequest(
-            body=_encode(fields),
-            alias=self.request.alias,
-            fields=fields,
-            stream=self.request.stream,
-            max_output_tokens=self.request.max_output_tokens,
-        )
+        return said
 
-    def own_name(self, param: str) -> str:
-        """The member of Responses that became `param` of the internal form."""
-        if found := re.match(r"messages\[(\d+)\](?:\.content\[(\d+)\])?", param):
-            where, parts = self.origins[int(found[1])]
-            return parts[int(found[2])] if found[2] and int(found[2]) < len(parts) else where
-        if found := re.match(r"tools\[\d+\]", param):
-            return found[0]
+    def own_member(self, param: str) -> str:
         if param == "logprobs" and _LOGPROBS not in bytes(self.fields.get("include", _NOTHING)).decode():
             return "top_logprobs"
         return _OWN_NAMES.get(param, param)
@@ -209,17 +168,17 @@ class _Asked:
     # --- messages -----------------------------------------------------------------------------------------------------
 
     def _messages(self) -> Iterator[Part]:
-        instructions = self._member("instructions", _word)
+        instructions = self.member("instructions", _word)
         if instructions:
-            yield self._wrote("instructions", {"role": "system", "content": instructions})
-        written = self._member("input", _input)
+            yield self.wrote("instructions", {"role": "system", "content": instructions})
+        written = self.member("input", _input)
         if isinstance(written, str):
-            yield self._wrote("input", {"role": "user", "content": written})
+            yield self.wrote("input", {"role": "user", "content": written})
             return
         answer = _Answer()
         for place, item in enumerate(written or ()):
             where = f"input[{place}]"
-            kind = self._read(_kind, item, where)
+            kind = self.read(_kind, item, where)
             if self._continues(answer, kind, item, where):
                 continue
             yield from self._answered(answer)
@@ -230,25 +189,25 @@ class _Asked:
     def _said(self, kind: Kind, item: Raw, where: str) -> Part:
         """A turn that is not the model's."""
         if kind.type == "function_call_output":
-            result = self._read(_result, item, where)
+            result = self.read(_result, item, where)
             content, parts = self._content(result.output, f"{where}.output")
-            return self._wrote(where, {"role": "tool", "tool_call_id": result.call_id, "content": content}, parts)
+            return self.wrote(where, {"role": "tool", "tool_call_id": result.call_id, "content": content}, parts)
         if kind.role is None:
             raise cannot(where, self.target, f"an item of type {kind.type} has no place here")
-        message = self._read(_message, item, where)
+        message = self.read(_message, item, where)
         content, parts = self._content(message.content, f"{where}.content")
-        return self._wrote(where, {"role": message.role, "content": content}, parts)
+        return self.wrote(where, {"role": message.role, "content": content}, parts)
 
     def _continues(self, answer: _Answer, kind: Kind, item: Raw, where: str) -> bool:
         """Takes an item that is the model's: those in a row are one message of chat completions."""
         if kind.type == "reasoning":
-            answer.thoughts.append(self._read(_thought, item, where))
+            answer.thoughts.append(self.read(_thought, item, where))
         elif kind.type == "function_call":
-            call = self._read(_call, item, where)
+            call = self.read(_call, item, where)
             function = {"name": call.name, "arguments": call.arguments}
             answer.calls.append({"id": call.call_id, "type": "function", "function": function})
         elif kind.role == "assistant":
-            message = self._read(_message, item, where)
+            message = self.read(_message, item, where)
             if isinstance(message.content, str):
                 answer.parts.append(({"type": "text", "text": message.content}, f"{where}.content"))
             else:
@@ -272,11 +231,7 @@ class _Asked:
         text = "".join(map(_text_of, answer.thoughts))
         if "reasoning_content" in self.extras and text:
             message["reasoning_content"] = text
-        yield self._wrote(answer.where, message, [at for _, at in answer.parts])
-
-    def _wrote(self, where: str, message: Part, parts: list[str] | None = None) -> Part:
-        self.origins.append((where, parts or []))
-        return message
+        yield self.wrote(answer.where, message, [at for _, at in answer.parts])
 
     def _content(self, content: str | list[Raw], where: str) -> tuple[str | list[Part], list[str]]:
         if isinstance(content, str):
@@ -287,7 +242,7 @@ class _Asked:
     def _parts(self, content: list[Raw], where: str) -> list[tuple[Part, str]]:
         """Each part with its place."""
         places = [(written, f"{where}[{place}]") for place, written in enumerate(content)]
-        return [(self._in_chat(self._read(_part, written, at), at), at) for written, at in places]
+        return [(self._in_chat(self.read(_part, written, at), at), at) for written, at in places]
 
     def _in_chat(self, part: AnyPart, where: str) -> Part:
         if isinstance(part, InputImage):
@@ -309,8 +264,8 @@ class _Asked:
     # --- what else a request says -------------------------------------------------------------------------------------
 
     def _tools(self) -> Iterator[Part]:
-        for place, written in enumerate(self._member("tools", _tools) or ()):
-            tool = self._read(_tool, written, f"tools[{place}]")
+        for place, written in enumerate(self.member("tools", _tools) or ()):
+            tool = self.read(_tool, written, f"tools[{place}]")
             function: Part = {"name": tool.name}
             if tool.description is not None:
                 function["description"] = tool.description
@@ -321,7 +276,7 @@ class _Asked:
             yield {"type": "function", "function": function}
 
     def _tool_choice(self) -> object:
-        choice = self._member("tool_choice", _tool_choice)
+        choice = self.member("tool_choice", _tool_choice)
         if isinstance(choice, NamedTool):
             return _named(choice)
         if isinstance(choice, AllowedTools):
@@ -331,11 +286,11 @@ class _Asked:
 
     def _effort(self) -> Part:
         """How much to think. How much of it is shown is the vendor's affair."""
-        reasoning = self._member("reasoning", _reasoning)
+        reasoning = self.member("reasoning", _reasoning)
         return {"reasoning_effort": reasoning.effort} if reasoning and reasoning.effort else {}
 
     def _text(self) -> Part:
-        text = self._member("text", _text)
+        text = self.member("text", _text)
         said: Part = {}
         if text is None:
             return said
@@ -356,7 +311,7 @@ class _Asked:
 
     def _logprobs(self) -> Part:
         """What `include` asks for: log probabilities; sealed reasoning is there anyway."""
-        wanted = self._member("include", _include) or []
+        wanted = self.member("include", _include) or []
         if strange := [name for name in wanted if name not in (_LOGPROBS, _SEALED)]:
             raise cannot("include", self.target, f"{strange[0]} has no place here")
         top = self.fields.get("top_logprobs", ABSENT)
@@ -364,16 +319,6 @@ class _Asked:
         if _LOGPROBS not in wanted and not told:
             return {}
         return {"logprobs": True} | ({"top_logprobs": top} if told else {})
-
-    def _member(self, name: str, shape: msgspec.json.Decoder[T]) -> T | None:
-        written = self.fields.get(name)
-        return None if written is None or bytes(written) == _NULL else self._read(shape, written, name)
-
-    def _read(self, shape: msgspec.json.Decoder[T], written: Raw, where: str) -> T:
-        try:
-            return shape.decode(written)
-        except (msgspec.DecodeError, RecursionError) as error:
-            raise cannot(where, self.target, str(error)) from None
 
 
 class _Answer:
@@ -425,3 +370,7 @@ _WHY = {
     "store": "it keeps no answers",
     "previous_response_id": "it keeps no answers; send the turns before as items of `input`",
 }
+
+
+chat = partial(asked.chat, _Asked)
+"""The vendor's request, by way of chat completions. Raises VendorCannot."""
