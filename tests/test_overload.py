@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -212,26 +211,31 @@ def test_refused_call_is_told_when_to_retry_and_leaves_a_row(rooms: Rooms) -> No
     assert (row["error_code"], row["attempts"], row["tenant_id"]) == ("gateway_overloaded", [], "acme-corp")
 
 
-@pytest.mark.parametrize(("waited", "sleeps"), [(0.0, 1), (2 * REFUSAL_SECONDS, 0)])
+class Still(Clock):
+    """Time goes by in sleep alone, and there without waiting."""
+
+    def monotonic(self) -> float:
+        return 1_000.0 + self.ahead
+
+
+@pytest.mark.parametrize(("waited", "slept"), [(0.0, REFUSAL_SECONDS), (2 * REFUSAL_SECONDS, 0.0)])
 def test_refusal_waits_for_nothing_but_what_its_request_has_not_waited_already(
-    rooms: Rooms, waited: float, sleeps: int
+    tmp_path: Path, waited: float, slept: float
 ) -> None:
-    """Neither Redis nor the vendor nor the disk is waited for: where turns are long, a refusal takes one of them."""
+    """Neither for Redis nor for a vendor or the disk: where turns are long, a refusal takes one of them."""
+    rooms = Rooms(tmp_path, ambient=Still())
     rooms.overload.calls = 2000
     client = Client(request(), headers())
+    client.came_at = rooms.ambient.monotonic() - waited
 
-    async def scenario() -> int:
-        client.came_at = rooms.ambient.monotonic() - waited
+    async def scenario() -> None:
         serving = client.visit(FrontDoor(Source(config()), rooms.gateway, Callers(NoTokens()), rooms.ambient))
-        turns = 0
-        with contextlib.suppress(StopIteration):
-            while True:
-                waits = serving.send(None)
-                turns += 1
-                await asyncio.wait([waits])
-        return turns
+        with pytest.raises(StopIteration):
+            serving.send(None)
 
-    assert (asyncio.run(scenario()), client.status) == (sleeps, 503)
+    asyncio.run(scenario())
+    rooms.spool.close()
+    assert (client.status, rooms.ambient.ahead) == (503, pytest.approx(slept))
 
 
 def test_refused_call_takes_nothing_of_limits_and_room(rooms: Rooms) -> None:
