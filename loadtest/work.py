@@ -319,7 +319,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         every = msgspec.json.decode(KEPT.read_bytes(), type=dict[str, Any]) if KEPT.exists() else {}
         KEPT.write_bytes(msgspec.json.format(msgspec.json.encode(every | {VERSION: now})) + b"\n")
         return 0
-    print("\n".join(said))
+    for sentence in said:
+        print(sentence)
     return 1 if said else 0
 
 
