@@ -131,9 +131,13 @@ OVERLAY: dict[str, Any] = {
         "meant-hasty": {
             "targets": ["openai/gpt-4o-mini"],
             "cache": {
-                "mode": "static", "threshold": 0.8, "max_temperature": 1,
+                "mode": "static", "threshold": 0.8, "max_temperature": 1, "reverify_percent": 0,
                 "embedder": "embed-small", "embedder_timeout_ms": 50,
             },
+        },
+        "meant-plainly": {
+            "targets": ["openai/gpt-4o-mini"],
+            "cache": {"mode": "static", "threshold": 0.8, "max_temperature": 1, "reverify_percent": 0},
         },
         "judging": {"targets": ["openrouter/gpt-4o-mini"]},
         "quick": {

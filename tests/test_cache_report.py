@@ -90,3 +90,9 @@ def test_json_has_what_the_intervals_are_made_of() -> None:
     found = msgspec.json.decode(as_json(report()))
     assert found["judged"][0] == {"day": "2026-11-01", "tenant": "acme", "alias": "support", **FIGURES}
     assert found["worst"][0]["times"] == 3
+
+
+def test_it_says_why_there_was_no_answer_from_before() -> None:
+    row, other = cells(as_html(report(unsure=1200, no_vector=3)), "Why there was none")
+    assert (row["No vector"], row["Unsure"], row["Vetoed"]) == ("6", "2,400", "number 14")
+    assert (other["Tenant"], other["Unsure"], other["Vetoed"]) == ("quiet", "0", "0")

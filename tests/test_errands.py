@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -99,10 +100,12 @@ def test_a_judge_says_whether_what_was_served_was_right(journey: Journey, book: 
 
 
 def test_the_looks_are_counted_by_tenant_alias_and_outcome(journey: Journey) -> None:
-    journey.post(chat("What is the tide at the old pier?", HASTY))
+    counted = 'gateway_semantic_looks_total{alias="meant-plainly",outcome="alone",tenant="tenant-a"}'
 
     def looked() -> bool:
-        text = "".join(journey.admin("/metrics", replica).text for replica in range(2))
-        return f'gateway_semantic_looks_total{{alias="{HASTY}",outcome="alone",tenant="{journey.tenant}"}}' in text
+        """Each time where nobody else has asked; the first ones may have to do without the model, which is loading."""
+        journey.post(chat("What is the tide at the old pier?", "meant-plainly"), x_kb_revision=uuid.uuid4().hex)
+        scraped = "".join(journey.admin("/metrics", replica).text for replica in range(2))
+        return any(line.startswith(counted) and float(line.split()[-1]) > 0 for line in scraped.splitlines())
 
     until(looked)

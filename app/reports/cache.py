@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from app.archive import Archive
+from app.cache.learning import MISSES
 from app.core import usd
 from app.reports.charts import Series, bars, style
 from app.reports.markup import Child, document, el
@@ -42,7 +43,7 @@ class Line(Struct, frozen=True):
 class Judged(Struct, frozen=True):
     """Questions that mean the same, of a day and alias. Of `hits`, `checks` were asked again and `wrong` were wrong.
 
-    `shadow_right` and `shadow_wrong`: what would have been served and was asked instead. `vetoes` by guard;
+    `shadow_right` and `shadow_wrong`: what would have been served and was asked instead. `veto:` by guard;
     `vetoed_right` of these would have been right.
     """
 
@@ -53,10 +54,6 @@ class Judged(Struct, frozen=True):
 
     def __getitem__(self, name: str) -> int:
         return self.figures.get(name, 0)
-
-    @property
-    def vetoes(self) -> dict[str, int]:
-        return {name.removeprefix("veto:"): n for name, n in self.figures.items() if name.startswith("veto:")}
 
 
 class Wrong(Struct, frozen=True):
@@ -188,7 +185,8 @@ def as_html(report: CacheReport) -> bytes:
         _table("By tenant and alias, with 95 % intervals", _PRECISION, _alias_precision(report.judged))
         if report.judged
         else None,
-        _table("By day", ("Day", "Tenant", "Alias", *_JUDGED.values(), "Vetoed"), _judged_rows(report.judged))
+        _table("Why there was none", _MISSED, _misses(report.judged)) if report.judged else None,
+        _table("By day", ("Day", "Tenant", "Alias", *_JUDGED.values()), _judged_rows(report.judged))
         if report.judged
         else None,
         _table("Worst entries", ("Tenant", "Alias", "Entry", "Wrong", "Question"), _worst_rows(report.worst))
@@ -256,10 +254,7 @@ _PRECISION = (
 
 def _alias_precision(judged: list[Judged]) -> Iterable[tuple[str, ...]]:
     """Each tenant's and alias's days together, in `_PRECISION`'s columns; the last is of `shadow`. A dash: unknown."""
-    sums: dict[tuple[str, str], Counter[str]] = {}
-    for each in judged:
-        sums.setdefault((each.tenant, each.alias), Counter()).update(each.figures)
-    for (tenant, alias), n in sorted(sums.items()):
+    for (tenant, alias), n in sorted(_by_tenant_and_alias(judged).items()):
         looks, hits, checks, wrong = n["looks"], n["hits"], n["checks"], n["wrong"]
         yield (
             tenant,
@@ -281,10 +276,30 @@ def _likely(part: int, of: int, scale: float = 1.0) -> str:
     return f"{part / of * scale * 100:.2f} % [{low * scale * 100:.2f}, {high * scale * 100:.2f}]"
 
 
+_MISSED = ("Tenant", "Alias", *(name.replace("_", " ").capitalize() for name in MISSES), "Vetoed")
+
+
+def _misses(judged: list[Judged]) -> Iterable[tuple[str, ...]]:
+    """Each tenant's and alias's misses, by reason; those of guards by guard."""
+    for (tenant, alias), n in sorted(_by_tenant_and_alias(judged).items()):
+        vetoes = ", ".join(
+            f"{name.removeprefix('veto:')} {count(times)}"
+            for name, times in sorted(n.items())
+            if name.startswith("veto:")
+        )
+        yield (tenant, alias, *(count(n[name]) for name in MISSES), vetoes or "0")
+
+
+def _by_tenant_and_alias(judged: list[Judged]) -> dict[tuple[str, str], Counter[str]]:
+    sums: dict[tuple[str, str], Counter[str]] = {}
+    for each in judged:
+        sums.setdefault((each.tenant, each.alias), Counter()).update(each.figures)
+    return sums
+
+
 def _judged_rows(judged: list[Judged]) -> Iterable[tuple[str, ...]]:
     for each in judged:
-        vetoes = ", ".join(f"{guard} {n}" for guard, n in sorted(each.vetoes.items()))
-        yield (each.day.isoformat(), each.tenant, each.alias, *(count(each[name]) for name in _JUDGED), vetoes)
+        yield (each.day.isoformat(), each.tenant, each.alias, *(count(each[name]) for name in _JUDGED))
 
 
 def _worst_rows(worst: list[Wrong]) -> Iterable[tuple[str, ...]]:
