@@ -55,7 +55,7 @@ def event_of(exchange: Exchange, now: float) -> LedgerEvent:
         tenant_id=None if tenant is None else tenant.id,
         feature_id=call.feature_id,
         user_id_hash=call.user_id_hash,
-        model_alias=None if request is None else request.alias,
+        model_alias=None if request is None else request.alias or None,
         model_resolved=model,
         provider=provider,
         region=None if target is None else target.provider.region,

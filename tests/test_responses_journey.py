@@ -244,6 +244,8 @@ def test_a_kept_answer_is_told_and_deleted_to_its_tenant_and_no_other(journey: J
             with pytest.raises(openai.NotFoundError) as raised:
                 call(name)
             assert raised.value.code == "not_found"
+    refused = journey.row(raised.value.response.headers["x-request-id"])
+    assert (refused["status"], refused["operation"], refused["model_alias"]) == ("refused", "retrieve", None)
     told = client.responses.with_raw_response.retrieve(kept.id)
     assert told.parse().to_dict() == kept.to_dict()
     assert [item.content[0] for item in client.responses.input_items.list(kept.id)]
