@@ -24,12 +24,12 @@ from typing import Any, Literal
 from urllib.parse import parse_qsl, urlsplit
 
 import msgspec
-from msgspec import Struct
 
 from app.archive import Archive
 from app.ledger import parse_segment_name, read_lines, take_lock
 from app.reports.export import Exports, Selection
 from app.reports.tables import Column, Table, write
+from app.shipping import LakeReport
 
 FOLDER = "lake"
 """Where segments wait, inside the spool's folder."""
@@ -53,15 +53,6 @@ class InvalidLakeUrl(LakeError):
 
 class LakeMissing(LakeError):
     """The library is not installed: pip install 'llm-gateway[lake]'."""
-
-
-class LakeReport(Struct):
-    """How shipping to the lake is: what waits, and what was let go for want of disk."""
-
-    files: int = 0
-    backlog_bytes: int = 0
-    dropped_segments: int = 0
-    error: str | None = None
 
 
 def _at(event: Mapping[str, Any], path: Sequence[str]) -> Any:

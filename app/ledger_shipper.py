@@ -30,32 +30,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
-from msgspec import Struct
 
 from app.ambient import Ambient
 from app.archive import Archive, ArchiveError
 from app.core import interrupted
-from app.lake import FORMATS, Lake, LakeError, LakeReport, LakeShipper, hand_over
+from app.lake import FORMATS, Lake, LakeError, LakeShipper, hand_over
 from app.ledger import parse_segment_name, take_lock
 from app.ledger_segment import BATCH_BYTES, BATCH_ROWS, Batch, Segment, row
+from app.shipping import LakeReport, Report
 
 POLL_SECONDS = 0.1
 BACKOFF_SECONDS = 5.0
 
 _encode = msgspec.json.Encoder().encode
-
-
-class Report(Struct):
-    """How the shipper is. `lag_seconds`: for how long something has been waiting. `error` holds no secret."""
-
-    postgres: str = "down"
-    shipped_rows: int = 0
-    dead_letters: int = 0
-    backlog_bytes: int = 0
-    lag_seconds: float = 0.0
-    adopted_segments: int = 0
-    error: str | None = None
-    lake: LakeReport | None = None
 
 
 class Shipper:

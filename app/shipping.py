@@ -19,8 +19,8 @@ SHIP_SECONDS = 10.0
 """How long the drain waits for the shipper; what remains is adopted by a living replica."""
 
 
-class LakeStatus(Struct):
-    """The part of it that is about the lake, where there is one."""
+class LakeReport(Struct):
+    """How shipping to the lake is: what waits, and what was let go for want of disk."""
 
     files: int = 0
     backlog_bytes: int = 0
@@ -28,8 +28,11 @@ class LakeStatus(Struct):
     error: str | None = None
 
 
-class ShipperStatus(Struct):
-    """The shipper's last word: a line of JSON on its standard output."""
+class Report(Struct):
+    """How the shipper is: a line of JSON on its standard output. `lag_seconds`: for how long something has waited.
+
+    `error` holds no secret.
+    """
 
     postgres: str = "down"
     shipped_rows: int = 0
@@ -38,7 +41,7 @@ class ShipperStatus(Struct):
     lag_seconds: float = 0.0
     adopted_segments: int = 0
     error: str | None = None
-    lake: LakeStatus | None = None
+    lake: LakeReport | None = None
 
 
 class Shipper:
@@ -46,7 +49,7 @@ class Shipper:
 
     def __init__(self, spool_dir: Path, name: str, ambient: Ambient, keep_free_bytes: int) -> None:
         """`name` is the replica's. Below `keep_free_bytes` of free disk no segment waits for the lake."""
-        self.status = ShipperStatus()
+        self.status = Report()
         self._keep_free_bytes = keep_free_bytes
         self._spool_dir, self._name = spool_dir, name
         self._ambient = ambient
@@ -59,7 +62,7 @@ class Shipper:
             if self._renewing:
                 self._renewing = False
             elif not self._stopping:
-                self.status = ShipperStatus(error="the shipper process ended")
+                self.status = Report(error="the shipper process ended")
                 log.error("the shipper process ended; it is started again")
                 await self._ambient.sleep(1.0)
 
@@ -75,7 +78,7 @@ class Shipper:
         lines = 0
         async for line in self._process.stdout:
             with contextlib.suppress(msgspec.DecodeError):
-                self.status = msgspec.json.decode(line, type=ShipperStatus)
+                self.status = msgspec.json.decode(line, type=Report)
                 lines += 1
         await self._process.wait()
         return lines

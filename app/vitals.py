@@ -12,7 +12,7 @@ from app.ambient import timestamp
 from app.config import PRIORITIES, utc_day
 from app.cooldowns import is_resting
 from app.modes import STRICTNESS
-from app.shipping import LakeStatus
+from app.shipping import LakeReport
 from app.telemetry import MAX_TENANTS, States
 
 if TYPE_CHECKING:
@@ -177,8 +177,8 @@ def _rows(replica: Replica) -> None:
     gauge("gateway_ledger_shipped_rows", "Rows shipped.", lambda: shipper.status.shipped_rows)
     gauge("gateway_ledger_dead_letters", "Undecodable lines set aside.", lambda: shipper.status.dead_letters)
 
-    def lake() -> LakeStatus:
-        return shipper.status.lake or LakeStatus()
+    def lake() -> LakeReport:
+        return shipper.status.lake or LakeReport()
 
     gauge("gateway_lake_files", "Files written to the lake.", lambda: lake().files)
     gauge("gateway_lake_backlog_bytes", "Bytes of segments that wait for the lake.", lambda: lake().backlog_bytes)

@@ -186,10 +186,12 @@ def test_replica_that_is_down_is_an_alert_until_it_is_back(prometheus: Prometheu
     instance = httpx.URL(gone.admin_url).netloc.decode()
 
     def fires() -> bool:
-        return any(labels["instance"] == instance for labels in prometheus.firing("GatewayDown"))
+        return any(labels.get("instance") == instance for labels in prometheus.firing("GatewayDown"))
 
     until(lambda: not fires(), UNTIL_SECONDS)
     whole.stack.stop(gone.name)
-    until(fires, UNTIL_SECONDS)
-    whole.stack.start(gone.name)
+    try:
+        until(fires, UNTIL_SECONDS)
+    finally:
+        whole.stack.start(gone.name)
     until(lambda: not fires(), UNTIL_SECONDS)

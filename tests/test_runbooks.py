@@ -412,6 +412,7 @@ def test_rows_that_were_refused_are_rows_after_all(site: Site) -> None:
     refusing = """CREATE FUNCTION suite_refuses() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
         IF NEW.tenant_id = 'smoke-test' THEN RAISE EXCEPTION 'refused' USING ERRCODE = '22023'; END IF; RETURN NEW;
     END $$; CREATE TRIGGER suite BEFORE INSERT ON ledger FOR EACH ROW EXECUTE FUNCTION suite_refuses()"""
+    until(lambda: site.bash('psql "$DATABASE_URL" -Atc "SELECT to_regclass(\'ledger\')"').stdout.strip() == "ledger")
     broken = site.bash('psql "$DATABASE_URL" -c "$SQL"', SQL=refusing)
     assert broken.returncode == 0, broken.stderr
     assert site.bash("code", TENANT="smoke-test").stdout == "200"
@@ -422,28 +423,6 @@ def test_rows_that_were_refused_are_rows_after_all(site: Site) -> None:
 
 def test_jobs_that_nobody_does_are_done(site: Site) -> None:
     site.mend("jobs-missed")
-
-
-@pytest.mark.drill
-def test_price_that_is_missing_or_old_is_written_and_charged(site: Site, tmp_path: Path) -> None:
-    tables = sorted((site.config / "prices").iterdir())
-    written = {table: table.read_text() for table in tables}
-    right = re.sub(r"checked_on: [\d-]+", f"checked_on: {date.today()}", written[tables[-1]])
-    model = r"(?m)^    gpt-4o-mini-2024-07-18:\n(?:      .*\n)+"
-    for table, text in written.items():
-        table.write_text(re.sub(model, "", re.sub(r"checked_on: [\d-]+", "checked_on: 2020-01-01", text)))
-    until(
-        lambda: "unpriced" in site.bash("metric gateway_unpriced_total | grep -v ' 0.0' && echo unpriced; code").stdout
-    )
-    prices = tmp_path / f"{datetime.now(UTC):%Y-%m-%d}.yaml"
-    prices.write_text(right)
-    days = {"FIRST_DAY": f"{date.today() - timedelta(days=1)}", "LAST_DAY": f"{date.today() + timedelta(days=1)}"}
-    site.mend("prices", PRICES=str(prices), **days)
-    adjusted = "SELECT count(*) > 0 FROM ledger WHERE event->>'adjusts' IS NOT NULL"
-    assert site.bash('psql "$DATABASE_URL" -Atc "$SQL"', SQL=adjusted).stdout.strip() == "t"
-    (site.config / "prices" / prices.name).unlink()
-    for table, text in written.items():
-        table.write_text(text)
 
 
 @pytest.mark.drill
@@ -554,3 +533,26 @@ def test_stale_answer_is_asked_for_again(site: Site) -> None:
     assert stale not in site.bash("call").stdout
     models.write_text(before)
     until(lambda: "x-cache" not in site.bash("call -o /dev/null -D -").stdout.lower())
+
+
+@pytest.mark.drill
+def test_price_that_is_missing_or_old_is_written_and_charged(site: Site, tmp_path: Path) -> None:
+    tables = sorted((site.config / "prices").iterdir())
+    written = {table: table.read_text() for table in tables}
+    right = re.sub(r"checked_on: [\d-]+", f"checked_on: {date.today()}", written[tables[-1]])
+    model = r"(?m)^    gpt-4o-mini-2024-07-18:\n(?:      .*\n)+"
+    for table, text in written.items():
+        table.write_text(re.sub(model, "", re.sub(r"checked_on: [\d-]+", "checked_on: 2020-01-01", text)))
+    until(
+        lambda: "unpriced" in site.bash("metric gateway_unpriced_total | grep -v ' 0.0' && echo unpriced; code").stdout
+    )
+    prices = tmp_path / f"{datetime.now(UTC):%Y-%m-%d}.yaml"
+    prices.write_text(right)
+    days = {"FIRST_DAY": f"{date.today() - timedelta(days=1)}", "LAST_DAY": f"{date.today() + timedelta(days=1)}"}
+    site.mend("prices", PRICES=str(prices), **days)
+    by_it = f"event->'cost_usd'->>'price_table_version' = '{prices.stem}'"
+    adjusted = f"SELECT count(*) > 0 FROM ledger WHERE event->>'adjusts' IS NOT NULL AND {by_it}"
+    assert site.bash('psql "$DATABASE_URL" -Atc "$SQL"', SQL=adjusted).stdout.strip() == "t"
+    (site.config / "prices" / prices.name).unlink()
+    for table, text in written.items():
+        table.write_text(text)

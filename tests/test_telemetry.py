@@ -248,6 +248,17 @@ def test_hung_up_stream_says_why_its_span_ended(traced: Journey, receiver: Recei
     assert attributes(spans["gateway.provider"])["abort_reason"] == "client_closed"
 
 
+def test_stream_that_its_vendor_cut_says_why_its_span_ended(traced: Journey, receiver: Receiver) -> None:
+    traced.clear()
+    trace = "f" + TRACE[1:]
+    traced.fault("openai", kind="cut", after_chunks=4)
+    with traced.stream(chat("tokens=9", "one-target"), traceparent=f"00-{trace}-b7ad6b7169203331-01") as answer:
+        events(answer)
+    said = attributes(spans_of(receiver, trace)["gateway.provider"])
+    assert said["abort_reason"] == said["error.type"] == "upstream_unavailable"
+    assert said["stream.chunks"] > 0
+
+
 def test_each_attempt_is_a_span_and_the_failed_one_says_so(traced: Journey, receiver: Receiver) -> None:
     traced.clear()
     trace = "4" + TRACE[1:]
