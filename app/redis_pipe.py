@@ -179,6 +179,7 @@ class RedisPipe:
         self.up = False
         self.changes = 0
         self._said_up: bool | None = None
+        self._said_misnamed = False
         self._lost_at = float("-inf")
         self._first_probation_seconds = probation_seconds
         self._probation_seconds = 0.0
@@ -213,6 +214,9 @@ class RedisPipe:
 
     def refused(self, waiting: Waiting, error: RedisRefused) -> None:
         """Redis answered a command with an error."""
+        if not self._said_misnamed and str(error).startswith("MOVED "):
+            self._said_misnamed = True
+            log.error("redis is a node of a cluster: name it as one, redis+cluster://HOST:PORT or redis://A,B,C")
         waiting.fail(error)
 
     def _ready(self) -> _Line:

@@ -88,6 +88,20 @@ def test_an_address_that_cannot_be_a_cluster_is_refused(url: str) -> None:
         pipe_to(url, AMBIENT)
 
 
+def test_a_node_that_is_named_as_one_redis_is_told_of_once(
+    cluster: RedisCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with running(RedisPipe(f"redis://:hush@127.0.0.1:{cluster.nodes[0].port}", AMBIENT)) as pipe:
+            answers = [await asyncio.gather(pipe.execute("GET", f"k{n}"), return_exceptions=True) for n in range(20)]
+            assert sum(isinstance(answer, RedisRefused) for (answer,) in answers) > 1
+
+    run(main())
+    assert [line.getMessage() for line in caplog.records if "redis+cluster://" in line.getMessage()] == [
+        "redis is a node of a cluster: name it as one, redis+cluster://HOST:PORT or redis://A,B,C"
+    ]
+
+
 # --- what lies where --------------------------------------------------------------------------------------------------
 
 
