@@ -356,6 +356,26 @@ FAULTS: dict[str, tuple[str, str]] = {
         f"service_keys: {{k3f9a0b1c2d4: &k {{digest: '{DIGEST}', service: s, tenants: []}}, k3f9a0b1c2d5: *k}}",
         "service_keys.k3f9a0b1c2d5.digest: is the digest of k3f9a0b1c2d4 too",
     ),
+    "an embedder that nobody is": (
+        "aliases: {support-fast: {cache: {mode: exact, embedder: tiny}}}",
+        "aliases.support-fast.cache.embedder: no alias 'tiny'; static and minilm are local models; aliases: ",
+    ),
+    "an embedder that chats": (
+        "aliases: {support-fast: {cache: {mode: exact, embedder: support-quality}}}",
+        "aliases.support-fast.cache.embedder: 'support-quality' serves chat; it must serve embeddings",
+    ),
+    "a judge that makes vectors": (
+        "aliases: {support-fast: {cache: {mode: exact, judge: embed-small}}}",
+        "aliases.support-fast.cache.judge: 'embed-small' serves embeddings; it must serve chat",
+    ),
+    "a judge of more than all": (
+        "aliases: {support-fast: {cache: {mode: exact, judge_percent: 101}}}",
+        "aliases.support-fast.cache.judge_percent: must be from 0 to 100",
+    ),
+    "an embedder that is never late": (
+        "aliases: {support-fast: {cache: {mode: exact, embedder_timeout_ms: 60000}}}",
+        "aliases.support-fast.cache.embedder_timeout_ms: must be from 1 to 10000",
+    ),
     "expiry with a time": (
         "service_keys: {k3f9a0b1c2d4: {digest: d, service: s, tenants: [], expires: 2026-01-01T00:00:00Z}}",
         "service_keys.k3f9a0b1c2d4.expires: Expected `date | null`",

@@ -30,6 +30,8 @@ from app.redis_pipe import RedisAway, RedisPipe, RedisRefused
 
 log = logging.getLogger("gateway")
 
+ON_ITS_THREAD = "NOTHREAD"
+"""VSIM on Redis's own thread, 0.1 ms: with a thread of its own for each look, as it does unasked, it took 0.4 ms."""
 EFFORT = 64
 """Candidates that a search goes through (VSIM's EF): with more of them the sixteen nearest are the same ones."""
 QUESTION_BYTES = 1_500
@@ -146,7 +148,17 @@ class Questions:
         key = _vector_set(ask, vectors)
         try:
             found = await self._pipe.execute(
-                "VSIM", key, "FP32", vector, "WITHSCORES", "WITHATTRIBS", "COUNT", NEIGHBOURS, "EF", EFFORT
+                "VSIM",
+                key,
+                "FP32",
+                vector,
+                "WITHSCORES",
+                "WITHATTRIBS",
+                "COUNT",
+                NEIGHBOURS,
+                "EF",
+                EFFORT,
+                ON_ITS_THREAD,
             )
         except (RedisAway, RedisRefused) as error:
             self._looked(ask).away += 1

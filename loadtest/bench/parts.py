@@ -103,8 +103,10 @@ class Parts:
         other_cores: set[int],
         trace_ratio: float = 0.1,
         overload: Mapping[str, object] = NO_SHEDDING,
+        meaning: bool = False,
     ) -> None:
         self._folder = folder
+        self._cached = {CACHED: "exact"} | ({MEANT: "verified"} if meaning else {})
         self._trace_ratio = trace_ratio
         self._overload = overload
         self._config = config
@@ -228,7 +230,7 @@ class Parts:
             },
             "aliases": {
                 name: {"targets": ["openai/gpt-4o-mini"], "cache": {"mode": mode}}
-                for name, mode in ((CACHED, "exact"), (MEANT, "verified"))
+                for name, mode in self._cached.items()
             },
             "global": {"tpm": None if bare else GLOBAL_TPM},
             "gateway": {
