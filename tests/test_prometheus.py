@@ -134,6 +134,7 @@ def traffic(journey: Journey) -> None:
         events(answer)
     for _ in range(2):
         journey.post(chat("Seen by Prometheus? tokens=2", "remembered"))
+    journey.post(chat("Is a question looked for in other words? tokens=2", "meant-plainly"))
     for _ in range(7):
         journey.post(chat("tokens=2"), x_tenant_id="tenant-few-prometheus")
     journey.post(chat("tokens=2"), authorization="Bearer sk-gw-nobody")
@@ -145,6 +146,8 @@ QUIET = {
     "Drift from invoices": "no invoice was compared",
     "Refusals of our credential or model": "none is refused here",
     "Downgrades": "no tenant's budget is nearly used up here",
+    "Wrong answers from before": "no answer to a question in other words is judged here",
+    "Learning": "no alias here learns (mode verified)",
 }
 """Panels that show nothing of this traffic, and why."""
 
