@@ -29,7 +29,7 @@ from app.redis_cluster import SLOTS, ClusterPipe, _Node, is_cluster, key_of, pip
 from app.redis_pipe import Argument, RedisAway, RedisPipe, RedisRefused, Waiting
 from tests.cache_parts import tenant
 from tests.gateway_parts import Rooms, ScriptedAnswer, completion
-from tests.limits_parts import OPEN, SHARE, Caller, Counters, a_config, a_key, a_tenant
+from tests.limits_parts import OPEN, SHARE, Caller, Counters, a_config, a_key, a_tenant, not_just_before_midnight
 from tests.redis_parts import AMBIENT, RedisCluster, redis_cluster, run, running, until
 from tests.test_cache_semantic import REFUND, REFUND_TOO, Replica, Words, entry_of, text_of
 from tests.test_cache_semantic import of as question
@@ -283,6 +283,7 @@ def test_what_all_share_is_not_taken_by_what_a_tenant_is_refused(cluster: RedisC
 
 
 def test_what_the_last_refuses_is_given_back_by_the_first(cluster: RedisCluster) -> None:
+    not_just_before_midnight(15)
     who = a_tenant("given-back", rpm=100, concurrency=100, daily_tokens=1000)
     key = key_elsewhere(cluster, "given-back", rpm=1)
     fetch = Fetch("sc:{given-back}:a:x:1", "sc:{given-back}:a:x:1:lease", "sc:{given-back}:_used")
@@ -305,6 +306,7 @@ def test_what_the_last_refuses_is_given_back_by_the_first(cluster: RedisCluster)
 
 
 def test_an_answer_from_before_takes_one_request_of_each_owner_and_no_more(cluster: RedisCluster) -> None:
+    not_just_before_midnight(15)
     who = a_tenant("answered", rpm=100, tpm=1000)
     key = key_elsewhere(cluster, "answered", rpm=100, tpm=10, concurrency=1, daily_tokens=10)
     fetch = Fetch("sc:{answered}:a:x:1", "sc:{answered}:a:x:1:lease", "sc:{answered}:_used")
@@ -330,6 +332,7 @@ def test_an_answer_from_before_takes_one_request_of_each_owner_and_no_more(clust
 
 
 def test_a_node_that_lost_its_counters_gets_them_from_the_ledger_and_the_others_keep_theirs(tmp_path: Path) -> None:
+    not_just_before_midnight(30)
     with redis_cluster(tmp_path) as cluster:
         lost = next(elsewhere(cluster, "_global"))
         kept = next(elsewhere(cluster, "_global", lost))
@@ -476,7 +479,7 @@ def test_a_dead_node_is_away_for_its_own_keys_alone(cluster: RedisCluster) -> No
     dead = cluster.serving(f"{{{name}}}")
 
     async def main() -> tuple[Any, ...]:
-        async with limits_on(cluster, timeout_ms=200) as limits:
+        async with limits_on(cluster, timeout_ms=1500) as limits:
             both = [Caller(limits, a_tenant(each, rpm=50), away=SHARE) for each in (name, "_global-neighbour")]
             both[1].tenant = a_tenant(next(elsewhere(cluster, name)), rpm=50)
             before = [await caller.reserve() for caller in both]
