@@ -443,13 +443,21 @@ class Numbering:
         pass
 
 
+def without_replays(seen: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Who was told an answer, and where; what a key replayed only counts for its tenant, prompt, tools and format."""
+    whole = {(tenant, where) for tenant, where in seen if json.loads(where)[1] != ""}
+    known = {(tenant, json.dumps(json.loads(where)[0])) for tenant, where in whole}
+    return whole | {(tenant, where) for tenant, where in seen - whole
+                    if (tenant, json.dumps(json.loads(where)[0])) not in known}  # fmt: skip
+
+
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("mode", ["exact", "static"])
 def test_an_answer_from_before_is_of_the_same_tenant_and_surroundings(
     server: RedisServer, tmp_path: Path, mode: str
 ) -> None:
     """The same few prompts from all tenants through two replicas, under other system prompts, tools, formats and
-    revisions; and the same few idempotency keys, which know no surroundings.
+    revisions; and the same few idempotency keys: with the same body they are told the same whatever the revision.
     """
     seed = random.randrange(2**32)
     chance = random.Random(seed)
@@ -475,8 +483,10 @@ def test_an_answer_from_before_is_of_the_same_tenant_and_surroundings(
         numbers = set(NUMBERED.findall(client.body))
         assert len(numbers) == (client.status == 200)
         for number in numbers:
-            owners.setdefault(number, set()).add((claimed, json.dumps([around, revision])))
-            answered[client.told.get(b"x-cache", b"").decode()] += 1
+            result = client.told.get(b"x-cache", b"").decode()
+            surroundings = json.dumps([around, "" if result == "HIT (idempotent)" else revision])
+            owners.setdefault(number, set()).add((claimed, surroundings))
+            answered[result] += 1
 
     async def main() -> None:
         async with running(pipe_to(server)) as first, running(pipe_to(server)) as second:
@@ -493,6 +503,8 @@ def test_an_answer_from_before_is_of_the_same_tenant_and_surroundings(
                 channels.append(rooms.channel)
                 doors.append(FrontDoor(Source(current), rooms.gateway, Callers(NoTokens()), AMBIENT))
             for _ in range(0, CACHED_CASES, AT_ONCE):
+                for channel in channels:  # a replica that has not read it for a second finds nothing
+                    await channel.run_once()
                 await asyncio.gather(*(one(chance.choice(doors)) for _ in range(AT_ONCE)))
             for door in doors:
                 door.gateway.spool.close()
@@ -501,7 +513,7 @@ def test_an_answer_from_before_is_of_the_same_tenant_and_surroundings(
     whole(server)
     try:
         asyncio.run(main())
-        assert {number: seen for number, seen in owners.items() if len(seen) > 1} == {}
+        assert {number: seen for number, seen in owners.items() if len(without_replays(seen)) > 1} == {}
     except AssertionError as error:
         raise AssertionError(f"seed {seed}: {error}") from error
     assert answered["HIT (semantic)" if mode == "static" else "HIT (exact)"] > CACHED_CASES / 500, answered

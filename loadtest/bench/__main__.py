@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import secrets
 import shutil
 import sys
 import tempfile
@@ -79,8 +80,10 @@ def measured(case: str, subjects: Sequence[Subject]) -> list[Subject]:
     return [one for one in subjects if one.name == "gateway" or case not in ALONE]
 
 
-def chat_request(case: str) -> bytes:
-    """The body of `case`, or of a `slow` stream: exactly REQUEST_BYTES of JSON, or a hundred times as many."""
+def chat_request(case: str, run: str = "") -> bytes:
+    """The body of `case`, or of a `slow` stream: exactly REQUEST_BYTES of JSON, or a hundred times as many. Questions
+    that differ from each other differ from those of another `run` too.
+    """
     body: dict[str, object] = {
         "model": {"miss": CACHED, "hit": CACHED, "meaning": MEANT}.get(case, "support-fast"),
         "messages": [
@@ -98,7 +101,7 @@ def chat_request(case: str) -> bytes:
     if case == "translated":  # Messages have the system prompt beside the conversation
         body["system"] = body["messages"].pop(0)["content"]  # type: ignore[attr-defined]
     if case in ("miss", "meaning"):
-        question = f"{NUMBER.decode()} {question}"
+        question = f"{NUMBER.decode()} {run} {question}"
     filled = body["messages"][-1]  # type: ignore[index]
     if case == "meaning":  # what is embedded is as long as a question is
         filled["content"], filled = question, body["messages"][0]  # type: ignore[index]
@@ -135,7 +138,7 @@ class Meter:
         if case == "tripped":
             headers["x-tenant-id"] = TRIPPED
         url = subject.url.replace("/chat/completions", "/messages") if case == "translated" else subject.url
-        request = request_bytes(url, headers, chat_request(case))
+        request = request_bytes(url, headers, chat_request(case, secrets.token_hex(4)))
         expected = 429 if case == "tripped" else 200
 
         async def loaded() -> tuple[LoadResult, Usage, Usage]:
