@@ -99,7 +99,7 @@ class Child:
         """Sends the stop signal; a frozen process is thawed first, as it could not hear it."""
         self.held = True
         self.thaw()
-        self._family = family(self.pid)
+        self._family = list({*self._family, *family(self.pid)})
         self._send(self.service.stop_signal)
 
     def wait(self, seconds: float) -> bool:

@@ -41,7 +41,7 @@ def lacks() -> str | None:
     )
 
 
-pytestmark = pytest.mark.skipif(bool(lacks()), reason=str(lacks()))
+pytestmark = [pytest.mark.skipif(bool(lacks()), reason=str(lacks())), pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def seen(stack: Any) -> dict[str, Any]:
     with Journey(stack) as journey:
         journey.clear()
     ran = subprocess.run(
-        ["node", "scenarios.mjs"], cwd=FOLDER, env=environ, capture_output=True, text=True, timeout=100
+        ["node", "scenarios.mjs"], cwd=FOLDER, env=environ, capture_output=True, text=True, timeout=250
     )
     assert ran.returncode == 0, ran.stderr[-2_000:]
     return json.loads(ran.stdout)

@@ -21,9 +21,10 @@ from loadtest.processes import free_port
 from tests.journey import Journey, chat, events, until
 from tests.test_alerts import ALERTS, DASHBOARDS, FOLDER, RULES, panels, plain
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("prometheus") is None, reason="prometheus is missing: apt install prometheus"
-)
+pytestmark = [
+    pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is missing: apt install prometheus"),
+    pytest.mark.timeout(300),
+]
 SECONDS = 2
 """Between scrapes, and between looks at the rules."""
 UNTIL_SECONDS = 60.0

@@ -710,12 +710,12 @@ def test_one_call_waits_for_a_redis_that_does_not_answer_and_the_others_go_on_wi
             if not delay:
                 server.freeze()
                 stack.callback(server.thaw)
-            began = AMBIENT.monotonic()
             for number in range(6):
                 reply = await client.ask(wishes=Wishes(idempotency_key=f"key-{number}"))
                 told = headers(reply)
-                assert (reply.status, told["x-gateway-idempotency"], told["x-cache"]) == (200, "unavailable", "MISS")
-            assert AMBIENT.monotonic() - began < 1.5  # six that waited for each of their trips: 2.0 and more
+                assert (reply.status, told["x-gateway-idempotency"]) == (200, "unavailable")
+                assert told["x-cache"] in ("MISS", "BYPASS")
+                assert not pipe.up  # from the first on: what is sent fails at once
             delay = 0.0
             server.thaw()
             await until(lambda: pipe.up)

@@ -29,6 +29,8 @@ DRAIN_SECONDS = 30
 """How long a stop waits for open streams. A replica would wait half an hour; a person at a terminal would not."""
 HURRY_SECONDS = 5
 """How long a replica may then take to end its streams and write their rows."""
+AGAIN_SECONDS = 1
+"""After so long without an end it is told again."""
 RESTART_SECONDS = 1.0
 """Until a replica that ended is started again, as with Docker's restart policy."""
 DATABASE = "gateway"
@@ -399,10 +401,13 @@ class Stack:
             for child in front + replicas:
                 child.ask_to_stop()
             if not self._wait_for(replicas, self._drain_seconds):
-                for child in replicas:
-                    child.ask_to_stop()  # the second time a replica ends its streams and writes their rows
                 self.hurry.clear()
-                self._wait_for(replicas, HURRY_SECONDS)
+                # The second time a replica ends its streams and writes their rows; two signals at once may be one.
+                for _ in range(round(HURRY_SECONDS / AGAIN_SECONDS)):
+                    for child in replicas:
+                        child.ask_to_stop()
+                    if self._wait_for(replicas, AGAIN_SECONDS) or self.hurry.is_set():
+                        break
             for child in replicas:
                 child.end()
             self._wait_for(front, 1)  # with no replica left, Traefik has nothing to finish
