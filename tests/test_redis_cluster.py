@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -363,6 +364,38 @@ def test_a_node_that_lost_its_counters_gets_them_from_the_ledger_and_the_others_
         # What the ledger says of the one that was never lost is not believed; what it used meanwhile is charged.
         assert Counters(cluster.serving(f"{{{kept}}}"), kept).day_tokens == 58
         assert Counters(cluster.serving(f"{{{lost}}}"), lost).day_tokens >= 900
+
+
+def test_a_node_that_comes_back_empty_is_not_begun_anew_by_what_was_used_without_it(tmp_path: Path) -> None:
+    not_just_before_midnight(60)
+    with redis_cluster(tmp_path) as cluster:
+        lost = next(elsewhere(cluster, "_global"))
+        node = cluster.serving(f"{{{lost}}}")
+        who = a_tenant(lost, daily_tokens=1000)
+        ledger = Ledger(spent(900, 0, 0, id=lost))
+
+        async def main() -> tuple[bool, str | None]:
+            async with limits_on(cluster, current=configured(who), read_spent=ledger) as limits:
+                budgets = asyncio.create_task(limits.budgets.run())
+                await until(lambda: limits.budgets.made_good)
+                caller = Caller(limits, who, away=OPEN)
+                node.kill()
+                await until(lambda: not limits.pipe.up)
+                held = await caller.reserve(30)
+                limits.settle(held, 30, 0)
+                shutil.rmtree(next(node.folder.glob("appendonly*")))
+                node.start()
+                await until(lambda: "cluster_state:ok" in node.client.execute_command("CLUSTER", "INFO"))
+                await until(lambda: Counters(node, lost).day_tokens)
+                await until(lambda: limits.pipe.up and limits.budgets.made_good)
+                refused = await caller.refusal(200)
+                budgets.cancel()
+                await asyncio.gather(budgets, return_exceptions=True)
+                return held.held, refused.limit
+
+        assert run(main()) == (False, "tenant_daily_tokens")
+        assert len(ledger.asked) == 2
+        assert Counters(node, lost).day_tokens >= 900
 
 
 # --- the journey ------------------------------------------------------------------------------------------------------

@@ -15,8 +15,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -24,8 +23,8 @@ from msgspec import Struct
 
 from app.ambient import Ambient
 from app.config import Config, Quota
-from app.limits.scopes import BUDGETS, WHOLE, Limit, Scope, budgets_of, period, whole_mark
-from app.redis_cluster import SLOTS
+from app.limits.scopes import BUDGETS, EMPTIED, WHOLE, Limit, Scope, budgets_of, period, whole_mark
+from app.redis_cluster import SLOTS, slot_of
 from app.redis_pipe import RedisAway, RedisPipe, RedisRefused
 
 log = logging.getLogger(__name__)
@@ -99,7 +98,10 @@ class Budgets:
 
     def emptied(self, scope: Scope) -> None:
         """A script found no counter, and no mark that there was none to find."""
-        self._doubted.update(each.whole for each in (scope, *scope.apart) if each.whole != WHOLE)
+        self._doubt(each.whole for each in (scope, *scope.apart))
+
+    def _doubt(self, marks: Iterable[str]) -> None:
+        self._doubted.update(marks)
         self.whole = self.made_good = False
         self._wake.set()
 
@@ -144,7 +146,9 @@ class Budgets:
         if self._late and self._ambient.now() >= self._late[0]:
             self._late.popleft()
             written += await self._restore_all(self._epoch) or 0
-        written += self._pay()
+        written += await self._pay()
+        if self._doubted:  # seen meanwhile: not before they are looked at
+            return written
         if not self.whole:
             self.whole = True
             self._say("budgets are whole again in redis")
@@ -156,34 +160,39 @@ class Budgets:
 
     # --- what was used without Redis ---
 
-    def _pay(self) -> int:
+    async def _pay(self) -> int:
+        """Returns how many counters were charged."""
         owed, self._owed = self._owed, {}
-        totals: dict[str, list[int]] = {}
+        by_key: dict[str, dict[int, int]] = {}
         for second, amounts in owed.items():
             for key, amount in amounts.items():
                 # What is older is in the ledger, and comes from there for a counter that was lost: with one Redis, all.
                 if second >= self._epoch or self._pipe.apart:
-                    totals.setdefault(key, [0, 0])[second < self._epoch] += amount
-        for key, (amount, before) in totals.items():
-            unpaid = partial(self._unpaid, key, amount, before)
-            restored = f"{key}:{self._epoch}"
-            try:
-                self._pipe.send(
-                    "EVALSHA", self._charge, 2, key, restored, amount, before, keep_seconds(key), on_error=unpaid
-                )
-            except RedisAway as error:
-                unpaid(error)
-        return len(totals)
+                    by_key.setdefault(key, {})[second] = amount
+        return sum(await asyncio.gather(*(self._charge_to(*debt) for debt in by_key.items())))
 
-    def _unpaid(self, key: str, amount: int, before: int, error: Exception) -> None:
-        """It may have been charged: twice is better than never."""
-        if isinstance(error, RedisAway):
-            for second, part in ((int(self._ambient.now()), amount), (self._epoch - 1, before)):
-                if part:
-                    amounts = self._owed.setdefault(second, {})
-                    amounts[key] = amounts.get(key, 0) + part
-        else:
+    async def _charge_to(self, key: str, amounts: dict[int, int]) -> bool:
+        """Charges a counter; what may not have been charged stays owed: twice is better than never."""
+        amount = sum(amount for second, amount in amounts.items() if second >= self._epoch)
+        before = sum(amounts.values()) - amount
+        mark = whole_mark(slot_of(key)) if self._pipe.apart else WHOLE
+        keys = key, f"{key}:{self._epoch}", mark
+        try:
+            charged = await self._pipe.execute(
+                "EVALSHA", self._charge, len(keys), *keys, amount, before, keep_seconds(key)
+            )
+        except RedisRefused as error:
             log.error("redis refuses the charge script: %s", error)
+            return False
+        except RedisAway:
+            charged = 0
+        if charged == EMPTIED:
+            self._doubt([mark])
+        if charged != 1:
+            for second, part in amounts.items():
+                again = self._owed.setdefault(second, {})
+                again[key] = again.get(key, 0) + part
+        return charged == 1
 
     def _compact(self) -> None:
         if len(self._owed) <= 2 * KEPT_SECONDS:

@@ -19,14 +19,26 @@ from app.config import Config, Quota, ServiceKey, Tenant, VendorKey
 from app.core import Call, Fetch, Rates, Reservation
 from app.errors import LimitsUnavailable, VendorKeyFull
 from app.limits.budgets import Budgets, ReadSpent
-from app.limits.scopes import ANSWERED, LEASE_MS, MOST, Limit, Scope, grant_scope, make_scope, owner_of, rates, refusal
+from app.limits.scopes import (
+    ANSWERED,
+    EMPTIED,
+    LEASE_MS,
+    MOST,
+    Limit,
+    Scope,
+    grant_scope,
+    make_scope,
+    owner_of,
+    rates,
+    refusal,
+)
 from app.limits.share import Share
 from app.redis_pipe import Argument, RedisAway, RedisPipe, RedisRefused
 
 log = logging.getLogger(__name__)
 
-_REFUSED, _TAKEN, _OTHER_DAY, _EMPTIED = 0, 1, 2, 3
-"""What a reserve script's answer begins with."""
+_REFUSED, _TAKEN, _OTHER_DAY = 0, 1, 2
+"""What a reserve script's answer begins with, or EMPTIED."""
 _LOG_SECONDS = 60.0
 """A script that fails does so for every call: one line in so many seconds says it."""
 RENEW_SECONDS = LEASE_MS / 3000
@@ -144,7 +156,7 @@ class Limits:
                     scope = msgspec.structs.replace(scope, limits=scope.limits[:half])
                 self._hear(scope, left[:half])
                 raise refusal(scope, left[:half], left[half:], tokens, nanos, now_ms)
-            if status == _EMPTIED:
+            if status == EMPTIED:
                 self.budgets.emptied(scope)
                 break
             self._clock_ahead = now_ms / 1000 - self._ambient.now()

@@ -33,6 +33,8 @@ WINDOW_SECONDS = 61
 """The seconds that a window counts: the current one and the sixty before it."""
 ANSWERED = -1
 """In the place of a call's tokens, where an answer from before was found in another slot: reserve.lua says it."""
+EMPTIED = 3
+"""What a script answers that found neither a counter nor the mark that there was none to find."""
 MOST = 2**53 - 1
 """The largest amount that a script counts exactly; no limit is higher."""
 
