@@ -163,7 +163,8 @@ class FrontDoor:
         async with aclosing(reply.frames) as frames:
             async for frame in frames:
                 visit.write(frame)
-                exchange.sent = frame
+                if b"data:" in frame:  # a keep-alive has no number that an error could follow
+                    exchange.sent = frame
                 if kept is not None:
                     kept.add(frame)
                 if visit.blocked:

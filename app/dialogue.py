@@ -407,7 +407,9 @@ class Dialogue:
         started = self.ambient.monotonic()
         place = len(exchange.attempts)
         exchange.attempts.append(UNDER_WAY)
-        self.cooldowns.asks(target)
+        counts = request.operation not in OF_KEPT
+        if counts:
+            self.cooldowns.asks(target)
         held = request.stream and alias.cascade is not None
         limit = limits.first_token if request.stream and not held else limits.answer
         answer: VendorAnswer | None = None
@@ -439,11 +441,13 @@ class Dialogue:
                 request_id = request_id or word(whole.request_id)
                 good = Good(place, target, answer, whole.body, whole, request_id, 0.0, grant)
             outcome = "success"
-            self.cooldowns.worked(target, key)
+            if counts:
+                self.cooldowns.worked(target, key)
             return good
         except asyncio.CancelledError:
             if not patience.over():
-                self.cooldowns.given_up(target)
+                if counts:
+                    self.cooldowns.given_up(target)
                 raise
             outcome = VendorTimeout.fault
             error = VendorTimeout("the vendor did not answer in time")
@@ -480,6 +484,8 @@ class Dialogue:
 
     def failed(self, exchange: Exchange, target: Target, key: VendorKey | None, error: VendorError) -> None:
         """What a failure means for the calls after this one: who rests, who is told."""
+        if exchange.request.operation in OF_KEPT:
+            return
         settings = exchange.call.config.settings
         if isinstance(error, VendorRefused):
             self.cooldowns.worked(target, key)
@@ -517,6 +523,9 @@ class Dialogue:
         exchange.attempts[place] = msgspec.structs.replace(kept, estimated_usd=usd(lost.total_nanos))
 
 
+OF_KEPT = ("retrieve", "delete")
+"""What they meet says nothing of how a target makes answers: a key may be kept from them, or have a rate for them of
+its own; and that an answer is told shows no target to work again that makes none."""
 CANCELLED = "cancelled"
 """The outcome of an attempt that nobody waits for any more."""
 UNDER_WAY = Attempt("", "", CANCELLED, None, 0.0, 0.0)

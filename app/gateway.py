@@ -11,11 +11,11 @@ from functools import partial
 import msgspec
 
 from app.ambient import TIMER_SECONDS, Ambient
-from app.auth import allow, authorize, keeper, require, substitute
+from app.auth import allow, authorize, goes_on, keeper, require, substitute
 from app.cache import Cache, Flight
 from app.config import Alias, Tenant
 from app.core import Exchange, LedgerEvent, Pace, Reply
-from app.dialogue import Dialogue
+from app.dialogue import OF_KEPT, Dialogue
 from app.errors import (
     GatewayError,
     GuardrailBlocked,
@@ -114,18 +114,20 @@ class Gateway:
                 if alias.serves != request.serves:
                     raise InvalidRequest(f"{alias.name!r} serves {alias.serves}, not this route.", param="model")
                 exchange.authorized = self.ambient.monotonic()
-                if tenant.downgrade and not request.stored:  # a conversation goes on where it began
+                if tenant.downgrade and request.operation not in OF_KEPT:
                     alias = self._downgraded(exchange, tenant, alias)
                 if alias.routed:
                     alias = self._routed(exchange, tenant, alias)
                 tokens, nanos = self.estimates.need(exchange, alias)
                 before: Said | Flight | None = None
-                if (alias.cache is None and call.wishes is None) or request.operation in ("retrieve", "delete"):
+                if (alias.cache is None and call.wishes is None) or request.operation in OF_KEPT:
                     exchange.reservation = held = await self.limits.reserve(call, tenant, tokens, nanos)  # 3 budget
                     exchange.reserved = self.ambient.monotonic()
                     exchange.rates = held.rates
                 else:
-                    before = await self.recall.look(exchange, alias, tokens, nanos)  # 3 budget, 4 memory
+                    before = await self.recall.look(
+                        exchange, alias, tokens, nanos, mode == "normal"
+                    )  # 3 budget, 4 memory
                 guarding: Guarding | None = None
                 if alias.guardrails or tenant.guardrails:
                     guarding = self.guardrails.over(exchange, alias, tenant)
@@ -169,13 +171,15 @@ class Gateway:
                 self.close(exchange)  # 8 settlement, as far as it has not been
                 if exchange.shadowed and exchange.row is not None:
                     self.shadows.begin(exchange, alias)
-                if exchange.recalled is not None and self.recall.doubted(exchange):
+                if exchange.recalled is not None and mode == "normal" and self.recall.doubted(exchange):
                     self.shadows.again(exchange, alias, partial(self.recall.reverified, exchange))
 
     def _downgraded(self, exchange: Exchange, tenant: Tenant, alias: Alias) -> Alias:
         """What the tenant's policy has in the alias's place while a budget is nearly used up, noted; else the alias."""
         cheaper = substitute(exchange.call.config, tenant, alias)
-        if cheaper is None or not self.limits.nearly_used(exchange.call, tenant):
+        if cheaper is None:
+            return alias
+        if not goes_on(exchange.request, alias, cheaper, self.limits.nearly_used(exchange.call, tenant)):
             return alias
         exchange.alias_requested = alias.name
         exchange.request = msgspec.structs.replace(exchange.request, alias=cheaper.name)
@@ -372,7 +376,7 @@ class Gateway:
         if exchange.event is None:
             with contextlib.suppress(LedgerUnavailable):  # the client gets its error event all the same
                 self._end_stream(exchange, stream, relay_started)
-        yield tail + exchange.call.dialect.error_frames(error, exchange.call.request_id, tail or exchange.sent)
+        yield tail + exchange.call.dialect.error_frames(error, exchange.call.request_id, exchange.sent + tail)
 
     def _end_stream(self, exchange: Exchange, stream: Stream, relay_started: float) -> None:
         """Notes what the stream told, and settles. Raises LedgerUnavailable."""

@@ -13,6 +13,7 @@ from msgspec import Struct
 from app.ambient import TIMER_SECONDS, Ambient
 from app.cache import Ask, Cache, Entry, Flight, Kept, Once, Seen, kept, once
 from app.config import Alias
+from app.config.caching import LOCAL_EMBEDDERS
 from app.core import Exchange, Fetch, Recalled, Usage
 from app.dialects.replay import REPLAYS
 from app.errors import (
@@ -40,10 +41,11 @@ class Memory(Struct, kw_only=True, eq=False):
 
     `flight` is its own answer on its way, `way` the name by which others find it; `follows` the flight of another.
     `leased`: other replicas wait for its answer. `once` is its idempotency key, `key_state` what became of that; `said`
-    the answer from before that it is given, to be given again.
+    the answer from before that it is given, to be given again. `asks`: a vendor may be asked on its way.
     """
 
     ask: Ask
+    asks: bool = True
     flight: Flight | None = None
     way: tuple[str, bool, bool] | None = None
     follows: Flight | None = None
@@ -72,13 +74,13 @@ class Recall:
         self.cache = cache
         self.ambient = ambient
 
-    async def look(self, exchange: Exchange, alias: Alias, tokens: int, nanos: int) -> Said | Flight | None:
+    async def look(self, exchange: Exchange, alias: Alias, tokens: int, nanos: int, asks: bool) -> Said | Flight | None:
         """Reserves, and finds an answer from before, or a stream to follow; None: a vendor is to be asked.
 
-        Raises GatewayError.
+        `asks`: one may be, for a vector too. Raises GatewayError.
         """
         ask = self.cache.ask(exchange, alias)
-        exchange.memory = memory = Memory(ask=ask)
+        exchange.memory = memory = Memory(ask=ask, asks=asks)
         exchange.spared = alias.targets[0]
         if ask.wishes.idempotency_key is not None:
             exchange.looking = self.ambient.monotonic()
@@ -145,7 +147,8 @@ class Recall:
                     return said
                 fetched = None
         memory.flight = self.cache.flights[way] = Flight(exchange)
-        if self.cache.semantic is not None and ask.turn is not None:
+        embeds = memory.asks or ask.policy.embedder in LOCAL_EMBEDDERS
+        if self.cache.semantic is not None and ask.turn is not None and embeds:
             memory.seen = seen = await self.cache.semantic.find(ask)
             if seen.entry is not None:
                 return self._hit(exchange, "semantic", seen.entry, seen.similarity)
@@ -273,7 +276,7 @@ class Recall:
                 settle(exchange)
             except LedgerUnavailable as fault:
                 error = fault
-        yield ready + exchange.call.dialect.error_frames(error, exchange.call.request_id, ready or exchange.sent)
+        yield ready + exchange.call.dialect.error_frames(error, exchange.call.request_id, exchange.sent + ready)
 
     # --- the same key -------------------------------------------------------------------------------------------------
 

@@ -35,7 +35,8 @@ class ChatRequest(Struct, frozen=True):
     """A request for chat: `body` as the client wrote it, `fields` every top-level member of it in its order.
 
     `headers` are the client's own that a vendor who speaks its dialect gets too: those of `Dialect.relayed`. `stored`:
-    it wants its answer kept at the vendor, or goes on from one that is; `owner` then seals what the tenant may name.
+    it wants its answer kept at the vendor, or goes on from `previous`, one that is; `owner` then seals what the tenant
+    may name.
     """
 
     operation: ClassVar[Operation] = "chat"
@@ -52,6 +53,7 @@ class ChatRequest(Struct, frozen=True):
     choices: int = 1
     headers: tuple[tuple[str, str], ...] = ()
     stored: bool = False
+    previous: str | None = None
     owner: bytes = b""
 
 

@@ -22,8 +22,9 @@ from app.auth import Callers
 from app.config import Config
 from app.core import Exchange
 from app.dialects import ROUTES
+from app.errors import VendorBroke
 from app.telemetry import JsonLog, Lines
-from tests.gateway_parts import STREAM, UNENDED, Rooms, ScriptedAnswer, completion, config, request
+from tests.gateway_parts import ALIAS, STREAM, UNENDED, Rooms, ScriptedAnswer, completion, config, frame, request
 from tests.test_auth import KEY, WIDE_KEY, NoTokens
 
 Door = Callable[..., Rooms]
@@ -112,13 +113,13 @@ def headers(*, keys: tuple[str, ...] = (KEY,), tenants: tuple[str, ...] = ("acme
     return credentials + [(b"x-tenant-id", tenant.encode()) for tenant in tenants]
 
 
-def visit(rooms: Rooms, client: Client, longest_seconds: float = 5.0) -> FrontDoor:
+def visit(rooms: Rooms, client: Client, longest_seconds: float = 5.0, path: str = "/v1/chat/completions") -> FrontDoor:
     """Lets the client in, and returns when the front door is done with it; fails after ten seconds."""
     door = FrontDoor(Source(config(longest_seconds=longest_seconds)), rooms.gateway, Callers(NoTokens()), rooms.ambient)
 
     async def scenario() -> None:
         async with asyncio.timeout(10):
-            await client.visit(door)
+            await client.visit(door, path)
 
     asyncio.run(scenario())
     return door
@@ -213,6 +214,20 @@ def test_a_line_about_no_call_names_none(log: list[dict[str, Any]]) -> None:
     logging.getLogger("app.test").warning("of nobody")
     (line,) = log
     assert line.keys() == {"time", "level", "message", "logger"}
+
+
+@pytest.mark.parametrize("keep_alive", [b": \n\n", b": \n\n: \n\n"])
+def test_the_error_that_ends_a_stream_is_numbered_past_a_keep_alive(rooms: Door, keep_alive: bytes) -> None:
+    def event(number: int, **members: Any) -> bytes:
+        return frame({"type": "response.output_text.delta", "sequence_number": number, "delta": "x"} | members)
+
+    opened = event(0, type="response.created", response={"id": "resp_1", "status": "in_progress"})
+    at = rooms(ScriptedAnswer(opened, event(7), keep_alive, VendorBroke("cut")))
+    client = Client(json.dumps({"model": ALIAS, "input": "Hi", "stream": True}).encode(), headers())
+    visit(at, client, path="/v1/responses")
+    *_, last = [json.loads(line[6:]) for line in client.body.split(b"\n") if line.startswith(b"data: ")]
+    assert keep_alive in client.body
+    assert (last["type"], last["sequence_number"]) == ("error", 8)
 
 
 # --- a client that never reads ----------------------------------------------------------------------------------------

@@ -14,11 +14,13 @@ import pytest
 
 from app.ambient import Patience
 from app.api import _cut
-from app.cache import Scope
+from app.cache import Ask, Entry, Scope, Seen
 from app.config import Cascade, Quota, Timeouts
-from app.core import Call, Exchange, Reply, Wishes
+from app.control import Entry as ControlEntry
+from app.core import Call, Exchange, Reply, Usage, Wishes
 from app.errors import VendorFailed, VendorRefused
 from app.limits import Limits
+from app.modes import TENANT_MODE
 from app.redis_pipe import RedisPipe
 from tests import cache_parts
 from tests.cache_parts import ALIAS, body, call
@@ -366,6 +368,49 @@ def test_what_was_used_longest_ago_gives_way(server: RedisServer, tmp_path: Path
             assert sum(int(size) for key, size in books.items() if key) == int(books[""]) <= 2000
 
     run(main())
+
+
+# --- in an incident ---------------------------------------------------------------------------------------------------
+
+
+class Known:
+    """Finds an answer that is to be asked again, to every question; `asked` are the questions."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    async def find(self, ask: Ask) -> Seen:
+        self.asked.append(ask.turn.text)
+        return Seen(Entry(completion(), "openai", "m", Usage(), AMBIENT.now()), "key", 0.9, check=True)
+
+    def reverified(self, ask: Ask, seen: Seen, entry: Entry) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("mode", "embedder", "found", "asked_again"),
+    [
+        ("normal", "static", True, True),
+        ("cache_only", "static", True, False),
+        ("normal", "embed-small", True, True),
+        ("cache_only", "embed-small", False, False),
+    ],
+)
+def test_no_vendor_is_asked_behind_the_back_of_a_tenant_in_cache_only(
+    server: RedisServer, tmp_path: Path, mode: str, embedder: str, found: bool, asked_again: bool
+) -> None:
+    async def scenario() -> None:
+        async with replica(server, tmp_path, ScriptedAnswer(completion())) as one:
+            one.rooms.cache.semantic = known = Known()
+            one.rooms.control.kind(TENANT_MODE)["acme-corp"] = ControlEntry(value=mode, by="ann", at="", until=None)
+            reply = await one.ask(config=config(mode="static", embedder=embedder))
+            assert (len(known.asked), reply.status) == ((1, 200) if found else (0, 503))
+            if asked_again:
+                await until(lambda: len(one.rooms.rows()) == 2)
+            assert len(one.rooms.gateway.shadows._running) == 0
+            assert [row["purpose"] for row in one.rooms.rows()] == ["client", *["reverify"] * asked_again]
+
+    run(scenario())
 
 
 # --- at the same time -------------------------------------------------------------------------------------------------

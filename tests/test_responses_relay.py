@@ -15,11 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai.types.responses import ResponseErrorEvent
 
+from app import dialects
 from app.ambient import Ambient
 from app.auth import keeper
-from app.config import UNLIMITED, Target, VendorKey
-from app.core import Usage
-from app.dialects import ROUTES, openai_responses
+from app.config import UNLIMITED, Config, Target, VendorKey, WrittenBreaker
+from app.core import Dialect, Usage
+from app.dialects import BELOW, ROUTES, openai_responses
 from app.errors import (
     GatewayError,
     InvalidRequest,
@@ -27,6 +28,7 @@ from app.errors import (
     NotFound,
     VendorCannot,
     VendorError,
+    VendorFailed,
     VendorMisconfigured,
     VendorRefused,
 )
@@ -35,7 +37,7 @@ from app.providers.translator import Kind, Translator
 from app.sse import FrameSplitter, data_of, event_of, frame
 from app.wire import ChatRequest, KeptRequest
 from tests import recordings
-from tests.gateway_parts import ALIAS, Rooms, ScriptedAnswer, config
+from tests.gateway_parts import ALIAS, Clock, Rooms, ScriptedAnswer, config
 from tests.recordings import Exchange
 from tests.test_anthropic_provider import pieces
 from tests.test_gateway import serve
@@ -259,6 +261,45 @@ def test_what_a_vendor_has_no_more_is_no_fault_of_its_target() -> None:
     assert isinstance(spoken.error(401, {}, b"{}"), VendorMisconfigured)
 
 
+@pytest.mark.parametrize("status", [401, 403, 429])
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+def test_what_meets_who_asks_for_a_kept_answer_is_nothing_to_those_who_have_one_made(
+    tmp_path: Path, method: str, status: int
+) -> None:
+    refused = ScriptedAnswer(b"{}", status=status, headers={"retry-after": "60"})
+    rooms = Rooms(tmp_path, refused, ScriptedAnswer(json.dumps(whole()).encode()), ambient=Clock())
+    reply, _ = serve(rooms, b"", dialect=below(method), config=tables())
+    made, _ = serve(rooms, body(model=ALIAS), dialect=ROUTES["/v1/responses"])
+    rooms.spool.close()
+    assert (reply.status >= 400, made.status) == (True, 200)
+    assert rooms.dialogue.cooldowns.resting() == frozenset()
+
+
+def test_an_answer_that_is_told_shows_no_target_to_work_again(tmp_path: Path) -> None:
+    rooms = Rooms(tmp_path, ScriptedAnswer(json.dumps(whole()).encode()), ambient=Clock())
+    cooldowns, at = rooms.dialogue.cooldowns, target("openai")
+    breaker = WrittenBreaker(failures=1, percent=0, rest_seconds=0)
+    cooldowns.failed(at, VendorFailed("500"), breaker)
+    assert cooldowns.resting() == frozenset()
+    cooldowns.asks(at)
+    reply, _ = serve(rooms, b"", dialect=below("GET"), config=tables())
+    rooms.spool.close()
+    assert reply.status == 200
+    assert cooldowns.resting() == {f"target:{at.name}"}  # who finds out has not come back yet
+
+
+def below(method: str) -> Dialect:
+    """The dialect of a request for an answer of the tenant `acme-corp`."""
+    owner = stored.owner(config().settings.user_id_salt.reveal(), "acme-corp")
+    name = stored.named("resp_1", owner, target("openai").name)
+    return dialects.named(BELOW["/v1/responses/"], method, name, "")
+
+
+def tables() -> Config:
+    only = target("openai")
+    return msgspec.structs.replace(config(), targets={only.name: only})
+
+
 def test_a_kept_answer_leads_to_its_target_by_an_alias_of_the_tenant_s() -> None:
     only = target("openai")
     tables = msgspec.structs.replace(config(), targets={only.name: only})
@@ -287,6 +328,7 @@ def test_a_kept_answer_leads_to_its_target_by_an_alias_of_the_tenant_s() -> None
         ("POST", "resp_1/cancel", "", InvalidRequest),
         ("GET", "resp_1", "stream=true", InvalidRequest),
         ("GET", "resp_1", "starting_after=3", InvalidRequest),
+        ("GET", "resp_1", "&".join(["include=x"] * 101), InvalidRequest),
     ],
 )
 def test_what_is_not_offered_below_responses_is_refused(

@@ -16,10 +16,13 @@ import pytest
 import yaml
 
 from app.ambient import Ambient, Patience
+from app.auth import goes_on
 from app.config import Config, Secret, Tenant
-from app.core import Exchange, Intent, Reservation, interrupted
+from app.core import Dialect, Exchange, Intent, Reservation, interrupted
+from app.dialects import ROUTES, openai_responses
 from app.limits import Limits
 from app.limits.scopes import Limit
+from app.providers import stored
 from app.redis_pipe import RedisPipe
 from app.warnings import BACKOFF_SECONDS, CLAIM_SECONDS, GIVE_UP_SECONDS, MAX_WAITING, Warnings, client
 from tests import gateway_parts
@@ -41,6 +44,7 @@ from tests.limits_parts import (
 )
 from tests.redis_parts import AMBIENT, RedisServer, redis_server, run, running, until
 from tests.test_config import faults_of, with_overlay
+from tests.translation import target
 from tests.webhook import Webhook
 
 EACH_BUDGET = pytest.mark.parametrize("budget", ["daily_tokens", "daily_nanos", "monthly_nanos"])
@@ -353,11 +357,14 @@ def downgrading(folder: Path, answer: ScriptedAnswer, *, nearly: bool = True) ->
     )
 
 
-def served(rooms: Rooms, config: Config, **fields: object) -> dict[bytes, bytes]:
+def served(
+    rooms: Rooms, config: Config, dialect: Dialect = ROUTES["/v1/chat/completions"], **fields: object
+) -> dict[bytes, bytes]:
     """Headers of the answer to a call for `support-quality`."""
 
     async def main() -> dict[bytes, bytes]:
-        call = gateway_parts.call(request(model="support-quality", **fields), rooms.ambient, config=config)
+        body = request(model="support-quality", **fields)
+        call = gateway_parts.call(body, rooms.ambient, config=config, dialect=dialect)
         patience = Patience()
         try:
             reply = await gateway_parts.departed(rooms.gateway, Exchange(call=call, patience=patience))
@@ -396,6 +403,35 @@ def test_call_is_not_downgraded_out_of_its_tenant_s_regions(tmp_path: Path) -> N
     tenant = msgspec.structs.replace(config.tenants["acme-corp"], residency=frozenset({"eu"}))
     config = msgspec.structs.replace(config, aliases=aliases, tenants={**config.tenants, tenant.id: tenant})
     assert b"x-gateway-downgraded-from" not in served(rooms, config)
+
+
+def test_a_first_turn_that_is_to_be_kept_is_downgraded_like_any_other(tmp_path: Path) -> None:
+    answer = {"id": "resp_1", "model": "m", "status": "completed", "output": [], "usage": None}
+    rooms, config = downgrading(tmp_path, ScriptedAnswer(msgspec.json.encode(answer)))
+    call = {"input": "Hi", "store": True}
+    assert served(rooms, config, ROUTES["/v1/responses"], **call)[b"x-gateway-downgraded-from"] == b"support-quality"
+
+
+@pytest.mark.parametrize(
+    ("kept_by", "nearly", "cheaper"),
+    [
+        ("dear", True, False),
+        ("dear", False, False),
+        ("cheap", True, True),
+        ("cheap", False, True),
+        ("both", True, True),
+        ("both", False, False),
+        ("nobody", True, False),
+    ],
+)
+def test_a_conversation_goes_on_where_it_began(kept_by: str, nearly: bool, cheaper: bool) -> None:
+    alias = gateway_parts.config().aliases["support-fast"]
+    dear, cheap, both, nobody = (alias.along((target("openai", name),)) for name in ("dear", "cheap", "both", "nobody"))
+    at = {"dear": dear, "cheap": cheap, "both": both, "nobody": nobody}[kept_by].targets[0].name
+    body = {"model": "a", "input": "Hi", "previous_response_id": stored.named("resp_1", b"owner", at)}
+    request = msgspec.structs.replace(openai_responses.read(msgspec.json.encode(body)), owner=b"owner")
+    ways = [each.along(each.targets + both.targets) for each in (dear, cheap)]
+    assert goes_on(request, *ways, nearly) == cheaper
 
 
 def test_row_of_a_replica_that_died_says_what_was_asked_for() -> None:

@@ -5,9 +5,10 @@
 
 from app.auth.callers import Callers, header_map
 from app.auth.jwks import KeySets
-from app.auth.policy import allow, allowed, authorize, keeper, require, substitute
+from app.auth.policy import allow, allowed, authorize, goes_on, keeper, require, substitute
 from app.auth.tokens import Tokens
 
 __all__ = [
-    "Callers", "KeySets", "Tokens", "allow", "allowed", "authorize", "header_map", "keeper", "require", "substitute",
+    "Callers", "KeySets", "Tokens", "allow", "allowed", "authorize", "goes_on", "header_map", "keeper", "require",
+    "substitute",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from app.errors import (
     TenantRequired,
 )
 from app.providers import stored
-from app.wire import KeptRequest
+from app.wire import ChatRequest, KeptRequest, Request
 
 
 def authorize(config: Config, key: ServiceKey, claimed: str | None) -> Tenant:
@@ -81,6 +81,21 @@ def substitute(config: Config, tenant: Tenant, alias: Alias) -> Alias | None:
     """The cheaper alias that serves in this one's place when a budget is nearly used up. None: nothing else does."""
     found = config.aliases.get(tenant.downgrade.get(alias.name, ""))
     return None if found is None else _within(found, tenant)
+
+
+def goes_on(request: Request, alias: Alias, cheaper: Alias, nearly: bool) -> bool:
+    """Whether a request goes on by the cheaper alias. `nearly`: a budget is nearly used up.
+
+    A conversation goes on where it began, as the vendor there alone has the turns before: by the cheaper alias, though
+    budgets have room again, or as asked, though they have not.
+    """
+    if not request.stored or request.previous is None:
+        return nearly
+    return _keeps(cheaper, request) and (nearly or not _keeps(alias, request))
+
+
+def _keeps(alias: Alias, request: ChatRequest) -> bool:
+    return any(stored.vendor_id(request.previous, request.owner, target.name) for target in alias.everywhere)
 
 
 def allowed(config: Config, tenant: Tenant) -> list[str]:

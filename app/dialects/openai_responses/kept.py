@@ -20,6 +20,7 @@ _QUERY = {
     "/input_items": re.compile(r"include(\[\d*\])?|limit|order|after"),
 }
 """By what is asked for: the parameters that go on to the vendor."""
+MOST_PARAMETERS = 100
 
 
 def read_kept(method: str, path: str, query: str) -> KeptRequest:
@@ -33,7 +34,11 @@ def read_kept(method: str, path: str, query: str) -> KeptRequest:
     offered = [one for one, route in ROUTES if route == "{id}" + part]
     if method not in offered:
         raise MethodNotAllowed(f"This route takes {' and '.join(offered)}.")
-    asked = parse_qsl(query, keep_blank_values=True, max_num_fields=100)
+    try:
+        asked = parse_qsl(query, keep_blank_values=True, max_num_fields=MOST_PARAMETERS)
+    except ValueError:
+        said = f"The query has more than {MOST_PARAMETERS} parameters: leave some out."
+        raise InvalidRequest(said, param="query") from None
     for parameter, value in asked:
         if parameter == "stream" and value == "false":
             continue

@@ -128,6 +128,7 @@ def read(body: bytes) -> ChatRequest:
         include_usage=True,
         max_output_tokens=member(fields, "max_output_tokens", _tokens),
         stored=stored or previous is not None,
+        previous=previous,
     )
 
 
