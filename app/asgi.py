@@ -116,11 +116,11 @@ class Replica:
         )
         self.embedders = Embedders(self.errands.vectors)
         self.learning = Learning(self.pipe, self.control, ambient, options.name)
-        questions = Questions(
+        self.questions = Questions(
             self.pipe, ambient, self.embedders.of, self.learning,
             lambda ask, key, data: self.cache.opened(ask, data, key), self.errands,
         )  # fmt: skip
-        self.cache = Cache(self.pipe, self.control, ambient, questions)
+        self.cache = Cache(self.pipe, self.control, ambient, self.questions)
         self.gateway = Gateway(
             modes=self.modes,
             overload=self.overload,
@@ -173,6 +173,7 @@ class Replica:
         await self.stop.wait()
         await self._drain(main)
         await self.gateway.shadows.close()
+        await self.questions.close()  # it sends errands
         await self.errands.close()
         for task in loops:
             task.cancel()

@@ -1,7 +1,8 @@
 """Calls that the gateway makes for itself: vectors of questions, and whether two answers say the same.
 
 They go the way of every call, along an alias's chain to a vendor, and their rows belong to the reserved tenant: what
-answers from before cost beside memory stands in the ledger. One that is late or fails has no result, and nothing else.
+answers from before cost beside memory stands in the ledger. They carry a tenant's words, so they stay in its regions.
+One that is late or fails has no result, and nothing else.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import json
 import logging
 import math
 from array import array
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 import msgspec
 
 from app.ambient import Ambient, Patience, timestamp
+from app.auth.policy import within
 from app.config import Alias, Config, ServiceKey, Tenant
 from app.core import GATEWAY_TENANT, Call, Exchange, Purpose
 from app.dialects import ROUTES
@@ -24,7 +26,10 @@ from app.prompt_size import BYTES_PER_TOKEN
 
 log = logging.getLogger("gateway")
 
-MOST_AT_ONCE = 64
+MOST_AT_ONCE: Mapping[Purpose, int] = {"embedding": 64, "judge": 16}
+"""Each kind by itself: judges that hang keep no call from its vector, and fewer of them than `semantic.TASKS` keep no
+answer from being learned from.
+"""
 JUDGE_SECONDS = 20.0
 """Nobody waits for a judge; what it says later teaches nothing."""
 JUDGED_CHARACTERS = 6_000
@@ -72,10 +77,11 @@ class Errands:
         self._config = config
         self._send = send
         self._ambient = ambient
-        self._running: set[asyncio.Task[bytes | None]] = set()
+        self._running: dict[Purpose, set[asyncio.Task[bytes | None]]] = {purpose: set() for purpose in MOST_AT_ONCE}
+        self._closed = False
 
-    def vectors(self, alias: str) -> AliasVectors:
-        return AliasVectors(self, alias)
+    def vectors(self, alias: str, residency: frozenset[str] | None) -> AliasVectors:
+        return AliasVectors(self, alias, residency)
 
     async def vector(self, alias: Alias, text: str, seconds: float) -> bytes | None:
         """A text as float32 of length 1."""
@@ -88,9 +94,11 @@ class Errands:
         length = math.sqrt(sum(number * number for number in numbers))
         return array("f", (number / length for number in numbers)).tobytes() if length > 0 else None
 
-    async def same(self, alias: str, question: str, one: str, other: str) -> bool | None:
+    async def same(
+        self, alias: str, question: str, one: str, other: str, residency: frozenset[str] | None = None
+    ) -> bool | None:
         """Whether two answers say the same, by the model of an alias; None where it does not tell."""
-        found = self._config().aliases.get(alias)
+        found = self.way(alias, residency)
         if found is None:
             return None
         shown = case(question, one, other)
@@ -106,11 +114,17 @@ class Errands:
     def alias(self, name: str) -> Alias | None:
         return self._config().aliases.get(name)
 
+    def way(self, name: str, residency: frozenset[str] | None) -> Alias | None:
+        """An alias as far as it may be told what a tenant says; None: it is not there, or nothing of it is."""
+        found = self.alias(name)
+        return None if found is None else within(found, residency)
+
     async def _ask(
         self, alias: Alias, route: str, body: dict[str, object], characters: int, purpose: Purpose, seconds: float
     ) -> bytes | None:
         """The answer's body, within so many seconds; None without one."""
-        if len(self._running) >= MOST_AT_ONCE:
+        running = self._running[purpose]
+        if self._closed or len(running) >= MOST_AT_ONCE[purpose]:
             return None
         limits = alias.timeouts
         hurried = msgspec.structs.replace(
@@ -122,9 +136,13 @@ class Errands:
         way = msgspec.structs.replace(alias, timeouts=hurried, hedge=None, shadow=None, cascade=None)
         exchange = self._exchange(route, json.dumps(body).encode(), characters, purpose)
         task = asyncio.ensure_future(self._run(exchange, way))
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
-        return await asyncio.shield(task)  # a caller that hangs up leaves it to end by itself: its row comes either way
+        running.add(task)
+        task.add_done_callback(running.discard)
+        try:
+            async with asyncio.timeout(seconds):  # what comes before a vendor may wait for Redis, by its own deadlines
+                return await asyncio.shield(task)  # it ends by itself: its row comes, whoever has gone
+        except TimeoutError:
+            return None
 
     async def _run(self, exchange: Exchange, alias: Alias) -> bytes | None:
         exchange.patience = Patience()
@@ -164,18 +182,21 @@ class Errands:
         )
 
     async def close(self) -> None:
-        """Ends those under way; their rows say so."""
-        for task in self._running:
+        """Ends those under way; their rows say so. None begins any more."""
+        self._closed = True
+        running = [task for tasks in self._running.values() for task in tasks]
+        for task in running:
             task.cancel()
-        await asyncio.gather(*self._running, return_exceptions=True)
+        await asyncio.gather(*running, return_exceptions=True)
 
 
 class AliasVectors:
     """Vectors by an alias that serves embeddings. Those of other models have another `name`: they do not compare."""
 
-    def __init__(self, errands: Errands, alias: str) -> None:
+    def __init__(self, errands: Errands, alias: str, residency: frozenset[str] | None) -> None:
         self._errands = errands
         self._alias = alias
+        self._residency = residency
 
     @property
     def name(self) -> str:
@@ -184,7 +205,7 @@ class AliasVectors:
         return f"{self._alias}-{hashlib.sha256(models.encode()).hexdigest()[:8]}"
 
     async def embed(self, text: str, seconds: float) -> bytes | None:
-        alias = self._errands.alias(self._alias)
+        alias = self._errands.way(self._alias, self._residency)
         return None if alias is None else await self._errands.vector(alias, text, seconds)
 
 

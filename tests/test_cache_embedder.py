@@ -88,7 +88,7 @@ def test_a_package_that_is_missing_is_named_and_leaves_no_vector() -> None:
 
 def test_another_name_is_an_alias_of_which_there_is_one_embedder() -> None:
     made: list[str] = []
-    embedders = Embedders(lambda name: made.append(name) or object())
+    embedders = Embedders(lambda name, residency: made.append(name) or object())
     assert embedders.of("embed-small") is embedders.of("embed-small")
     assert made == ["embed-small"]
     assert embedders.of("static").name == "static"

@@ -45,7 +45,7 @@ async def meaning(
         cache, pipe = client.rooms.cache, client.rooms.cache._pipe
         learning = Learning(pipe, client.rooms.channel, AMBIENT, "r1")
         cache.semantic = Questions(
-            pipe, AMBIENT, lambda _: vectors or Words(), learning, lambda ask, key, data: cache.opened(ask, data, key)
+            pipe, AMBIENT, lambda *_: vectors or Words(), learning, lambda ask, key, data: cache.opened(ask, data, key)
         )
         yield client, cache.semantic
 

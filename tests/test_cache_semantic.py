@@ -16,8 +16,9 @@ import pytest
 
 from app.cache.entry import Entry, opened, sealed
 from app.cache.guards import read
+from app.cache.judge import answer
 from app.cache.learning import Learning
-from app.cache.partition import Ask
+from app.cache.partition import Ask, prefix
 from app.cache.room import Seen
 from app.cache.semantic import Questions
 from app.control import Control
@@ -70,9 +71,13 @@ class Says:
     def __init__(self, says: bool | None) -> None:
         self.says = says
         self.heard: list[tuple[str, ...]] = []
+        self.within: list[frozenset[str] | None] = []
 
-    async def same(self, alias: str, question: str, one: str, other: str) -> bool | None:
+    async def same(
+        self, alias: str, question: str, one: str, other: str, residency: frozenset[str] | None = None
+    ) -> bool | None:
         self.heard.append((alias, question, one, other))
+        self.within.append(residency)
         return self.says
 
 
@@ -83,7 +88,7 @@ class Replica:
         self.control = Control(pipe, AMBIENT)
         self.learning = Learning(pipe, self.control, AMBIENT, name)
         self.questions = Questions(
-            pipe, AMBIENT, lambda _: vectors, self.learning, lambda ask, key, data: opened(key, data), second
+            pipe, AMBIENT, lambda *_: vectors, self.learning, lambda ask, key, data: opened(key, data), second
         )
         self.pipe, self.server = pipe, server
 
@@ -425,5 +430,108 @@ def test_questions_whose_answers_turn_out_to_be_one_become_one_group(server: Red
             assert await groups("how do I open my account at home", "Come to us, please.") == 2
             judge.says = True
             assert await groups("how to open an account", "Come to us, please.") == 1
+
+    run(scenario())
+
+
+class Renamed(Words):
+    """Its alias gets another model while a vector is being made."""
+
+    def __init__(self) -> None:
+        self.name = "old"
+
+    async def embed(self, text: str, seconds: float) -> bytes | None:
+        vector = await super().embed(text, seconds)
+        self.name = "new"
+        return vector
+
+
+def test_a_vector_is_remembered_among_those_of_the_model_that_made_it(server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with replica(server, vectors=Renamed()) as one:
+            await one.put(REFUND, "Within 30 days.")
+            (key,) = server.client.keys("*:v:*")
+            assert ":v:old:" in key
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(("embedder", "sent"), [("embed-small", False), ("static", True)])
+def test_what_no_guardrail_has_seen_is_sent_to_no_embedder(server: RedisServer, embedder: str, sent: bool) -> None:
+    ask = msgspec.structs.replace(of(REFUND, embedder=embedder), guarded=True)
+
+    async def scenario() -> None:
+        async with replica(server) as one:
+            seen = await one.questions.find(ask)
+            assert (seen.notes is not None) is sent
+            assert one.learning.tally("acme-corp", "support-fast").no_vector == (not sent)
+
+    run(scenario())
+
+
+def test_an_embedder_is_told_where_the_tenants_texts_may_go(server: RedisServer) -> None:
+    told: list[tuple[str, frozenset[str] | None]] = []
+    judge = Says(True)
+
+    async def scenario() -> None:
+        async with replica(server, second=judge) as one:
+            one.questions._vectors = lambda *how: told.append(how) or Words()
+            resident = msgspec.structs.replace(tenant(), residency=frozenset({"eu"}))
+            for question in (REFUND, REFUND_TOO):
+                policy = alias("shadow", embedder="embed-small", judge="judging", judge_share=1.0, threshold=0.9)
+                ask = asked(body(messages=[{"role": "user", "content": question}]), by=resident, of=policy)
+                await one.answer(ask, await one.questions.find(ask), f"To {question}")
+            assert {how for how in told if how[0] == "embed-small"} == {("embed-small", frozenset({"eu"}))}
+
+    run(scenario())
+    assert judge.within == [frozenset({"eu"})]
+
+
+def test_an_answer_that_is_forgotten_while_its_group_is_read_is_compared_once(server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with replica(server) as one:
+
+            def forgetting(ask: Ask, key: str, data: bytes) -> Entry | None:
+                one.questions._answers.clear()
+                return opened(key, data)
+
+            for question, text in ((REFUND, "Within 30 days."), ("How do I get the refund for my order", "A month.")):
+                await one.put(question, text, mode="shadow")
+            (key,) = server.client.keys("*:v:*")
+            for id in server.client.execute_command("VRANDMEMBER", key, 9):  # one group, whose entries say one thing
+                attributes = json.loads(server.client.execute_command("VGETATTR", key, id))
+                server.client.execute_command("VSETATTR", key, id, json.dumps(["one", id, *attributes[2:]]))
+                entry = prefix("acme-corp", "support-fast") + "x:" + id
+                server.client.set(entry, sealed(entry, entry_of("In 60 days.")))
+            one.questions._opened = forgetting
+            ask = of(REFUND_TOO, mode="shadow")
+            notes = (await one.questions.find(ask)).notes
+            groups = await one.questions._groups(ask, notes, answer("Never.", None))
+            assert [len(group) for group in groups.values()] == [1]
+
+    run(scenario())
+
+
+def test_when_it_closes_a_judge_is_waited_for_no_more_and_nothing_is_learned_after(server: RedisServer) -> None:
+    class Hangs(Says):
+        async def same(self, *_: Any) -> bool | None:
+            asking.set()
+            await asyncio.Event().wait()
+
+    asking = asyncio.Event()
+
+    async def scenario() -> None:
+        async with replica(server, second=Hangs(True)) as one:
+            await one.put(REFUND, "Within 30 days.")
+            ask = of(REFUND_TOO, reverify=1.0, judge="judging", judge_share=1.0)
+            seen = await one.questions.find(ask)
+            one.questions.reverified(ask, seen, entry_of("In a month."))
+            await asking.wait()
+            await one.questions.close()
+            asking.clear()
+            one.questions.reverified(ask, seen, entry_of("In a month."))
+            await one.questions.settled()
+            assert not asking.is_set()
+            assert one.questions.dropped == 1
 
     run(scenario())

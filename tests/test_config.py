@@ -364,6 +364,12 @@ FAULTS: dict[str, tuple[str, str]] = {
         "aliases: {support-fast: {cache: {mode: exact, embedder: support-quality}}}",
         "aliases.support-fast.cache.embedder: 'support-quality' serves chat; it must serve embeddings",
     ),
+    "an embedder of two models": (
+        "{aliases: {embed-small: {targets: [openai/text-embedding-3-small, bedrock/titan-embed-v2]},"
+        " support-fast: {cache: {mode: exact, embedder: embed-small}}}}",
+        "aliases.support-fast.cache.embedder: 'embed-small' has targets of amazon.titan-embed-text-v2:0 and "
+        "text-embedding-3-small: their vectors do not compare",
+    ),
     "a judge that makes vectors": (
         "aliases: {support-fast: {cache: {mode: exact, judge: embed-small}}}",
         "aliases.support-fast.cache.judge: 'embed-small' serves embeddings; it must serve chat",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import uuid
 from collections.abc import Iterator
@@ -9,11 +10,17 @@ from datetime import UTC, datetime
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from redis import Redis
 
-from app.errands import case
+from app.cache.embedder import Embedders
+from app.config import Alias
+from app.core import Exchange
+from app.errands import MOST_AT_ONCE, Errands, case
+from tests import gateway_parts
 from tests.journey import Journey, chat, until
+from tests.redis_parts import AMBIENT, run
 
 ALIAS, HASTY = "meant", "meant-hasty"
 
@@ -109,3 +116,96 @@ def test_the_looks_are_counted_by_tenant_alias_and_outcome(journey: Journey) -> 
         return any(line.startswith(counted) and float(line.split()[-1]) > 0 for line in scraped.splitlines())
 
     until(looked)
+
+
+class Vendors:
+    """What errands are sent to: `asked` has the chains, by purpose. Nothing is answered before `answer` is set."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, tuple[str, ...]]] = []
+        self.answer = asyncio.Event()
+        self.done = 0
+
+    async def send(self, exchange: Exchange, alias: Alias) -> bytes:
+        self.asked.append((exchange.purpose, tuple(target.provider.region or "" for target in alias.targets)))
+        await self.answer.wait()
+        self.done += 1
+        if exchange.purpose == "judge":
+            return b'{"choices":[{"message":{"content":"same"}}]}'
+        return b'{"data":[{"embedding":[3.0,4.0]}]}'
+
+
+def sent(vendors: Vendors, *regions: str | None) -> Errands:
+    """Errands by one alias, whose targets are in these regions."""
+    at = gateway_parts.config()
+    (plain,) = at.aliases[gateway_parts.ALIAS].targets
+    targets = tuple(
+        msgspec.structs.replace(plain, provider=msgspec.structs.replace(plain.provider, region=region))
+        for region in regions
+    )
+    alias = at.aliases[gateway_parts.ALIAS].along(targets)
+    found = msgspec.structs.replace(at, aliases={"helper": msgspec.structs.replace(alias, name="helper")})
+    return Errands(lambda: found, vendors.send, AMBIENT)
+
+
+@pytest.mark.parametrize(
+    ("residency", "regions"), [(frozenset({"eu"}), [("eu",)]), (frozenset({"ap"}), []), (None, [("us", "eu", "")])]
+)
+def test_what_a_tenant_says_is_sent_to_its_regions_only(
+    residency: frozenset[str] | None, regions: list[tuple[str, ...]]
+) -> None:
+    async def scenario() -> None:
+        vendors = Vendors()
+        vendors.answer.set()
+        errands = sent(vendors, "us", "eu", None)
+        vector = await Embedders(errands.vectors).of("helper", residency).embed("Where do I live?", 5.0)
+        assert (vector is not None) == bool(regions)
+        assert (await errands.same("helper", "a", "b", "c", residency)) is (True if regions else None)
+        assert vendors.asked == [(purpose, chain) for purpose in ("embedding", "judge") for chain in regions]
+
+    run(scenario())
+
+
+def test_judges_that_hang_keep_no_vector_waiting_and_no_more_of_them_are_asked() -> None:
+    async def scenario() -> None:
+        vendors = Vendors()
+        errands = sent(vendors, None)
+        judges = [asyncio.ensure_future(errands.same("helper", "a", "b", "c")) for _ in range(MOST_AT_ONCE["judge"])]
+        vector = asyncio.ensure_future(errands.vectors("helper", None).embed("a", 5.0))
+        await asyncio.sleep(0)
+        assert await errands.same("helper", "a", "b", "c") is None
+        await asyncio.sleep(0)
+        assert [purpose for purpose, _ in vendors.asked] == ["judge"] * MOST_AT_ONCE["judge"] + ["embedding"]
+        vendors.answer.set()
+        assert await vector is not None
+        assert await asyncio.gather(*judges) == [True] * MOST_AT_ONCE["judge"]
+
+    run(scenario())
+
+
+def test_a_vector_is_late_by_its_own_time_whatever_it_waits_for_and_its_row_comes_all_the_same() -> None:
+    async def scenario() -> None:
+        vendors = Vendors()
+        errands = sent(vendors, None)
+        assert await errands.vectors("helper", None).embed("a", 0.01) is None
+        vendors.answer.set()
+        await asyncio.gather(*errands._running["embedding"])
+        assert vendors.done == 1
+
+    run(scenario())
+
+
+def test_nothing_is_sent_once_they_are_closed() -> None:
+    async def scenario() -> None:
+        vendors = Vendors()
+        errands = sent(vendors, None)
+        judging = asyncio.ensure_future(errands.same("helper", "a", "b", "c"))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await errands.close()
+        assert await asyncio.gather(judging, return_exceptions=True) != [True]
+        assert await errands.same("helper", "a", "b", "c") is None
+        assert await errands.vectors("helper", None).embed("a", 5.0) is None
+        assert len(vendors.asked) == 1
+
+    run(scenario())

@@ -497,7 +497,7 @@ def test_an_answer_from_before_is_of_the_same_tenant_and_surroundings(
                 await rooms.channel.run_once()
                 cache = rooms.cache
                 cache.semantic = Questions(
-                    pipe, AMBIENT, lambda _: Words(), Learning(pipe, rooms.channel, AMBIENT, name),
+                    pipe, AMBIENT, lambda *_: Words(), Learning(pipe, rooms.channel, AMBIENT, name),
                     lambda ask, key, data, cache=cache: cache.opened(ask, data, key),
                 )  # fmt: skip
                 channels.append(rooms.channel)

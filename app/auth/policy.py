@@ -51,12 +51,12 @@ def allow(config: Config, tenant: Tenant, alias: str) -> Alias:
     found = config.aliases.get(alias)
     if found is None:
         raise ModelNotFound(f"There is no model {alias!r}; GET /v1/models lists yours.", param="model")
-    within = _within(found, tenant) if tenant.allows(alias) else None
-    if within is None:
+    way = within(found, tenant.residency) if tenant.allows(alias) else None
+    if way is None:
         raise ModelNotAllowed(
             f"The tenant {tenant.id} may not use {alias!r}; GET /v1/models lists its models.", param="model"
         )
-    return within
+    return way
 
 
 def keeper(config: Config, tenant: Tenant, request: KeptRequest) -> Alias:
@@ -66,7 +66,7 @@ def keeper(config: Config, tenant: Tenant, request: KeptRequest) -> Alias:
     """
     kept = [one.name for one in config.targets.values() if stored.vendor_id(request.name, request.owner, one.name)]
     for name in allowed(config, tenant) if kept else ():
-        alias = _within(config.aliases[name], tenant)
+        alias = within(config.aliases[name], tenant.residency)
         for target in alias.everywhere:
             if target.name in kept:
                 limits = (alias.default_output_tokens, alias.timeouts)
@@ -80,7 +80,7 @@ def keeper(config: Config, tenant: Tenant, request: KeptRequest) -> Alias:
 def substitute(config: Config, tenant: Tenant, alias: Alias) -> Alias | None:
     """The cheaper alias that serves in this one's place when a budget is nearly used up. None: nothing else does."""
     found = config.aliases.get(tenant.downgrade.get(alias.name, ""))
-    return None if found is None else _within(found, tenant)
+    return None if found is None else within(found, tenant.residency)
 
 
 def goes_on(request: Request, alias: Alias, cheaper: Alias, nearly: bool) -> bool:
@@ -100,15 +100,14 @@ def _keeps(alias: Alias, request: ChatRequest) -> bool:
 
 def allowed(config: Config, tenant: Tenant) -> list[str]:
     """The aliases that a tenant may use."""
-    return [name for name, alias in config.aliases.items() if tenant.allows(name) and _within(alias, tenant)]
+    return [name for name, alias in config.aliases.items() if tenant.allows(name) and within(alias, tenant.residency)]
 
 
-def _within(alias: Alias, tenant: Tenant) -> Alias | None:
-    """The alias as far as it is in the tenant's regions, wherever a call may go by it. None: no target is.
+def within(alias: Alias, regions: frozenset[str] | None) -> Alias | None:
+    """The alias as far as it is in a tenant's regions, wherever a call may go by it. None: no target is.
 
     A rule whose targets are all elsewhere is left out: its calls go by the next one that holds.
     """
-    regions = tenant.residency
     if regions is None:
         return alias
     rules = []

@@ -94,14 +94,17 @@ class Embedders:
     an alias, whose vectors `remote` makes.
     """
 
-    def __init__(self, remote: Callable[[str], Any]) -> None:
+    def __init__(self, remote: Callable[[str, frozenset[str] | None], Any]) -> None:
         self._remote = remote
         self._loaded: dict[str, Embedder] = {}
-        self._aliases: dict[str, Any] = {}
+        self._aliases: dict[tuple[str, frozenset[str] | None], Any] = {}
 
-    def of(self, name: str) -> Any:
+    def of(self, name: str, residency: frozenset[str] | None = None) -> Any:
+        """`residency`: the regions that a text may be sent to."""
         if name not in LOCAL_EMBEDDERS:
-            return self._aliases.get(name) or self._aliases.setdefault(name, self._remote(name))
+            return self._aliases.get((name, residency)) or self._aliases.setdefault(
+                (name, residency), self._remote(name, residency)
+            )
         embedder = self._loaded.get(name)
         if embedder is None:
             embedder = self._loaded[name] = local(name)

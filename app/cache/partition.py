@@ -54,6 +54,8 @@ class Ask(Struct, frozen=True, kw_only=True):
 
     `key` is the Redis key of its entry, `partition` the digest of everything but `turn`, where the mode is a semantic
     one and the call has a question. `look`: an answer from before will do; `keep`: this one may be kept.
+
+    `residency`: the regions that the tenant's texts stay in; `guarded`: guardrails look at the call after the cache.
     """
 
     tenant_id: str
@@ -69,6 +71,8 @@ class Ask(Struct, frozen=True, kw_only=True):
     partition: str = ""
     turn: Turn | None = None
     tags: Mapping[str, str] = NO_TAGS
+    residency: frozenset[str] | None = None
+    guarded: bool = False
 
     @property
     def look(self) -> bool:
@@ -122,7 +126,9 @@ def ask(
         b"" if call.prompt_version is None else b"=" + call.prompt_version.encode(),
         *(f"{name}={value}".encode() for name, value in call.relayed),
     )
+    guarded = False
     if alias.guardrails or tenant.guardrails:  # what others let through is not what these do
+        guarded = any("input" in guardrail.checks for guardrail in (*alias.guardrails, *tenant.guardrails))
         common += (repr((alias.guardrails, tenant.guardrails)).encode(),)
     fields = {name: value for name, value in request.fields.items() if name not in FREE}
     key = digest((*common, canonical(fields)))
@@ -134,7 +140,7 @@ def ask(
     return Ask(
         tenant_id=tenant.id, alias=alias.name, mode=mode, policy=policy, tenant=tenant.cache, wishes=wishes,
         dialect=call.dialect.name, key=prefix(tenant.id, alias.name) + "x:" + key, digest=key, partition=partition,
-        turn=turn, tags=tags,
+        turn=turn, tags=tags, residency=tenant.residency, guarded=guarded,
     )  # fmt: skip
 
 

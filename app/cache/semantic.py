@@ -25,6 +25,7 @@ from app.cache.learning import Learning, Tally
 from app.cache.partition import Ask, prefix
 from app.cache.room import Seen
 from app.cache.verifier import NEIGHBOURS, Neighbour, Verdict, weigh
+from app.config.caching import LOCAL_EMBEDDERS
 from app.dialects.replay import REPLAYS
 from app.redis_pipe import RedisAway, RedisPipe, RedisRefused
 
@@ -76,16 +77,19 @@ class Vectors(Protocol):
 class Second(Protocol):
     """A model that is asked whether two answers say the same; None: it did not say so in time."""
 
-    async def same(self, alias: str, question: str, one: str, other: str) -> bool | None: ...
+    async def same(
+        self, alias: str, question: str, one: str, other: str, residency: frozenset[str] | None = None
+    ) -> bool | None: ...
 
 
 class Notes(Struct, frozen=True):
     """What a look found out, for when the vendor's answer is there. `chance` -1: there is no model.
 
-    `would`: the decision, whether or not the mode serves it.
+    `vector_set`: where the vector belongs, by the model of its time. `would`: the decision, whether or not the mode
+    serves it.
     """
 
-    vectors: Vectors
+    vector_set: str
     vector: bytes
     facts: Facts
     verdict: Verdict | None
@@ -114,7 +118,7 @@ class Questions:
         self,
         pipe: RedisPipe,
         ambient: Ambient,
-        vectors: Callable[[str], Vectors],
+        vectors: Callable[[str, frozenset[str] | None], Vectors],
         learning: Learning,
         opened: Opened,
         second: Second | None = None,
@@ -129,6 +133,7 @@ class Questions:
         self._opened = opened
         self._second = second
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
         self._answers: OrderedDict[tuple[str, str, str, str], Answer] = OrderedDict()
         self._judges: OrderedDict[tuple[str, str, str], Judge] = OrderedDict()
         self._logged = float("-inf")
@@ -140,12 +145,14 @@ class Questions:
         policy, turn = ask.policy, ask.turn
         if turn.turns > policy.max_turns or len(turn.text) > LONGEST_TEXT:
             return Seen()
-        vectors = self._vectors(policy.embedder)
-        vector = await vectors.embed(turn.text, policy.embedder_seconds)
+        vector: bytes | None = None
+        if not ask.guarded or policy.embedder in LOCAL_EMBEDDERS:  # what no guardrail has seen goes to no vendor
+            vectors = self._vectors(policy.embedder, ask.residency)
+            key = _vector_set(ask, vectors)  # before: a reload meanwhile may give its alias another model
+            vector = await vectors.embed(turn.text, policy.embedder_seconds)
         if vector is None:
             self._looked(ask).no_vector += 1
             return Seen()
-        key = _vector_set(ask, vectors)
         try:
             found = await self._pipe.execute(
                 "VSIM",
@@ -169,9 +176,9 @@ class Questions:
         verdict = weigh(facts, neighbours)
         if verdict is None:
             self._looked(ask).alone += 1
-            return Seen(notes=Notes(vectors, vector, facts, None, ()))
+            return Seen(notes=Notes(key, vector, facts, None, ()))
         chance, would = self._decide(ask, verdict)
-        notes = Notes(vectors, vector, facts, verdict, tuple(neighbours), chance, would)
+        notes = Notes(key, vector, facts, verdict, tuple(neighbours), chance, would)
         if not would or ask.mode == "shadow":
             tally = self._looked(ask)
             if verdict.veto is not None:
@@ -235,7 +242,7 @@ class Questions:
         self._start(self._checked(ask, seen, entry))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        if len(self._tasks) >= TASKS:
+        if self._closed or len(self._tasks) >= TASKS:
             self.dropped += 1
             work.close()
             return
@@ -259,6 +266,14 @@ class Questions:
         while self._tasks:
             await asyncio.wait(self._tasks)
 
+    async def close(self) -> None:
+        """Ends what is being learned: nothing asks a judge, or Redis, any more."""
+        self._closed = True
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
     async def _answered(self, ask: Ask, notes: Notes, key: str, entry: Entry) -> None:
         """A miss: whether the chosen group's answer was the vendor's, and the question as one more of its group."""
         found = await self._compared(ask, notes, entry)
@@ -271,16 +286,15 @@ class Questions:
                 tally.vetoed_right += found.right
             elif notes.would:
                 tally.shadowed(found.right)
-        vector_set = _vector_set(ask, notes.vectors)
         await self._pipe.execute(
-            "EVALSHA", self._remember, 2, vector_set, _questions(ask.tenant_id), notes.vector,
+            "EVALSHA", self._remember, 2, notes.vector_set, _questions(ask.tenant_id), notes.vector,
             key.rpartition(":")[2], _encode(_Attributes(found.group, found.digest, notes.facts)),
             max(1, ask.tenant.max_bytes // QUESTIONS_SHARE // QUESTION_BYTES), int(ask.policy.ttl_seconds * 1000),
         )  # fmt: skip
 
         for other in found.merged:
             attributes = _encode(_Attributes(found.group, other.answer, other.facts))
-            self._pipe.send("VSETATTR", vector_set, other.id, attributes)
+            self._pipe.send("VSETATTR", notes.vector_set, other.id, attributes)
 
     async def _checked(self, ask: Ask, seen: Seen, entry: Entry) -> None:
         """A hit that was asked again: it stands for all those that were not. A wrong answer is not served again."""
@@ -315,7 +329,7 @@ class Questions:
             compared = agreed = 0
             same_words = any(new.digest == each.digest for each in groups.get(verdict.group, ()))
             if right is not None and not same_words and self._ambient.random() < policy.judge_share:
-                says = await self._asked(ask, verdict, text)
+                says = await self._asked(ask, notes, text)
                 if says is False:
                     compared, agreed = 1, int(right)
                     agreeing = tuple(name for name in agreeing if name != verdict.group)
@@ -338,28 +352,27 @@ class Questions:
             found = answers.get(neighbour.answer) or self._known(ask, neighbour.answer)
             if found is None and fetched < FETCHED:
                 fetched += 1
-                text = await self._text(ask, notes.vectors, neighbour.id)
+                text = await self._text(ask, notes.vector_set, neighbour.id)
                 found = None if text is None else await self._answer(ask, text)
             if found is not None:
                 answers[neighbour.answer] = found
                 group = groups.setdefault(neighbour.group, [])
-                if found not in group:
+                if all(found.digest != each.digest for each in group):
                     group.append(found)
         return groups
 
-    async def _asked(self, ask: Ask, verdict: Verdict, text: str) -> bool | None:
+    async def _asked(self, ask: Ask, notes: Notes, text: str) -> bool | None:
         """What the judge that the alias names says of an answer and the chosen group's nearest."""
-        vectors = self._vectors(ask.policy.embedder)
-        for candidate in verdict.candidates[:2]:
-            other = await self._text(ask, vectors, candidate.id)
+        for candidate in notes.verdict.candidates[:2]:
+            other = await self._text(ask, notes.vector_set, candidate.id)
             if other is not None and self._second is not None:
-                return await self._second.same(ask.policy.judge, ask.turn.text, text, other)
+                return await self._second.same(ask.policy.judge, ask.turn.text, text, other, ask.residency)
         return None
 
-    async def _text(self, ask: Ask, vectors: Vectors, id: str) -> str | None:
+    async def _text(self, ask: Ask, vector_set: str, id: str) -> str | None:
         """An answer by its question's id."""
         entry_key = prefix(ask.tenant_id, ask.alias) + "x:" + id
-        entry = await self._entry(ask, _vector_set(ask, vectors), id, entry_key)
+        entry = await self._entry(ask, vector_set, id, entry_key)
         return None if entry is None else REPLAYS[ask.dialect].text(entry.body) or ""
 
     async def _answer(self, ask: Ask, text: str) -> Answer:
@@ -367,7 +380,7 @@ class Questions:
         known = self._known(ask, digest(text))
         if known is not None:
             return known
-        vectors = self._vectors(_judged_by(ask))
+        vectors = self._vectors(_judged_by(ask), None)
         made = answer(text, await vectors.embed(text[:LONGEST_TEXT], ANSWER_SECONDS))
         if made.vector is not None:
             self._answers[ask.tenant_id, ask.alias, _judged_by(ask), made.digest] = made

@@ -77,6 +77,14 @@ def check_helpers(aliases: Mapping[str, Alias], faults: Faults) -> None:
                 faults.add(path, f"no alias {name!r}; {known}aliases: {', '.join(sorted(aliases))}")
             elif aliases[name].serves != serves:
                 faults.add(path, f"{name!r} serves {aliases[name].serves}; it must serve {serves}")
+            elif key == "embedder" and len(models := _models(aliases[name])) > 1:
+                said = "their vectors do not compare; name one model, at several providers if you like"
+                faults.add(path, f"{name!r} has targets of {' and '.join(models)}: {said}")
+
+
+def _models(alias: Alias) -> list[str]:
+    """Of all its targets; some providers put the maker before a model's name: `openai/text-embedding-3-small`."""
+    return sorted({target.model.rpartition("/")[2] for target in alias.reach})
 
 
 def tenant_cache(
