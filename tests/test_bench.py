@@ -329,6 +329,14 @@ def report(*samples: Sample, answered: int | None = None, ledger_rows: int | Non
     return Report(facts, reporting.rows(samples), list(samples))
 
 
+@pytest.mark.parametrize(("meaning", "verdict"), [(0.55, "met"), (0.75, "MISSED")])
+def test_what_a_look_for_the_same_meaning_adds_is_judged(meaning: float, verdict: str) -> None:
+    facts = Facts("on", "a machine", [], {}, looks_ms={"miss": 0.2, "meaning": meaning})
+    (line,) = reporting.verdicts(Report(facts, [], []))
+    assert line.startswith(f"look for the same meaning: {meaning - 0.2:.2f} ms")
+    assert line.endswith(verdict)
+
+
 def test_answers_that_were_not_whole_are_a_fault() -> None:
     load = LoadResult(1.0, 1, 0, {"truncated": 2}, Latency(1, 1, 1), Latency(1, 1, 1), 0)
     faults = reporting.faults(report(Sample("unary", 1, "gateway", 0, load, 1, 0)))

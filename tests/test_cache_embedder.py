@@ -8,7 +8,7 @@ from array import array
 
 import pytest
 
-from app.cache.embedder import WAITING, Embedder, EmbedderMissing, Embedders, local
+from app.cache.embedder import WAITING, WORDS, Embedder, EmbedderMissing, Embedders, local
 from tests.redis_parts import run
 
 ASKED = "My card was stolen, what do I do?"
@@ -36,6 +36,17 @@ def test_a_local_model_puts_what_means_the_same_together(name: str, dimensions: 
 def test_a_text_without_a_word_has_a_vector_too(name: str) -> None:
     embed = local(name).load_now()
     assert cosine(embed("\u200b"), embed("\u200b")) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_vector_is_of_its_text_alone_whatever_came_before() -> None:
+    """Words of which the sums are kept, words beyond those that are kept, and words too long to be."""
+    texts = [ASKED, AKIN, OTHER, "x" * 5_000, " ".join(f"{ASKED} {n}" for n in range(WORDS)), f"  {ASKED}\n", ""]
+    warm = local("static").load_now()
+    for n in range(WORDS):
+        warm(f"order {n}")
+    for text in [*texts, *texts]:
+        assert cosine(warm(text), local("static").load_now()(text)) == pytest.approx(1.0, abs=1e-4)
+    assert warm(f"  {ASKED}\n") == warm(ASKED)
 
 
 def test_a_vector_that_is_late_is_none_and_no_more_than_so_many_wait() -> None:

@@ -259,11 +259,12 @@ def measure(parts: Parts, options: argparse.Namespace, cores: int, notes: list[s
                     show(f"round {round_ + 1} of {options.rounds}: {case}, concurrency {concurrency}, {subject.name}")
                     samples.append(meter.measure(subject, case, concurrency, round_))
     loaded = usage(gateway) if gateway else None
-    ledger_rows = None
+    ledger_rows, looks = None, {}
     if gateway:
         show("waiting until the shipper has shipped")
         kept = sum(meter.answered.get(name, 0) for name in ("gateway", *BEHIND))
         ledger_rows = parts.ledger_rows(kept, SHIPPING_SECONDS)
+        looks = {case: parts.looks_ms(alias) for case, alias in (("miss", CACHED), ("meaning", MEANT)) if case in cases}
     facts = Facts(
         on=ON.format(ratio=options.trace_ratio) if gateway else "The gateway was not measured.",
         machine=machine(cores, options),
@@ -274,6 +275,7 @@ def measure(parts: Parts, options: argparse.Namespace, cores: int, notes: list[s
         loaded_memory_mb=_megabytes(loaded),
         answered_calls=kept if gateway else None,
         ledger_rows=ledger_rows,
+        looks_ms=looks,
     )
     return Report(facts, reporting.rows(samples), samples)
 

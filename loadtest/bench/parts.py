@@ -253,6 +253,16 @@ class Parts:
         except psycopg.Error as error:
             raise StackError(f"The ledger could not be counted in PostgreSQL: {error}") from error
 
+    def looks_ms(self, alias: str) -> float | None:
+        """The median of how long the alias's calls looked for an answer from before, as their rows say."""
+        with psycopg.connect(self.postgres_url, autocommit=True) as connection:
+            found = connection.execute(
+                "SELECT percentile_cont(0.5) WITHIN GROUP (ORDER BY (event #>> '{latency_ms,cache_lookup}')::float8)"
+                " FROM ledger WHERE tenant_id = %s AND model_alias = %s",
+                [TENANT, alias],
+            ).fetchone()
+        return found[0] if found else None
+
     def start_traefik(self) -> Subject:
         """Traefik as a plain reverse proxy: one router, no middleware, no access log, no TLS."""
         return self._traefik("traefik", [self.mock_url], "/openai/v1/models", "subject")

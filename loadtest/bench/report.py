@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 import msgspec
@@ -16,6 +16,7 @@ FLOOR_ADDED_MS, GOAL_ADDED_MS = 1.0, 0.6
 GOAL_STREAMS_PER_SECOND = 700
 MEMORY_LIMIT_MB = 120
 COLD_START_LIMIT_SECONDS = 2.0
+LOOK_LIMIT_MS = 0.4
 
 
 class Sample(msgspec.Struct, frozen=True):
@@ -69,6 +70,8 @@ class Facts(msgspec.Struct, frozen=True):
     loaded_memory_mb: tuple[float, float] | None = None
     answered_calls: int | None = None
     ledger_rows: int | None = None
+    looks_ms: Mapping[str, float | None] = {}
+    """By case, the median that its calls looked for an answer from before."""
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -237,6 +240,12 @@ def verdicts(report: Report) -> list[str]:
         lines.append(
             f"beside slow streams: {beside.per_second / unary.per_second:.0%} of the answers/s, "
             f"{beside.p50_us / unary.p50_us:.2f} times the median time"
+        )
+    if look := facts.looks_ms.get("meaning"):
+        words = facts.looks_ms.get("miss") or 0.0
+        lines.append(
+            f"look for the same meaning: {look - words:.2f} ms at the median, beside {words:.2f} for the same words; "
+            + _held(look - words, LOOK_LIMIT_MS, None, least=False)
         )
     if facts.loaded_memory_mb:
         total = sum(facts.loaded_memory_mb)
