@@ -11,7 +11,7 @@ from app.allowance import Allowance
 from app.ambient import TIMER_SECONDS, Ambient, Patience
 from app.confidence import asking, doubt, unasked, without
 from app.config import UNLIMITED, Alias, Credential, Target, VendorKey
-from app.cooldowns import Cooldowns, another, is_resting, pick, rests
+from app.cooldowns import COUNTED, Cooldowns, another, is_resting, pick, rests
 from app.core import (
     FIRST_ATTEMPT,
     Attempt,
@@ -423,7 +423,8 @@ class Dialogue:
                 signed = traced(signed, call, place)
             answer = await self.upstream.open(signed, limits.connect)
             request_id = word(answer.headers.get(translator.request_id_header))
-            if not 200 <= answer.status < 300:
+            gone = answer.status == 404 and _may_be_deleted(exchange)
+            if not (200 <= answer.status < 300 or gone):
                 raise translator.error(answer.status, answer.headers, await _error_body(answer))
             if request.stream:
                 stream = Stream(
@@ -437,7 +438,8 @@ class Dialogue:
                 request_id = request_id or word(stream.reader.request_id)
                 good = Good(place, target, answer, stream, None, request_id, self.ambient.monotonic(), grant)
             else:
-                whole = translator.answer(await answer.read(MAX_ANSWER_BYTES), request, stamp, answer.headers)
+                said = b"" if gone else await answer.read(MAX_ANSWER_BYTES)
+                whole = translator.answer(said, request, stamp, answer.headers)
                 request_id = request_id or word(whole.request_id)
                 good = Good(place, target, answer, whole.body, whole, request_id, 0.0, grant)
             outcome = "success"
@@ -530,6 +532,12 @@ CANCELLED = "cancelled"
 """The outcome of an attempt that nobody waits for any more."""
 UNDER_WAY = Attempt("", "", CANCELLED, None, 0.0, 0.0)
 """Holds the place of an attempt until it has ended: they stand in the order in which they began."""
+
+
+def _may_be_deleted(exchange: Exchange) -> bool:
+    """Whether an attempt before may have deleted what is not there any more, its answer lost."""
+    lost = {error.fault for error in COUNTED}
+    return exchange.request.operation == "delete" and any(each.outcome in lost for each in exchange.attempts)
 
 
 def _outgoing(translator: Translator, exchange: Exchange, alias: Alias, target: Target) -> Outgoing | Answer:

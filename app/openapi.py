@@ -89,10 +89,18 @@ CALLS: dict[str, Call] = {
 }  # fmt: skip
 _NAMED = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
 _ID = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+_INCLUDE = {"name": "include", "in": "query", "schema": {"type": "array", "items": {"type": "string"}}}
 _DAY = {"in": "query", "schema": {"type": "string", "format": "date"}}
 GETS: dict[str, tuple[str, str, list[Schema], bool]] = {
-    "/v1/responses/{id}": ("An answer that a vendor keeps for the tenant", "application/json", [_ID], True),
-    "/v1/responses/{id}/input_items": ("What it was given to", "application/json", [_ID], True),
+    "/v1/responses/{id}": ("An answer that a vendor keeps for the tenant", "application/json", [_ID, _INCLUDE], True),
+    "/v1/responses/{id}/input_items": (
+        "What it was given to", "application/json",
+        [_ID, _INCLUDE,
+         {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1}},
+         {"name": "order", "in": "query", "schema": {"enum": ["asc", "desc"]}},
+         {"name": "after", "in": "query", "schema": {"type": "string"}}],
+        True,
+    ),
     "/v1/models": ("The aliases that the tenant may use", "application/json", [], True),
     "/v1/models/{name}": ("One of them", "application/json", [_NAMED], True),
     "/v1/usage": (

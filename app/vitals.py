@@ -150,10 +150,11 @@ def _memory(replica: Replica) -> None:
     gauge("gateway_cache_flights", "Answers under way that others may join.", lambda: len(cache.flights))
     states, learning = replica.telemetry.states, replica.learning
     looked, judged = ("tenant", "alias", "outcome"), ("tenant", "alias", "served", "verdict")
-    states("gateway_semantic_looks_total", "Looks for the same meaning.", looked, _bounded(learning.looks))
-    states("gateway_semantic_judged_total", "Answers known right or wrong.", judged, _bounded(learning.judged))
-    states("gateway_semantic_threshold", "The chance from which on.", ("tenant",), _bounded(learning.thresholds))
-    states("gateway_semantic_unlearned", "Observations no model has.", ("tenant",), _bounded(learning.waiting))
+    states("gateway_semantic_looks_total", "Looks for the same meaning.", looked, bounded(learning.looks))
+    states("gateway_semantic_judged_total", "Answers known right or wrong.", judged, bounded(learning.judged))
+    thresholds = bounded(learning.thresholds, sums=False)
+    states("gateway_semantic_threshold", "The chance from which on.", ("tenant",), thresholds)
+    states("gateway_semantic_unlearned", "Observations no model has.", ("tenant",), bounded(learning.waiting))
 
 
 def _rows(replica: Replica) -> None:
@@ -186,14 +187,21 @@ def _rows(replica: Replica) -> None:
     gauge("gateway_lake_up", "0 while the lake takes no files.", lambda: lake().error is None)
 
 
-def _bounded(read: States) -> States:
-    """Of so many tenants only, that the scrape stays bounded: those beyond have no figures of these."""
+def bounded(read: States, sums: bool = True) -> States:
+    """By name of so many tenants only, that the scrape stays bounded; the sums of the others, if they have one, are
+    `other`'s.
+    """
 
     def some() -> Iterator[tuple[tuple[str, ...], float]]:
         tenants: set[str] = set()
+        others: dict[tuple[str, ...], float] = {}
         for labels, value in read():
             if labels[0] in tenants or len(tenants) < MAX_TENANTS:
                 tenants.add(labels[0])
                 yield labels, value
+            elif sums:
+                folded = ("other", *labels[1:])
+                others[folded] = others.get(folded, 0.0) + value
+        yield from others.items()
 
     return some

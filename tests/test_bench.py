@@ -9,7 +9,7 @@ import subprocess
 import msgspec
 import pytest
 
-from loadtest import mock_vendor
+from loadtest import mock_vendor, shedding
 from loadtest.bench import __main__ as bench
 from loadtest.bench import plot
 from loadtest.bench import report as reporting
@@ -381,3 +381,17 @@ def test_what_a_long_prompt_and_slow_streams_cost_is_said_beside_the_goals() -> 
     said = reporting.verdicts(report(*samples))
     assert "a 100 KB prompt: 2.00 times the CPU time of a 1 KB one" in said
     assert "beside slow streams: 98% of the answers/s, 1.05 times the median time" in said
+
+
+# --- an overload ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("core", "refused_ms", "faults"), [(0.9, 44, 0), (0.9, 69, 1), (0.54, 69, 0)])
+def test_how_soon_is_refused_is_judged_where_the_replica_had_its_core(
+    core: float, refused_ms: int, faults: int
+) -> None:
+    well = LoadResult(1.0, 200, 0, {}, latency([0.001]), latency([0.001]), 0)
+    refused = msgspec.structs.replace(well, latency=Latency(1_000, refused_ms * 1000, refused_ms * 1000))
+    seen = shedding.Seen("plain", core, 100.0, well, refused, well)
+    assert len(seen.faults(timed=True)) == faults
+    assert ("not judged" in seen.text()) == (core < shedding.QUIET)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from app.cli import main
-from app.lint_apps import PROSE, direct_calls
+from app.lint_apps import PROSE, SKIPPED, direct_calls
 from loadtest.processes import ROOT
 
 DIRECT = {
@@ -85,7 +85,9 @@ def test_hook_of_pre_commit_runs_the_command_on_the_files_that_it_would_look_at(
     assert {kind for kind in PROSE if re.search(hook["exclude"], f"a{kind}")} == PROSE
     app = tmp_path / "app.py"
     app.write_text("client = OpenAI()")
-    assert not re.search(hook["exclude"], str(app))
+    assert not any(re.search(hook["exclude"], path) for path in ("app.py", "src/builder/app.py", "rebuild/app.py"))
+    assert {folder for folder in SKIPPED if re.search(hook["exclude"], f"src/{folder}/a.js")} == SKIPPED
+    assert {folder for folder in SKIPPED if re.search(hook["exclude"], f"{folder}/a.js")} == SKIPPED
     program, *arguments = hook["entry"].split()
     assert program == "gateway"
     assert main([*arguments, str(app)]) == 1

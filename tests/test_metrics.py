@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from app.ambient import Patience
 from app.core import Exchange
 from app.telemetry import MAX_TENANTS, Lines, Telemetry
+from app.vitals import bounded
 from loadtest.stack import Stack
 from tests.gateway_parts import (
     STREAM,
@@ -125,6 +126,14 @@ def test_tenants_beyond_the_bound_are_summed_up_as_other(told: Make) -> None:
         assert len(tenants) <= MAX_TENANTS + 1
         assert at(found, metric, tenant="other") == 51  # the first was the call's own
         assert at(found, metric) >= MAX_TENANTS + 50
+
+
+@pytest.mark.parametrize("sums", [True, False])
+def test_figures_of_tenants_beyond_the_bound_are_summed_up_as_other_where_they_have_a_sum(sums: bool) -> None:
+    figures = [((f"tenant-{number}", "alias"), 2.0) for number in range(MAX_TENANTS + 50)]
+    told = dict(bounded(lambda: figures + figures[:0], sums)())
+    assert told.pop(("other", "alias"), None) == (100.0 if sums else None)
+    assert told == dict(figures[:MAX_TENANTS])
 
 
 def test_what_alerts_count_from_begins_at_zero(told: Make) -> None:

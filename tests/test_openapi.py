@@ -8,7 +8,7 @@ import re
 import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from app.dialects import ROUTES
+from app.dialects import ROUTES, openai_responses
 from app.openapi import CALLS, codes, document
 from tests.journey import Journey
 from tests.test_security import OPEN, all_routes
@@ -29,6 +29,15 @@ def test_the_document_is_of_all_routes_of_the_main_port_and_no_other() -> None:
         (method, re.sub(r"\{(\w+):\w+\}", r"{\1}", path)) for port, method, path in all_routes() if port == "main"
     }
     assert set(CALLS) == set(ROUTES)
+
+
+@pytest.mark.parametrize(
+    ("part", "names"), [("", {"include"}), ("/input_items", {"include", "limit", "order", "after"})]
+)
+def test_the_parameters_of_a_kept_answer_are_those_that_it_is_asked_with(part: str, names: set[str]) -> None:
+    said = document()["paths"]["/v1/responses/{id}" + part]["get"]["parameters"]
+    asked = openai_responses.read_kept("GET", "resp_1" + part, "&".join(f"{name}=1" for name in sorted(names)))
+    assert {one["name"] for one in said if one["in"] == "query"} == {name for name, _ in asked.query} == names
 
 
 def test_routes_that_ask_for_no_credential_are_those_that_are_said_to() -> None:

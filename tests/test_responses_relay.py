@@ -26,6 +26,7 @@ from app.errors import (
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
+    VendorBroke,
     VendorCannot,
     VendorError,
     VendorFailed,
@@ -286,6 +287,20 @@ def test_an_answer_that_is_told_shows_no_target_to_work_again(tmp_path: Path) ->
     rooms.spool.close()
     assert reply.status == 200
     assert cooldowns.resting() == {f"target:{at.name}"}  # who finds out has not come back yet
+
+
+@pytest.mark.parametrize(
+    ("first", "deleted"), [(ScriptedAnswer(VendorBroke("cut")), True), (ScriptedAnswer(status=429), False)]
+)
+def test_what_is_gone_when_its_deletion_is_asked_for_again_was_deleted(
+    tmp_path: Path, first: ScriptedAnswer, deleted: bool
+) -> None:
+    rooms = Rooms(tmp_path, first, ScriptedAnswer(b"{}", status=404), ambient=Clock())
+    reply, told = serve(rooms, b"", dialect=below("DELETE"), config=tables())
+    row = rooms.row()
+    rooms.spool.close()
+    assert [each["status"] for each in row["attempts"]] == [first.status, 404]
+    assert (reply.status, json.loads(told).get("deleted", False)) == (200 if deleted else 404, deleted)
 
 
 def below(method: str) -> Dialect:

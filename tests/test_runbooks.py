@@ -12,7 +12,7 @@ import ssl
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
@@ -172,6 +172,23 @@ class Site:
     def says(self, text: str) -> bool:
         """Whether every replica's status has `text`."""
         return self.bash(f"all {shlex.quote(text)}").returncode == 0
+
+    def version(self) -> str:
+        """Of the configuration that the first replica has."""
+        return json.loads(self.bash("status").stdout.splitlines()[0])["config_version"]
+
+    @contextlib.contextmanager
+    def restored(self, *files: Path) -> Iterator[None]:
+        """Afterwards each file is what it was, or not there, whatever became of the test."""
+        before = {file: file.read_bytes() if file.exists() else None for file in files}
+        try:
+            yield
+        finally:
+            for file, content in before.items():
+                if content is None:
+                    file.unlink(missing_ok=True)
+                else:
+                    file.write_bytes(content)
 
     def figures(self, metric: str) -> list[float]:
         """What each replica says of it."""
@@ -399,12 +416,13 @@ def test_overload_is_mended(site: Site) -> None:
 def test_spool_that_is_full_lets_calls_in_again(site: Site) -> None:
     settings = site.config / "gateway.yaml"
     before = settings.read_text()
-    settings.write_text(before.replace("reserve_bytes: 268_435_456", f"reserve_bytes: {2**62}"))
-    until(lambda: all(answer.status_code == 503 for answer in site.each()))
-    assert '"ledger_unavailable"' in site.bash("call").stdout
-    site.mend("spool-full", RESERVE="67_108_864")
-    settings.write_text(before)
-    until(lambda: site.says('"available":true'))
+    version = site.version()
+    with site.restored(settings):
+        settings.write_text(before.replace("reserve_bytes: 268_435_456", f"reserve_bytes: {2**62}"))
+        until(lambda: all(answer.status_code == 503 for answer in site.each()))
+        assert '"ledger_unavailable"' in site.bash("call").stdout
+        site.mend("spool-full", RESERVE="67_108_864")
+    until(lambda: site.says(f'"config_version":"{version}"'))
 
 
 @pytest.mark.drill
@@ -430,10 +448,10 @@ def test_answers_that_are_kept_too_short_are_kept_longer(site: Site) -> None:
     models = site.config / "gateway_models.yaml"
     before = models.read_text()
     kept = "    cache: {mode: exact, max_temperature: 1, ttl_seconds: 1}\n"
-    models.write_text(before.replace("\naliases:\n  support-fast:\n", f"\naliases:\n  support-fast:\n{kept}"))
-    until(lambda: all("x-cache" in answer.headers for answer in site.each()))
-    site.mend("cache-hits-low", TTL="600")
-    models.write_text(before)
+    with site.restored(models):
+        models.write_text(before.replace("\naliases:\n  support-fast:\n", f"\naliases:\n  support-fast:\n{kept}"))
+        until(lambda: all("x-cache" in answer.headers for answer in site.each()))
+        site.mend("cache-hits-low", TTL="600")
     until(lambda: not any("x-cache" in answer.headers for answer in site.each()))
 
 
@@ -453,10 +471,15 @@ def test_drift_by_an_old_price_is_mended(site: Site, tmp_path: Path) -> None:
 
     def dear_calls() -> int:
         url = site.stack.replicas[0].url
-        httpx.post(f"{url}/v1/chat/completions", headers=site.headers("acme-corp"), json=body, timeout=60)
+        answer = httpx.post(f"{url}/v1/chat/completions", headers=site.headers("acme-corp"), json=body, timeout=60)
+        made.append(answer.headers["x-request-id"])
         return int(site.bash(counted).stdout or 0)
 
+    made: list[str] = []
     until(lambda: dear_calls() > 2, 60)
+    shipped = "SELECT count(*) FROM ledger WHERE event->>'request_id' = ANY(string_to_array('{}', ' '))"
+    told = 'psql "$DATABASE_URL" -Atc "$SQL"'
+    until(lambda: site.bash(told, SQL=shipped.format(" ".join(made))).stdout.strip() == str(len(made)))
     rows = f"""SELECT event->>'model_resolved',
         sum((event->'cost_usd'->>'total')::numeric * CASE {version} WHEN '2026-11-02' THEN 100 ELSE 1 END)
         FROM ledger WHERE event->>'provider' = 'openai' AND event->>'model_resolved' IS NOT NULL GROUP BY 1"""
@@ -469,7 +492,8 @@ def test_drift_by_an_old_price_is_mended(site: Site, tmp_path: Path) -> None:
     invoice, prices = tmp_path / "invoice.json", tmp_path / "2026-11-03.yaml"
     invoice.write_text(json.dumps({"data": [{"start_time": midnight, "results": results}]}))
     prices.write_text(right)
-    days = {"FIRST_DAY": f"{date.today() - timedelta(days=1)}", "LAST_DAY": f"{date.today() + timedelta(days=1)}"}
+    today = datetime.now(UTC).date()
+    days = {"FIRST_DAY": f"{today - timedelta(days=1)}", "LAST_DAY": f"{today + timedelta(days=1)}"}
     site.mend("ledger-drift", INVOICE=str(invoice), PRICES=str(prices), **days)
 
 
@@ -539,20 +563,18 @@ def test_stale_answer_is_asked_for_again(site: Site) -> None:
 def test_price_that_is_missing_or_old_is_written_and_charged(site: Site, tmp_path: Path) -> None:
     tables = sorted((site.config / "prices").iterdir())
     written = {table: table.read_text() for table in tables}
-    right = re.sub(r"checked_on: [\d-]+", f"checked_on: {date.today()}", written[tables[-1]])
+    today = datetime.now(UTC).date()  # before the calls: what holds from a day on is not for those of the day before
+    right = re.sub(r"checked_on: [\d-]+", f"checked_on: {today}", written[tables[-1]])
     model = r"(?m)^    gpt-4o-mini-2024-07-18:\n(?:      .*\n)+"
-    for table, text in written.items():
-        table.write_text(re.sub(model, "", re.sub(r"checked_on: [\d-]+", "checked_on: 2020-01-01", text)))
-    until(
-        lambda: "unpriced" in site.bash("metric gateway_unpriced_total | grep -v ' 0.0' && echo unpriced; code").stdout
-    )
-    prices = tmp_path / f"{datetime.now(UTC):%Y-%m-%d}.yaml"
+    prices = tmp_path / f"{today}.yaml"
     prices.write_text(right)
-    days = {"FIRST_DAY": f"{date.today() - timedelta(days=1)}", "LAST_DAY": f"{date.today() + timedelta(days=1)}"}
-    site.mend("prices", PRICES=str(prices), **days)
-    by_it = f"event->'cost_usd'->>'price_table_version' = '{prices.stem}'"
-    adjusted = f"SELECT count(*) > 0 FROM ledger WHERE event->>'adjusts' IS NOT NULL AND {by_it}"
-    assert site.bash('psql "$DATABASE_URL" -Atc "$SQL"', SQL=adjusted).stdout.strip() == "t"
-    (site.config / "prices" / prices.name).unlink()
-    for table, text in written.items():
-        table.write_text(text)
+    days = {"FIRST_DAY": f"{today - timedelta(days=1)}", "LAST_DAY": f"{today + timedelta(days=1)}"}
+    unpriced = "metric gateway_unpriced_total | grep -v ' 0.0' && echo unpriced; code"
+    with site.restored(*tables, site.config / "prices" / prices.name):
+        for table, text in written.items():
+            table.write_text(re.sub(model, "", re.sub(r"checked_on: [\d-]+", "checked_on: 2020-01-01", text)))
+        until(lambda: "unpriced" in site.bash(unpriced).stdout)
+        site.mend("prices", PRICES=str(prices), **days)
+        by_it = f"event->'cost_usd'->>'price_table_version' = '{prices.stem}'"
+        adjusted = f"SELECT count(*) > 0 FROM ledger WHERE event->>'adjusts' IS NOT NULL AND {by_it}"
+        assert site.bash('psql "$DATABASE_URL" -Atc "$SQL"', SQL=adjusted).stdout.strip() == "t"

@@ -60,6 +60,16 @@ def test_a_path_that_azure_does_not_have_is_not_found(url: str, path: str) -> No
     assert azure(url, path).status_code == 404
 
 
+def test_an_answer_that_openai_keeps_is_not_azures(url: str) -> None:
+    bearer = {"authorization": "Bearer any"}
+    kept = http("POST", f"{url}/openai/v1/responses", json={"model": "gpt-4o", "input": "Hi"}, headers=bearer).json()
+    asked = [
+        http("GET", f"{url}/{path}/v1/responses/{kept['id']}", headers=bearer | {"api-key": "any"})
+        for path in ("openai", "azure/openai")
+    ]
+    assert [answer.status_code for answer in asked] == [200, 404]
+
+
 def test_a_provider_named_after_its_region_speaks_azures_shape(url: str) -> None:
     assert "prompt_filter_results" in azure(url, DEPLOYMENT.replace("/azure/", "/azure-eu/")).json()
 

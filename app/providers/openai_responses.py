@@ -315,7 +315,12 @@ def _of_kept(request: KeptRequest, target: Target, base: str, query: dict[str, s
 
 
 def _told(body: bytes, request: KeptRequest, stamp: Stamp, headers: Mapping[str, str]) -> Answer:
-    """What the vendor says, under the tenant's names. Nothing is charged. Raises VendorBroke."""
+    """What the vendor says, under the tenant's names; nothing, where it was deleted before. Nothing is charged.
+
+    Raises VendorBroke.
+    """
+    if request.operation == "delete" and not body:
+        return Answer(_encode({"id": request.name, "object": "response", "deleted": True}), None, Usage(), None, 0)
     try:
         members = _members.decode(body or b"{}")
         model = _response.decode(body).model if request.operation == "retrieve" and not request.items else None

@@ -141,6 +141,7 @@ DIALECT = replace(
     bad_key=Problem(401, "Access denied due to invalid subscription key or wrong API endpoint.", code="401"),
     no_key=Problem(401, "Access denied due to missing subscription key.", code="401"),
     pretty=False,
+    vendor="azure",
 )
 _OPENAI = chat.shape(DIALECT)
 

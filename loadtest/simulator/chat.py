@@ -45,6 +45,8 @@ class Dialect(Struct, frozen=True):
     pretty: bool = False
     """Whether unary bodies are indented."""
     comment: bytes = b""
+    vendor: str = "openai"
+    """Who keeps its answers."""
 
 
 class EmbeddingAsk(Struct):
@@ -123,7 +125,7 @@ def _answer(dialect: Dialect, request: Request, quota: Quota) -> Unary | Stream:
         return _responses(dialect, request.body, quota)
     if request.path.startswith("/v1/responses/"):
         name = request.path.removeprefix("/v1/responses/")
-        found = responses.kept(request.method, name)
+        found = responses.kept(dialect.vendor, request.method, name)
         gone = Problem(404, f"Response with id '{name.partition('/')[0]}' not found.")
         return dialect.error(gone) if found is None else _json(dialect, found, "", quota)
     if request.method == "POST" and request.path in others.PATHS:
@@ -200,7 +202,7 @@ def _responses(dialect: Dialect, body: bytes, quota: Quota) -> Unary | Stream:
     if problem is not None:
         return dialect.error(problem)
     said, content = responses.said(ask, dialect.snapshot(ask.model), created(), echo, dialect.logprob)
-    responses.keep(ask, said)
+    responses.keep(dialect.vendor, ask, said)
     headers = dialect.headers(ask.model, quota, bool(ask.stream))
     tokens = said.usage["total_tokens"]
     if not ask.stream:

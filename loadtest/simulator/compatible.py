@@ -52,6 +52,7 @@ def _shape(habits: Habits, bad_key: Problem) -> Shape:
         bad_key=bad_key,
         no_key=bad_key,
         pretty=False,
+        vendor="compatible",
     )
     return shape(dialect)
 

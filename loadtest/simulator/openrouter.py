@@ -240,5 +240,6 @@ OPENROUTER = shape(
         bad_key=Problem(401, "This API key is not one of ours."),
         no_key=Problem(401, "There is no API key in this request."),
         comment=b": OPENROUTER PROCESSING\n\n",
+        vendor="openrouter",
     )
 )

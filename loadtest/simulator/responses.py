@@ -19,8 +19,8 @@ from loadtest.simulator.identity import hexadecimal
 Item = dict[str, Any]
 _ID = re.compile(r"resp_[0-9a-f]{48}")
 _PADDING = "0123456789abcdef"
-KEPT: dict[str, tuple[Item, list[Item]]] = {}
-"""Answers that can be asked for, by id, each with the items that it was given to."""
+KEPT: dict[tuple[str, str], tuple[Item, list[Item]]] = {}
+"""Answers that can be asked for, by vendor and id, each with the items that it was given to."""
 MOST_KEPT = 1_000
 KEPT_TOKENS = 50
 """What the turns before count that the vendor has kept."""
@@ -156,24 +156,24 @@ def _message(choice: Choice, logprobs: list[Item]) -> Item:
     }
 
 
-def keep(ask: ResponsesAsk, said: Said) -> None:
+def keep(vendor: str, ask: ResponsesAsk, said: Said) -> None:
     if ask.store is not False:
         items = [{"role": "user", "content": ask.input}] if isinstance(ask.input, str) else ask.input
         written = [{"id": "msg_" + hexadecimal(48), "type": "message", **item} for item in items]
-        KEPT[said.head["id"]] = whole(said), written
+        KEPT[vendor, said.head["id"]] = whole(said), written
         if len(KEPT) > MOST_KEPT:
             del KEPT[next(iter(KEPT))]
 
 
-def kept(method: str, path: str) -> Item | None:
+def kept(vendor: str, method: str, path: str) -> Item | None:
     """What is answered to a request below the route that makes answers; None where there is no such answer."""
     id, _, part = path.partition("/")
-    if id not in KEPT or part not in ("", "input_items") or method not in ("GET", "DELETE"):
+    if (vendor, id) not in KEPT or part not in ("", "input_items") or method not in ("GET", "DELETE"):
         return None
     if method == "DELETE":
-        del KEPT[id]
+        del KEPT[vendor, id]
         return {"id": id, "object": "response", "deleted": True}
-    answer, items = KEPT[id]
+    answer, items = KEPT[vendor, id]
     if not part:
         return answer
     ends = {"first_id": items[0]["id"], "last_id": items[-1]["id"]}
