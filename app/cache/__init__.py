@@ -10,6 +10,7 @@ epochs.py     what has been invalidated
 semantic.py   `Questions`: found by their meaning, remembered when they are answered
 embedder.py   texts as vectors, by local models
 guards.py     what two questions must have in common (pure); lexicon.py has its words
+judge.py      whether two answers say the same (pure); bounded.py keeps what it knows within its bytes
 verifier.py   whether the answer to a similar question may be served (pure)
 learner.py    what a tenant's traffic teaches (pure); learning.py has it in Redis, for all replicas
 """
