@@ -21,7 +21,7 @@ from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from redis.exceptions import AskError, MovedError
 
 from app.ambient import Ambient
-from app.redis_pipe import Argument, OnError, RedisAway, RedisPipe, RedisRefused, Waiting
+from app.redis_pipe import Argument, OnError, RedisAway, RedisPipe, RedisRefused, RedisUnasked, Waiting
 
 SLOTS: int = REDIS_CLUSTER_HASH_SLOTS
 _SCHEME = re.compile(r"(rediss?)(\+cluster)?")
@@ -131,7 +131,7 @@ class _Node(RedisPipe):
         if waiting.future is not None and waiting.future.done():
             return
         if self._line is None or waiting.turns >= _MOST_TURNS:
-            waiting.fail(RedisAway(f"{self.name} is away, or points elsewhere"))
+            waiting.fail(RedisUnasked(f"{self.name} is away, or points elsewhere"))
             return
         if asking:
             self._line.write(("ASKING",), None, None)
@@ -213,7 +213,7 @@ class ClusterPipe:
         key = key_of(arguments)
         node = self._slots[0 if key is None else slot_of(key)]
         if node is None:
-            raise RedisAway("no node of the cluster has this slot")
+            raise RedisUnasked("no node of the cluster has this slot")
         return node
 
     # --- which node has what ------------------------------------------------------------------------------------------
@@ -311,13 +311,13 @@ class ClusterPipe:
                 if other is not None and 0 <= told.slot_id < SLOTS:
                     self._slots[told.slot_id] = other
             if other is None:
-                waiting.fail(RedisAway("the slot has moved to a node that is not known yet"))
+                waiting.fail(RedisUnasked("the slot has moved to a node that is not known yet"))
             else:
                 other.again(waiting, asking=code == "ASK")
         elif code in (*_UNWELL, "TRYAGAIN"):
             self._turned(False)
             self._doubt.set()
-            waiting.fail(RedisAway(str(error)))
+            waiting.fail(RedisUnasked(str(error)))
         else:
             waiting.fail(error)
 

@@ -41,6 +41,10 @@ class RedisAway(Exception):
     """Redis is not there, too slow or has too much waiting. What was sent may have been executed all the same."""
 
 
+class RedisUnasked(RedisAway):
+    """Redis is away, and has not executed this command: it was not sent, or sent back."""
+
+
 class RedisRefused(Exception):
     """Redis answered with an error; the text is Redis's own and begins with its code (`OOM`, `WRONGTYPE`, …)."""
 
@@ -195,7 +199,7 @@ class RedisPipe:
     def execute(self, *arguments: Argument) -> asyncio.Future[Any]:
         """Sends a command. The future gives its answer (int, bytes, None, list) or raises `RedisRefused`, `RedisAway`.
 
-        Raises `RedisAway` at once when Redis is away or too much waits. A cancelled future changes nothing for the
+        Raises `RedisUnasked` at once when Redis is away or too much waits. A cancelled future changes nothing for the
         commands after it; its own is executed all the same.
         """
         line = self._ready()
@@ -204,7 +208,7 @@ class RedisPipe:
         return future
 
     def send(self, *arguments: Argument, on_error: OnError | None = None) -> None:
-        """Sends a command whose answer nobody waits for. Raises `RedisAway` at once; `on_error` gets later errors."""
+        """A command whose answer nobody waits for. Raises `RedisUnasked` at once; `on_error` gets later errors."""
         self._ready().write(arguments, None, on_error)
 
     @property
@@ -222,9 +226,9 @@ class RedisPipe:
     def _ready(self) -> _Line:
         line = self._line
         if line is None:
-            raise RedisAway("Redis is away")
+            raise RedisUnasked("Redis is away")
         if len(line.waiting) >= self._waiting_limit:
-            raise RedisAway(f"{self._waiting_limit} commands wait for Redis")
+            raise RedisUnasked(f"{self._waiting_limit} commands wait for Redis")
         return line
 
     async def run(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from app.limits import Limits
 from app.limits.budgets import Budgets
 from app.limits.scopes import grant_scope, make_scope, whole_mark
 from app.redis_cluster import SLOTS, ClusterPipe, _Node, is_cluster, key_of, pipe_to, seeds, slot_of, slot_tags
-from app.redis_pipe import Argument, RedisAway, RedisPipe, RedisRefused, Waiting
+from app.redis_pipe import Argument, RedisAway, RedisPipe, RedisRefused, RedisUnasked, Waiting
 from tests.cache_parts import tenant
 from tests.gateway_parts import Rooms, ScriptedAnswer, completion
 from tests.limits_parts import OPEN, SHARE, Caller, Counters, a_config, a_key, a_tenant, not_just_before_midnight
@@ -483,11 +483,11 @@ def test_commands_follow_a_slot_that_moves(tmp_path: Path) -> None:
     ("said", "raised"),
     [
         ("MOVED nonsense", RedisRefused),
-        ("MOVED 99999 a:1", RedisAway),
-        ("MOVED 7 evil.example:6379", RedisAway),
-        ("ASK 7 evil.example:6379", RedisAway),
-        ("CLUSTERDOWN The cluster is down", RedisAway),
-        ("LOADING Redis is loading", RedisAway),
+        ("MOVED 99999 a:1", RedisUnasked),
+        ("MOVED 7 evil.example:6379", RedisUnasked),
+        ("ASK 7 evil.example:6379", RedisUnasked),
+        ("CLUSTERDOWN The cluster is down", RedisUnasked),
+        ("LOADING Redis is loading", RedisUnasked),
         ("WRONGTYPE of value", RedisRefused),
     ],
 )
@@ -532,3 +532,30 @@ def test_a_dead_node_is_away_for_its_own_keys_alone(cluster: RedisCluster) -> No
     assert held == [False, True]
     assert (up, unsettled >= 1) == (False, True)
     assert changes >= 3
+
+
+@pytest.mark.parametrize("dead", ["_global", "asked-no-more", "_vendor.asked:no-more"])
+def test_who_was_not_asked_is_given_nothing_back(cluster: RedisCluster, dead: str) -> None:
+    """Else calls that took nothing would push out the settlements of those that did."""
+    who = a_tenant("asked-no-more", rpm=50)
+    key = msgspec.structs.replace(a_key(rpm=50), id="asked-no-more")
+    vendor = VendorKey("asked:no-more", Credential(Secret("x")), 1, Quota(rpm=99, tpm=99))
+    node = cluster.serving(f"{{{dead}}}")
+
+    async def main() -> tuple[int, int]:
+        async with limits_on(cluster, timeout_ms=1500) as limits:
+            caller = Caller(limits, who, key=key, away=OPEN, rpm=10_000)
+            node.freeze()
+            try:
+                with suppress(RedisAway):
+                    await limits.pipe.execute("GET", f"{{{dead}}}")
+                for n in range(20):
+                    await caller.reserve()
+                    await limits.grant(vendor, f"{dead}-{n}", 1)
+                kept = len(limits._unsettled)
+            finally:
+                node.thaw()
+            await until(lambda: limits.pipe.up)
+            return kept, limits.lost_settlements
+
+    assert run(main()) == (0, 0)

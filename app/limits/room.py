@@ -33,7 +33,7 @@ from app.limits.scopes import (
     refusal,
 )
 from app.limits.share import Share
-from app.redis_pipe import Argument, RedisAway, RedisPipe, RedisRefused
+from app.redis_pipe import Argument, RedisAway, RedisPipe, RedisRefused, RedisUnasked
 
 log = logging.getLogger(__name__)
 
@@ -128,23 +128,13 @@ class Limits:
                 return Held(call.event_id, tenant.id, tokens)
             if scope.budgets and not self.budgets.whole:
                 break
+            ask = self._reserve_apart if scope.apart else self._ask
             try:
-                if scope.apart:
-                    asked = self._reserve_apart(scope, call.event_id, tokens, nanos, fetch)
-                else:
-                    asked = self._pipe.execute(*scope.reserve(self._reserve, call.event_id, tokens, nanos, fetch))
+                status, now_ms, *left = await ask(scope, call.event_id, tokens, nanos, fetch)
             except RedisAway:
                 break
-            try:
-                status, now_ms, *left = await asked
-            except asyncio.CancelledError:
-                self._give_back(scope, call.event_id)
-                raise
-            except (RedisAway, RedisRefused) as error:
-                # It may have been taken, or will be when Redis gets to it.
-                self._give_back(scope, call.event_id)
-                if isinstance(error, RedisRefused):
-                    self._complain("reserve", error)
+            except RedisRefused as error:
+                self._complain("reserve", error)
                 break
             if status == _TAKEN:
                 if fetch is not None:
@@ -162,6 +152,16 @@ class Limits:
             self._clock_ahead = now_ms / 1000 - self._ambient.now()
         return self._take_locally(call, tenant, scope, tokens, nanos)
 
+    async def _ask(self, scope: Scope, call_id: str, tokens: int, nanos: int, fetch: Fetch | None = None) -> list[Any]:
+        """What reserve.lua answers. Where its answer did not come, what it may have taken is given back."""
+        try:
+            return await self._pipe.execute(*scope.reserve(self._reserve, call_id, tokens, nanos, fetch))
+        except RedisUnasked:
+            raise
+        except (asyncio.CancelledError, RedisAway, RedisRefused):
+            self._undo(scope, call_id)
+            raise
+
     async def _reserve_apart(
         self, scope: Scope, call_id: str, tokens: int, nanos: int, fetch: Fetch | None
     ) -> list[Any]:
@@ -169,27 +169,28 @@ class Limits:
 
         All or nothing, one after another: what a tenant is refused by its own limits takes nothing from what all share.
         """
-        status, now_ms, *left = await self._pipe.execute(*scope.reserve(self._reserve, call_id, tokens, nanos, fetch))
+        status, now_ms, *left = await self._ask(scope, call_id, tokens, nanos, fetch)
         if status != _TAKEN:
             return [status, now_ms, *left]
         fetched = [left.pop()] if fetch is not None else []
         if fetched and not isinstance(fetched[0], int):
             tokens = ANSWERED
-        taken = False
+        took = [scope]
         try:
             for other in scope.apart:
-                status, now_ms, *more = await self._pipe.execute(*other.reserve(self._reserve, call_id, tokens, nanos))
+                status, now_ms, *more = await self._ask(other, call_id, tokens, nanos)
                 if status == _REFUSED:
                     half = len(more) // 2
                     return [status, now_ms, *left, *more[:half], *(0 for _ in left), *more[half:]]
                 if status != _TAKEN:
                     return [status, now_ms]
+                took.append(other)
                 left += more
-            taken = True
             return [status, now_ms, *left, *fetched]
         finally:
-            if not taken:
-                self._give_back(scope, call_id)
+            if len(took) <= len(scope.apart):
+                for each in took:
+                    self._undo(each, call_id)
                 if fetched == [1]:
                     with contextlib.suppress(RedisAway):  # it lapses by itself
                         self._pipe.send("DEL", fetch.lease)
@@ -202,13 +203,8 @@ class Limits:
         scope = grant_scope(key, self._pipe.apart)
         tokens = min(tokens, MOST)
         try:
-            asked = self._pipe.execute(*scope.reserve(self._reserve, attempt_id, tokens, 0))
-            status, now_ms, *left = await asked
-        except asyncio.CancelledError:
-            self._give_back(scope, attempt_id)
-            raise
+            status, now_ms, *left = await self._ask(scope, attempt_id, tokens, 0)
         except (RedisAway, RedisRefused) as error:
-            self._give_back(scope, attempt_id)
             if isinstance(error, RedisRefused):
                 self._complain("reserve", error)
             return Held(attempt_id, "", tokens)
@@ -244,7 +240,7 @@ class Limits:
         if isinstance(reservation, Held) and reservation.scope is not None:
             self._end(reservation.scope, reservation.call_id)
             if reservation.held:
-                self._give_back(reservation.scope, reservation.call_id)
+                self._put(reservation.scope, reservation.call_id, 0, 0, 0)
 
     async def look(self, config: Config, tenant: Tenant, key: ServiceKey) -> Rates | None:
         """How the limits stand that a call would take from, with nothing taken: for answers to what reserves nothing.
@@ -294,9 +290,9 @@ class Limits:
             if scope.running:  # a renewal may have made it a lease
                 self._put(scope, call_id, 0, 0, 0)
 
-    def _give_back(self, scope: Scope, call_id: str) -> None:
-        """Undoes a reservation, the request included; where there is none, nothing happens."""
-        self._put(scope, call_id, 0, 0, 0)
+    def _undo(self, scope: Scope, call_id: str) -> None:
+        """Undoes what one script took, the request included; where that is nothing, nothing happens."""
+        self._send(scope.settle(self._settle, call_id, 0, 0, 0))
 
     def _put(self, scope: Scope, call_id: str, requests: int, tokens: int, nanos: int) -> None:
         self._send(scope.settle(self._settle, call_id, requests, tokens, nanos))
