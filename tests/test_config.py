@@ -397,6 +397,23 @@ def test_a_fault_is_told_with_file_and_path(tmp_path: Path, overlay: str, senten
     assert found[0].startswith(f"{tmp_path / 'overlay.yaml'}: ")
 
 
+def test_an_embedder_may_be_one_model_under_two_names(tmp_path: Path) -> None:
+    ours = {"provider": "openai", "model": "our-deployment", "serves": "embeddings"}
+    overlay = {
+        "targets": {"openai/ours": ours | {"priced_as": "text-embedding-3-small"}},
+        "aliases": {
+            "embed-small": {"targets": ["openai/text-embedding-3-small", "openai/ours"]},
+            "support-fast": {"cache": {"mode": "verified", "embedder": "embed-small"}},
+        },
+    }
+    assert with_overlay(tmp_path, overlay).aliases["support-fast"].cache.embedder == "embed-small"
+    del overlay["targets"]["openai/ours"]["priced_as"]
+    assert any(
+        "our-deployment and text-embedding-3-small" in fault
+        for fault in faults_of(lambda: with_overlay(tmp_path, overlay))
+    )
+
+
 @pytest.mark.parametrize(
     "url",
     [

@@ -78,13 +78,16 @@ def check_helpers(aliases: Mapping[str, Alias], faults: Faults) -> None:
             elif aliases[name].serves != serves:
                 faults.add(path, f"{name!r} serves {aliases[name].serves}; it must serve {serves}")
             elif key == "embedder" and len(models := _models(aliases[name])) > 1:
-                said = "their vectors do not compare; name one model, at several providers if you like"
+                said = "their vectors do not compare; name one model (priced_as says which one a deployment has)"
                 faults.add(path, f"{name!r} has targets of {' and '.join(models)}: {said}")
 
 
 def _models(alias: Alias) -> list[str]:
-    """Of all its targets; some providers put the maker before a model's name: `openai/text-embedding-3-small`."""
-    return sorted({target.model.rpartition("/")[2] for target in alias.reach})
+    """Of all its targets, as the price table calls them: at Azure a deployment has a name of its own.
+
+    Some providers put the maker before a model's name: `openai/text-embedding-3-small`.
+    """
+    return sorted({(target.priced_as or target.model).rpartition("/")[2] for target in alias.reach})
 
 
 def tenant_cache(
