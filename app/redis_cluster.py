@@ -2,8 +2,8 @@
 
 Each node, replicas too, has a connection of its own (a `RedisPipe`), so that a replica which takes over is asked at
 once. A command goes where the slot of its first key is; all keys of a command share a slot. Which node has which slots
-is asked of the node that has been there for longest, when one was lost or pointed elsewhere, and now and then. How
-slots are computed and what nodes say of them is redis-py's part.
+is asked of the node that has been there for longest and knows all of them, when one was lost or pointed elsewhere, and
+now and then. How slots are computed and what nodes say of them is redis-py's part.
 """
 
 from __future__ import annotations
@@ -240,7 +240,11 @@ class ClusterPipe:
             self._slots = [None] * SLOTS
 
     async def run_once(self) -> bool:
-        """Asks a node for the slot map; returns whether there was one to ask."""
+        """Asks a node for the slot map; returns whether there was one to ask.
+
+        Who has not all of it is not alone believed: a node that was reset, or cut off from the others, does not know.
+        """
+        best: tuple[int, bool, _Node, list[Any]] | None = None
         for node in [node for node in self._by_address.values() if node.up]:
             try:
                 state, told = await asyncio.gather(node.execute("CLUSTER", "INFO"), node.execute("CLUSTER", "SLOTS"))
@@ -249,12 +253,18 @@ class ClusterPipe:
             except RedisRefused as error:
                 node.is_none(error)
                 continue
-            self._take(node, told)
-            whole = None not in self._slots and all(master.up for master in self.nodes)
-            self._turned(whole and b"cluster_state:ok" in state)
-            return True
-        self._turned(False)
-        return False
+            found = sum(last - first + 1 for first, last, *_ in told), b"cluster_state:ok" in state
+            if best is None or found > best[:2]:
+                best = *found, node, told
+            if found == (SLOTS, True):
+                break
+        if best is None:
+            self._turned(False)
+            return False
+        _, well, node, told = best
+        self._take(node, told)
+        self._turned(well and None not in self._slots and all(master.up for master in self.nodes))
+        return True
 
     def _take(self, asked: _Node, told: list[Any]) -> None:
         slots: list[_Node | None] = [None] * SLOTS
@@ -315,8 +325,9 @@ class ClusterPipe:
             else:
                 other.again(waiting, asking=code == "ASK")
         elif code in (*_UNWELL, "TRYAGAIN"):
-            self._turned(False)
-            self._doubt.set()
+            if node.up and node in self.nodes:  # not a replica that still loads what its master has
+                self._turned(False)
+                self._doubt.set()
             waiting.fail(RedisUnasked(str(error)))
         else:
             waiting.fail(error)

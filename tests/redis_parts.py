@@ -61,10 +61,13 @@ async def until(true: Callable[[], object]) -> None:
 
 
 class RedisServer:
-    """A plain redis-server on a free port of the loopback and on a socket in `folder`."""
+    """A plain redis-server on a free port of the loopback and on a socket in `folder`; `bus`: with a cluster's, too."""
 
-    def __init__(self, folder: Path, *arguments: str, password: str = "") -> None:
-        self.port = _free_port()
+    def __init__(self, folder: Path, *arguments: str, password: str = "", bus: bool = False) -> None:
+        self._kept = [_kept_port() for _ in range(1 + bus)]
+        self.port, *others = (kept.getsockname()[1] for kept in self._kept)
+        if bus:
+            arguments += ("--cluster-enabled", "yes", "--cluster-port", str(others[0]))
         self.folder = folder
         self.socket = folder / "redis.sock"
         self._command = [
@@ -82,6 +85,7 @@ class RedisServer:
         while True:
             try:
                 self.client.ping()
+                self._let_go()
                 return
             except RedisError:
                 assert time.monotonic() < deadline, "redis-server does not start"
@@ -102,12 +106,17 @@ class RedisServer:
             self._process.kill()
             self._process.wait()
             self._process = None
+        self._let_go()
         self.client.close()
+
+    def _let_go(self) -> None:
+        while self._kept:
+            self._kept.pop().close()
 
 
 @contextlib.contextmanager
-def redis_server(folder: Path, *arguments: str, password: str = "") -> Iterator[RedisServer]:
-    server = RedisServer(folder, *arguments, password=password)
+def redis_server(folder: Path, *arguments: str, password: str = "", bus: bool = False) -> Iterator[RedisServer]:
+    server = RedisServer(folder, *arguments, password=password, bus=bus)
     try:
         server.start()
         yield server
@@ -118,9 +127,15 @@ def redis_server(folder: Path, *arguments: str, password: str = "") -> Iterator[
 class RedisCluster:
     """Masters with as many replicas, one machine's. `serving(key)` is the master that has it."""
 
-    NODE_TIMEOUT_MS = 1_000
-
-    def __init__(self, folder: Path, masters: int = 3, replicas: bool = False, password: str = "") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        masters: int = 3,
+        replicas: bool = False,
+        password: str = "",
+        node_timeout_ms: int = 1_000,
+    ) -> None:
+        self._node_timeout_ms = node_timeout_ms
         names = [f"m{n}" for n in range(masters)] + [f"r{n}" for n in range(masters if replicas else 0)]
         self._masters = masters
         self.nodes = [self._node(folder / name, password) for name in names]
@@ -129,8 +144,7 @@ class RedisCluster:
 
     def _node(self, folder: Path, password: str) -> RedisServer:
         folder.mkdir(parents=True)
-        arguments = ["--cluster-enabled", "yes", "--cluster-node-timeout", str(self.NODE_TIMEOUT_MS)]
-        arguments += ["--cluster-port", str(_free_port()), "--cluster-require-full-coverage", "no"]
+        arguments = ["--cluster-node-timeout", str(self._node_timeout_ms), "--cluster-require-full-coverage", "no"]
         arguments += [
             "--repl-diskless-sync-delay",
             "0",
@@ -141,7 +155,7 @@ class RedisCluster:
             "--masterauth",
             password,
         ]
-        return RedisServer(folder, *arguments, password=password)
+        return RedisServer(folder, *arguments, password=password, bus=True)
 
     def start(self) -> None:
         for node in self.nodes:
@@ -193,10 +207,12 @@ class RedisCluster:
             node.kill()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _kept_port() -> socket.socket:
+    """A free port of the loopback that nobody else is given before this is closed; Redis can listen on it already."""
+    kept = socket.socket()
+    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    kept.bind(("127.0.0.1", 0))
+    return kept
 
 
 @contextlib.contextmanager

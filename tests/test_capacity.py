@@ -60,7 +60,7 @@ def test_no_replica_and_no_master_is_busier_than_it_may_be(calls: float, streame
     assert found.replica_cores <= found.replicas * BUSY * 1.000001
     assert found.redis_cores <= found.redis_masters * BUSY * 1.000001
     fewer = need(COSTS, Traffic(calls, streamed, chunks), replicas=max(1, found.replicas - 1))
-    assert found.replicas == 2 or fewer.replica_cores > fewer.replicas * BUSY
+    assert found.replicas == 2 or fewer.replica_cores > fewer.replicas * BUSY * 0.999999
 
 
 @given(st.floats(1, 1e5))
