@@ -256,6 +256,8 @@ class RedisPipe:
         try:
             async with asyncio.timeout(_CONNECT_SECONDS):
                 await connection.connect()
+            if asyncio.current_task().cancelling():  # redis-py sends by `wait_for`, which may eat it before Python 3.12
+                raise asyncio.CancelledError
             transport = connection._writer.transport  # redis-py has no public name for it
             line = _Line(self, transport)
             transport.set_protocol(line)

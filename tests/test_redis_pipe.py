@@ -210,6 +210,24 @@ def test_the_pipe_starts_without_redis_and_finds_it_later(tmp_path: Path, loop: 
 
 
 @each_loop
+def test_a_pipe_that_is_cancelled_while_it_connects_ends(server: RedisServer, loop: str) -> None:
+    async def main() -> list[int]:
+        stayed = []
+        for turns in range(100):
+            running = asyncio.create_task(pipe_to(server.url).run())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            running.cancel()
+            await asyncio.wait([running], timeout=5)
+            if not running.done():
+                stayed.append(turns)
+                break
+        return stayed
+
+    assert run(main(), loop) == []
+
+
+@each_loop
 def test_a_frozen_redis_fails_what_waits_and_then_every_call_at_once(frail: RedisServer, loop: str) -> None:
     async def main() -> None:
         async with running(pipe_to(frail.url, timeout_ms=100)) as pipe:
