@@ -413,6 +413,7 @@ def test_overload_is_mended(site: Site) -> None:
     until(lambda: site.bash("code", TENANT=flooder).stdout == "200")
 
 
+@pytest.mark.drill
 def test_spool_that_is_full_lets_calls_in_again(site: Site) -> None:
     settings = site.config / "gateway.yaml"
     before = settings.read_text()
