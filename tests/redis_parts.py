@@ -68,6 +68,8 @@ class RedisServer:
         self.port, *others = (kept.getsockname()[1] for kept in self._kept)
         if bus:
             arguments += ("--cluster-enabled", "yes", "--cluster-port", str(others[0]))
+        else:  # it may never be started
+            self._let_go()
         self.folder = folder
         self.socket = folder / "redis.sock"
         self._command = [
