@@ -30,7 +30,7 @@ drills: $(STAMP)  ## the long ones: chaos under load, and what the suite does in
 cache-eval: $(STAMP)  ## labelled questions through the semantic cache: hits and wrong answers for each mode; ARGS="questions.csv"
 	$(VENV)/bin/python -m loadtest.cache_eval $(ARGS)
 
-soak: $(STAMP)  ## 100,000 calls with hang-ups and vendor errors: nothing grows; build/soak.html. ARGS="--calls 20000"
+soak: $(STAMP)  ## a million calls with hang-ups and vendor errors: nothing grows; build/soak.html. ARGS="--calls 20000"
 	$(COMPILE)
 	$(VENV)/bin/python -m loadtest.soak $(ARGS)
 

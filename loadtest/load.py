@@ -1,8 +1,8 @@
 """A load generator that costs about 25 microseconds a request, so that it is not what is measured.
 
-Closed loop: each of `concurrency` connections sends its next request the moment the last answer is complete. The
-request is bytes, made once. An answer counts only if it is whole: status 200, every byte that its framing promised
-and, for an event stream, `data: [DONE]` at its end. Anything else is an error, counted by kind.
+Closed loop: each of `concurrency` connections sends its next request the moment the last answer is complete. Requests
+are bytes, made once, and sent in turn. An answer counts only if it is whole: status 200, every byte that its framing
+promised and, for an event stream, `data: [DONE]` at its end. Anything else is an error, counted by kind.
 """
 
 from __future__ import annotations
@@ -32,6 +32,13 @@ _ENDS = (_DONE, b'data: {"type":"message_stop"}\n\n')
 _TAIL_BYTES = max(map(len, _ENDS))
 
 
+class Asked(msgspec.Struct, frozen=True):
+    """A request as it goes over the wire, and the events of its answer after which the client hangs up; 0: it stays."""
+
+    request: bytes
+    hangs_up_after: int = 0
+
+
 class Latency(msgspec.Struct, frozen=True):
     """Percentiles in microseconds; zero when nothing was measured."""
 
@@ -43,7 +50,7 @@ class Latency(msgspec.Struct, frozen=True):
 class LoadResult(msgspec.Struct, frozen=True):
     """What one run saw. `completed` and the latencies are of whole answers within `seconds`; `late` came whole after
     it. `errors` is by kind: `status 429`, `truncated`, `no [DONE]`, `malformed`, `connect`, `unfinished`.
-    `events` counts the server-sent events of all answers.
+    `events` counts the server-sent events of all answers; `hung_up` the answers that the client left as it was to.
     """
 
     seconds: float
@@ -53,6 +60,7 @@ class LoadResult(msgspec.Struct, frozen=True):
     latency: Latency
     first_byte: Latency
     events: int
+    hung_up: int = 0
 
     @property
     def per_second(self) -> float:
@@ -83,14 +91,17 @@ def request_bytes(url: str, headers: Mapping[str, str], body: bytes) -> bytes:
 class Tally:
     """What the connections of one run share. `stopping` ends the sending; only answers before it are measured."""
 
-    def __init__(self, count: int | None, expected: int = 200, interval_seconds: float = 0.0) -> None:
+    def __init__(
+        self, count: int | None, expected: int = 200, interval_seconds: float = 0.0, sent_before: int = 0
+    ) -> None:
         self.expected = expected
         self.interval_seconds = interval_seconds
-        self.sent = 0
+        self.sent = sent_before
         self.latencies = array("d")
         self.first_bytes = array("d")
         self.errors: Counter[str] = Counter()
         self.events = 0
+        self.hung_up = 0
         self.late = 0
         self.stopping = False
         self._left = count
@@ -108,8 +119,8 @@ class Tally:
 class Connection(asyncio.Protocol):
     """One keep-alive connection. `over` is done when it will send nothing more: True if others may take its place."""
 
-    def __init__(self, request: bytes, tally: Tally, over: asyncio.Future[bool]) -> None:
-        self._request = request
+    def __init__(self, asked: Sequence[Asked], tally: Tally, over: asyncio.Future[bool]) -> None:
+        self._asked = asked
         self._tally = tally
         self._over = over
         self._transport: asyncio.Transport
@@ -154,8 +165,11 @@ class Connection(asyncio.Protocol):
         self._left = 0  # bytes of a body with a Content-Length
         self._tail = b""
         self._first_at = 0.0
+        number = self._tally.sent
+        asked = self._asked[number % len(self._asked)]
+        self._events_left = asked.hangs_up_after or -1
         self._sent_at = time.perf_counter()
-        self._transport.write(self._request.replace(NUMBER, b"%012d" % self._tally.sent))
+        self._transport.write(asked.request.replace(NUMBER, b"%012d" % number))
 
     def _fail(self, kind: str) -> None:
         if self._waiting:
@@ -217,10 +231,22 @@ class Connection(asyncio.Protocol):
                 self._finish()
                 return
             if self._is_stream:
-                self._tally.events += data.count(b"data: ", start, end)
+                events = data.count(b"data: ", start, end)
+                self._tally.events += events
                 self._tail = (self._tail + data[start:end])[-_TAIL_BYTES:]
+                if self._events_left > 0:
+                    self._events_left -= events
+                    if self._events_left <= 0:
+                        self._hang_up()
+                        return
             at = end + 2
         self._unread = data[at:]
+
+    def _hang_up(self) -> None:
+        self._tally.hung_up += 1
+        self._waiting = False
+        self._over.set_result(True)
+        self._transport.abort()
 
     def _finish(self) -> None:
         now = time.perf_counter()
@@ -243,16 +269,19 @@ class Connection(asyncio.Protocol):
 
 async def run_load(
     url: str,
-    request: bytes,
+    request: bytes | Sequence[Asked],
     *,
     concurrency: int,
     duration_seconds: float | None = None,
     count: int | None = None,
     expected: int = 200,
     interval_seconds: float = 0.0,
+    sent_before: int = 0,
     tls: ssl.SSLContext | None = None,
 ) -> LoadResult:
     """Sends `request` to the host of `url` for a time or a number of requests, whichever ends first.
+
+    Of several requests the n-th sent is the one at n modulo their number, with those `sent_before` counted too.
 
     An answer with another status than `expected` is an error. With an interval each connection sends no more often than
     that, and never before its last answer is complete.
@@ -263,7 +292,8 @@ async def run_load(
     if host is None or port is None or (duration_seconds is None and count is None):
         raise ValueError("a load needs a host, a port, and a duration or a count")
     loop = asyncio.get_running_loop()
-    tally = Tally(count, expected, interval_seconds)
+    asked = [Asked(request)] if isinstance(request, bytes) else request
+    tally = Tally(count, expected, interval_seconds, sent_before)
     live: set[Connection] = set()
 
     async def keep_connected() -> None:
@@ -272,7 +302,7 @@ async def run_load(
             over: asyncio.Future[bool] = loop.create_future()
             try:
                 _, connection = await loop.create_connection(
-                    partial(Connection, request, tally, over), host, port, ssl=tls
+                    partial(Connection, asked, tally, over), host, port, ssl=tls
                 )
             except OSError:
                 tally.errors["connect"] += 1
@@ -301,6 +331,7 @@ async def run_load(
         latency=latency(tally.latencies),
         first_byte=latency(tally.first_bytes),
         events=tally.events,
+        hung_up=tally.hung_up,
     )
 
 
@@ -310,7 +341,7 @@ async def hold_open(url: str, request: bytes, count: int) -> list[Connection]:
     parts, tally = urlsplit(url), Tally(count)
     held: list[Connection] = []
     for _ in range(count):
-        made = partial(Connection, request, tally, loop.create_future())
+        made = partial(Connection, [Asked(request)], tally, loop.create_future())
         held.append((await loop.create_connection(made, parts.hostname, parts.port))[1])
     deadline = loop.time() + LATE_SECONDS
     while not all(one.begun for one in held):

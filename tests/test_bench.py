@@ -15,7 +15,17 @@ from loadtest.bench import plot
 from loadtest.bench import report as reporting
 from loadtest.bench.parts import Subject, usage
 from loadtest.bench.report import Facts, Report, Row, Sample
-from loadtest.load import NUMBER, Latency, LoadResult, hold_open, latency, percentile, request_bytes, run_load
+from loadtest.load import (
+    NUMBER,
+    Asked,
+    Latency,
+    LoadResult,
+    hold_open,
+    latency,
+    percentile,
+    request_bytes,
+    run_load,
+)
 
 ANSWER = b'{"ok":true}'
 WHOLE = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 11\r\n\r\n" + ANSWER
@@ -95,6 +105,32 @@ def test_whole_answers_are_completed_and_no_error() -> None:
 
 def test_a_count_is_shared_by_all_connections() -> None:
     assert load_against([WHOLE] * 10, connections=4).completed == 10
+
+
+def test_a_client_hangs_up_after_its_events_and_goes_on_with_the_next_of_its_requests() -> None:
+    asked: list[bytes] = []
+
+    class Server(asyncio.Protocol):
+        """Answers a request that says leave with a stream without an end, any other whole."""
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            self.transport = transport
+
+        def data_received(self, data: bytes) -> None:
+            asked.append(data)
+            begun = STREAM_HEAD + chunked(b'data: {"a":1}\n\n') + chunked(b'data: {"a":2}\n\n', b'data: {"a":3}\n\n')
+            self.transport.write(begun if data.startswith(b"leave") else WHOLE)  # type: ignore[attr-defined]
+
+    async def run() -> LoadResult:
+        server = await asyncio.get_running_loop().create_server(Server, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with server:
+            requests = [Asked(b"leave " + NUMBER, hangs_up_after=2), Asked(b"stay " + NUMBER)]
+            return await run_load(url, requests, concurrency=1, count=4, sent_before=7)
+
+    result = asyncio.run(asyncio.wait_for(run(), 20))
+    assert asked == [b"leave %012d" % 8, b"stay %012d" % 9, b"leave %012d" % 10, b"stay %012d" % 11]
+    assert (result.completed, result.hung_up, result.errors) == (2, 2, {})
 
 
 def test_an_answer_with_another_status_is_an_error_of_that_status() -> None:
