@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -42,8 +43,8 @@ HUNG_UP_AFTER = 2
 """Events of its stream."""
 VENDOR_ERRORS = 0.05
 WARM_UP = 0.2
-"""Of the calls: until then buffers, pools and caches may grow to their size."""
-SAMPLES = 100
+"""Of the calls, or of the time: until then buffers, pools and caches may grow to their size."""
+SAMPLES = 200
 GROWTH = {"memory": (0.08, 4_000_000), "tasks": (0, 3), "sockets": (0, 64), "files": (0, 4)}
 """What each may grow by from the warm-up on: a share, and a number beside it. A leak of 30 bytes a call is 12 MB in the
 800,000 calls after it, of which half fall to each replica. Connections to Traefik and to vendors are kept for a minute
@@ -202,7 +203,7 @@ def page(samples: dict[str, list[Sample]], text: Sequence[str]) -> bytes:
     )
 
 
-def soak(stack: Stack, calls: int, concurrency: int, report: Path) -> int:
+def soak(stack: Stack, calls: int, minutes: float, concurrency: int, report: Path) -> int:
     names = [replica.name for replica in stack.replicas]
     samples: dict[str, list[Sample]] = {name: [] for name in names}
     fault = {"kind": "status", "status": 500, "probability": VENDOR_ERRORS}
@@ -210,16 +211,20 @@ def soak(stack: Stack, calls: int, concurrency: int, report: Path) -> int:
     run = f"soak{uuid.uuid4().hex[:12]}"
     load = Soak(stack, run, concurrency)
     began, spent_before = time.monotonic(), cpu_seconds(stack)
-    warm, before = int(calls * WARM_UP), []
+    before: list[Sample] = []
     for step in range(1, SAMPLES + 1):
         load.calls(calls * step // SAMPLES)
         for replica in stack.replicas:
             samples[replica.name].append(sample(replica, stack.admin_token, load.begun))
-        if not before and load.begun >= warm:
+        done = max(load.begun / calls, (time.monotonic() - began) / 60 / minutes)
+        if not before and done >= WARM_UP:
             before = at_rest(stack, load.begun)
         print(f"\r  {load.begun:,} of {calls:,} calls", end="", flush=True)
+        if done >= 1:
+            break
     seconds = time.monotonic() - began
     print()
+    calls = load.begun
     shipped = rows(stack, run, calls)
     spent = {name: (now - spent_before[name]) / calls * 1e6 for name, now in cpu_seconds(stack).items()}
     after = at_rest(stack, calls)
@@ -234,7 +239,7 @@ def soak(stack: Stack, calls: int, concurrency: int, report: Path) -> int:
         f"rows: {dict(shipped)}",
         "CPU a call, µs: " + ", ".join(f"{name} {each:,.0f}" for name, each in spent.items()),
         *(
-            f"{name} at rest, after {warm:,} calls and at the end: "
+            f"{name} at rest, after {a.calls:,} calls and at the end: "
             + ", ".join(f"{field} {getattr(a, field):,} and {getattr(b, field):,}" for field in GROWTH)
             for name, a, b in zip(names, before, after, strict=True)
         ),
@@ -250,6 +255,7 @@ def soak(stack: Stack, calls: int, concurrency: int, report: Path) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m loadtest.soak", description=__doc__)
     parser.add_argument("--calls", type=int, default=1_000_000)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end then with the calls there were (no limit)")
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--report", type=Path, default=Path("build/soak.html"), help="HTML page; JSON beside it")
     options = parser.parse_args()
@@ -259,7 +265,7 @@ def main() -> int:
         tempfile.TemporaryDirectory(prefix="gateway-soak-") as folder,
         Stack(Path(folder), environ=environ, overlay=overlay) as stack,
     ):
-        return soak(stack, options.calls, options.concurrency, options.report)
+        return soak(stack, options.calls, options.minutes, options.concurrency, options.report)
 
 
 if __name__ == "__main__":
