@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 # As the image's build does: where PYTHONDONTWRITEBYTECODE is set, every start compiles all of it: a third of the imports' CPU time.
 COMPILE := @$(VENV)/bin/python -m compileall -q app loadtest
 
-.PHONY: up down test gate drills soak cache-eval frameworks lint audit bench lock
+.PHONY: up down test gate budget drills soak cache-eval frameworks lint audit bench lock
 
 up: $(STAMP)  ## start the whole stack on this machine; ARGS are `gateway up`'s
 	$(COMPILE)
@@ -21,6 +21,10 @@ test: $(STAMP) lint  ## the test suite, on real Redis, PostgreSQL and Traefik; a
 gate: $(STAMP)  ## the pre-ship gates on a stack of their own: load, fallback drill, evals; build/preship.html
 	$(COMPILE)
 	$(VENV)/bin/gateway preship --apps loadtest/gate --report build/preship.html $(ARGS)
+
+budget: $(STAMP)  ## what a call costs, held to loadtest/budget/kept.json: machine instructions, CPU time beside nginx's. ARGS=--keep
+	$(COMPILE)
+	$(VENV)/bin/python -m loadtest.budget $(ARGS)
 
 drills: $(STAMP)  ## the long ones: chaos under load, and what the suite does in small, ten times as often; build/drills.xml
 	$(COMPILE)
@@ -46,7 +50,7 @@ lint: $(STAMP)
 audit: $(STAMP)  ## secrets in the repository, known vulnerabilities, build/sbom.json; says where it cannot look things up
 	$(VENV)/bin/python .ci/audit.py
 
-bench: $(STAMP)  ## requests/s per core, added latency, memory; by hand
+bench: $(STAMP)  ## requests/s per core, added latency, memory; by hand. VENV=.venv-optimised PYTHON=/usr/bin/python3: with another Python
 	$(COMPILE)
 	$(VENV)/bin/python -m loadtest.bench $(ARGS)
 

@@ -242,9 +242,7 @@ async def count(case: str, folder: Path, change: Callable[[Replica], None] = lam
     try:
         request, streams = request_of(case), case == "stream"
         for _ in range(WARM_UP):
-            answer = await rig.call(request, streams)
-        if not answer.startswith(b"HTTP/1.1 200 ") or b'"usage"' not in answer:
-            raise RuntimeError(f"{case}: no whole answer: {answer[:1000]!r}")
+            whole(case, await rig.call(request, streams))
         found = []
         for _ in range(COUNTED):
             before = rig.writes
@@ -270,6 +268,12 @@ async def timed(case: str, folder: Path, rounds: int) -> list[float]:
     finally:
         rig.close()
     return figures[1:]
+
+
+def whole(case: str, answer: bytes) -> None:
+    """Raises RuntimeError where it is not."""
+    if not answer.startswith(b"HTTP/1.1 200 ") or b'"usage"' not in answer:
+        raise RuntimeError(f"{case}: no whole answer: {answer[:1000]!r}")
 
 
 def request_of(case: str) -> bytes:

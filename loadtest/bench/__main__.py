@@ -26,6 +26,7 @@ from pathlib import Path
 import msgspec
 import uvloop
 
+from loadtest import interpreter
 from loadtest.bench import plot
 from loadtest.bench import report as reporting
 from loadtest.bench.parts import (
@@ -287,8 +288,8 @@ def _megabytes(used: Usage | None) -> tuple[float, float] | None:
 def machine(cores: int, options: argparse.Namespace) -> str:
     return (
         f"{platform.system()} {platform.machine()}, {cores} cores, one for the proxy under test; Python "
-        f"{platform.python_version()}; {options.rounds} rounds of {options.duration:g} s, medians; chunks of streams "
-        f"{options.chunk_interval_ms:g} ms apart."
+        f"{platform.python_version()}, {interpreter.kind()}; {options.rounds} rounds of {options.duration:g} s, "
+        f"medians; chunks of streams {options.chunk_interval_ms:g} ms apart."
     )
 
 
