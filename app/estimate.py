@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from app.config import Alias
 from app.core import Exchange, Usage, dearest_nanos, estimate
-from app.prompt_size import BLOB_TOKENS, BYTES_PER_TOKEN, size
+from app.prompt_size import BLOB_TOKENS, BYTES_PER_TOKEN, marks_cache, size
 
 FEWEST_BYTES, MOST_BYTES = 1.5, 6.0
 """What is learned stays between these: dense code and numbers, and long English words with JSON around them."""
@@ -86,7 +86,7 @@ class Estimates:
         """The prompt by what it may cost: read from the vendor's cache, or written there if the call asks for that."""
         learned = self._learned.get(alias.name)
         cached = int(usage.input * learned.cached) if learned is not None and learned.cached_mean else 0
-        if b'"cache_control"' in body:
+        if marks_cache(body):
             rest = {"cache_write_1h" if b'"1h"' in body else "cache_write": usage.input - cached}
         elif cached:
             rest = {"input": usage.input - cached}

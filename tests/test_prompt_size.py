@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.prompt_size import BLOB_TOKENS, size, tokens
+from app.prompt_size import BLOB_TOKENS, HOPS, LONG_BYTES, marks_cache, size, tokens
 
 BLOB = "iVBORw0KGgo/" * 100
 PARTS = {
@@ -25,6 +25,21 @@ def test_base64_counts_by_its_parts_and_not_by_its_length(part: str, times: int)
     body = json.dumps([PARTS[part]] * times).encode()
     assert size(body) == (len(body) - times * len(BLOB), times)
     assert tokens(body) < times * (BLOB_TOKENS + 40)
+
+
+@pytest.mark.parametrize("before", [0, HOPS - 9, 3 * HOPS])
+@pytest.mark.parametrize("part", PARTS)
+def test_base64_is_found_in_a_long_text_whatever_stands_before_it(part: str, before: int) -> None:
+    body = json.dumps([";" * before, "data " * before, {"data": "_"}, "x" * LONG_BYTES, PARTS[part]]).encode()
+    assert size(body) == (len(body) - len(BLOB), 1)
+
+
+@pytest.mark.parametrize("before", ["", "_" * HOPS, "_control"])
+@pytest.mark.parametrize("long", ["", "x" * LONG_BYTES])
+def test_a_cache_mark_is_seen_wherever_it_stands(before: str, long: str) -> None:
+    text = [before, long, {"text": "x"}]
+    assert not marks_cache(json.dumps([*text, {"_control": 1}]).encode())
+    assert marks_cache(json.dumps([*text, {"cache_control": {"type": "ephemeral"}}]).encode())
 
 
 @pytest.mark.parametrize("text", ["word " * 100, "short", BLOB[:100]])
