@@ -52,6 +52,14 @@ still look for the body's end (traefik issue 11767, golang/go issue 40747). No v
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _USER_HASH = re.compile(r"[A-Za-z0-9:._-]{1,128}")
 _VERSION = re.compile(r"[\x20-\x7e]{1,128}")
+_NAMES = {b"x-feature-id": NAME, b"x-user-id-hash": _USER_HASH, b"x-prompt-version": _VERSION}
+_WRITTEN = {
+    b"x-feature-id": "X-Feature-Id",
+    b"x-user-id-hash": "X-User-Id-Hash",
+    b"x-prompt-version": "X-Prompt-Version",
+}
+"""The same names as a refusal has them."""
+_TOLD = frozenset({*_NAMES, b"x-user-id", b"x-est-tokens"})
 _TRACESTATE = re.compile(r"[\x20-\x7e]{1,512}")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 
@@ -71,60 +79,22 @@ class FrontDoor:
         """Where content of tenants that asked for it goes; None: nowhere."""
 
     async def serve(self, dialect: Dialect, visit: Visit) -> None:
-        """A call to a route of `dialects.ROUTES`, from the first byte in to the last byte out."""
-        started, received_at = self.ambient.monotonic(), self.ambient.now()
-        config = self.source.current
-        headers = header_map(visit.raw_headers)
-        if visit.method not in dialect.methods:
-            self._refuse(visit, dialect, MethodNotAllowed(f"This route takes {' and '.join(dialect.methods)}."))
-            return
-        try:
-            key = self.callers.known(config, headers, received_at)
-            if key is None:  # a token that is new to this replica
-                key = await self.callers.verified(config, headers, received_at)
-        except (InvalidApiKey, IssuerUnavailable) as error:
-            self.gateway.telemetry.unidentified(error)
-            await self._not_too_soon(visit, started)
-            self._refuse(visit, dialect, error)
-            return
-        fault: GatewayError | None = None
-        body: bytes | None = b""
-        patience = visit.patience
-        try:
-            if (whole := visit.at_once()) is not None:
-                body = self.bodies.take(whole, config.settings)
-            else:
-                body = await self.bodies.read(headers, visit.receive, config.settings, patience)
-        except GatewayError as error:
-            fault = error
-        started = self.ambient.monotonic()  # the upload was the client's time
-        call = self._call(config, key, dialect, headers, body or b"", fault, started, received_at)
-        exchange = Exchange(call=call, patience=patience)
-        if body is None:
-            exchange.cut = "client_closed"
-            self.gateway.close(exchange)
-            return
-        try:
-            await self._serve(exchange, visit)
-        finally:
-            self.bodies.held -= len(body)
+        """A call to a route of `dialects.ROUTES`, from the first byte in to the last byte out.
 
-    async def serve_below(self, path: bytes, dialect: Dialect, visit: Visit) -> None:
-        """The same to a path below `path`, of `dialects.BELOW`."""
-        target, _, query = visit.target.partition(b"?")
-        name = target.partition(path)[2].decode("latin-1")
-        await self.serve(named(dialect, visit.method, name, query.decode("latin-1")), visit)
-
-    async def _serve(self, exchange: Exchange, visit: Visit) -> None:
-        """The call's journey. A hang-up or the drain's limit cancels this task; `exchange.cut` says which."""
-        task = visit.task
+        A hang-up or the drain's limit cancels the visit's task; `exchange.cut` says which.
+        """
+        exchange = await self._received(dialect, visit)
+        if exchange is None:
+            return
+        task, call = visit.task, exchange.call
         self.in_flight[task] = exchange
         kept = None if self.content is None else Kept()
         visit.on_hang_up = hang_up = partial(_cut, exchange, task, "client_closed")
         if visit.gone:
             hang_up()
-        longest = exchange.call.config.settings.longest_seconds + STALLED_SECONDS
-        visit.patience.last(longest, partial(_cut, exchange, task, "deadline"))
+        visit.patience.last(
+            call.config.settings.longest_seconds + STALLED_SECONDS, partial(_cut, exchange, task, "deadline")
+        )
         try:
             await self.gateway.serve(exchange, partial(self._depart, exchange, visit, kept))
         except asyncio.CancelledError:
@@ -134,17 +104,59 @@ class FrontDoor:
             if exchange.cut == "drain":
                 self._send_drained(exchange, visit)
         except Exception:
-            log.exception("defect in a call", extra=exchange.call.named)
+            log.exception("defect in a call", extra=call.named)
             error = InternalError("The gateway has a defect; its log has it under this request id.")
             if not visit.started:
-                self._refuse(visit, exchange.call.dialect, error, exchange.call.request_id)
+                self._refuse(visit, call.dialect, error, call.request_id)
             elif exchange.request is not None and exchange.request.stream:
-                visit.write(exchange.call.dialect.error_frames(error, exchange.call.request_id, exchange.sent))
+                visit.write(call.dialect.error_frames(error, call.request_id, exchange.sent))
         finally:
-            visit.on_hang_up = None
+            visit.on_hang_up = exchange.send = None
             del self.in_flight[task]
+            self.bodies.held -= len(call.body)
             if kept is not None and kept.size:
                 self.content.take(exchange, kept)
+
+    async def serve_below(self, path: bytes, dialect: Dialect, visit: Visit) -> None:
+        """The same to a path below `path`, of `dialects.BELOW`."""
+        target, _, query = visit.target.partition(b"?")
+        name = target.partition(path)[2].decode("latin-1")
+        await self.serve(named(dialect, visit.method, name, query.decode("latin-1")), visit)
+
+    async def _received(self, dialect: Dialect, visit: Visit) -> Exchange | None:
+        """The call, its body counted in `bodies`; None where it is none, or over already. Waits where it has to."""
+        started, received_at = self.ambient.monotonic(), self.ambient.now()
+        config = self.source.current
+        headers = header_map(visit.raw_headers)
+        if visit.method not in dialect.methods:
+            self._refuse(visit, dialect, MethodNotAllowed(f"This route takes {' and '.join(dialect.methods)}."))
+            return None
+        try:
+            key = self.callers.known(config, headers, received_at)
+            if key is None:  # a token that is new to this replica
+                key = await self.callers.verified(config, headers, received_at)
+        except (InvalidApiKey, IssuerUnavailable) as error:
+            self.gateway.telemetry.unidentified(error)
+            await self._not_too_soon(visit, started)
+            self._refuse(visit, dialect, error)
+            return None
+        fault: GatewayError | None = None
+        body: bytes | None = b""
+        try:
+            if (whole := visit.at_once()) is not None:
+                body = self.bodies.take(whole, config.settings)
+            else:
+                body = await self.bodies.read(headers, visit.receive, config.settings, visit.patience)
+        except GatewayError as error:
+            fault = error
+        started = self.ambient.monotonic()  # the upload was the client's time
+        call = self._call(config, key, dialect, headers, body or b"", fault, started, received_at)
+        exchange = Exchange(call=call, patience=visit.patience)
+        if body is None:
+            exchange.cut = "client_closed"
+            self.gateway.close(exchange)
+            return None
+        return exchange
 
     async def _depart(self, exchange: Exchange, visit: Visit, kept: Kept | None, reply: Reply) -> None:
         """Sends a reply as fast as it comes and the client reads."""
@@ -160,14 +172,10 @@ class FrontDoor:
             visit.whole(reply.status, reply.headers, reply.first)
             return
         visit.start(reply.status, reply.headers)
+        exchange.send = send = partial(_send, exchange, visit, kept)
         async with aclosing(reply.frames) as frames:
             async for frame in frames:
-                visit.write(frame)
-                if b"data:" in frame:  # a keep-alive has no number that an error could follow
-                    exchange.sent = frame
-                if kept is not None:
-                    kept.add(frame)
-                if visit.blocked:
+                if not send(frame):
                     await visit.drained()
         visit.end()
 
@@ -206,40 +214,25 @@ class FrontDoor:
     ) -> Call:
         """The call, with what its headers say. A header that cannot be used is a fault, never dropped in silence."""
         event_id = self.ambient.event_id(received_at)
-        request_id = headers.get(b"x-request-id", "")
-        if not _REQUEST_ID.fullmatch(request_id):
+        request_id = headers.get(b"x-request-id")
+        if request_id is None or not _REQUEST_ID.fullmatch(request_id):
             request_id = "req_" + event_id.replace("-", "")
-        feature = headers.get(b"x-feature-id") or None
-        user_hash = headers.get(b"x-user-id-hash") or None
-        prompt_version = headers.get(b"x-prompt-version") or None
-        hint = headers.get(b"x-est-tokens") or "0"
-        for name, value, pattern in (
-            ("X-Feature-Id", feature, NAME),
-            ("X-User-Id-Hash", user_hash, _USER_HASH),
-            ("X-Prompt-Version", prompt_version, _VERSION),
-        ):
-            if value is not None and not pattern.fullmatch(value):
-                fault = fault or InvalidRequest(f"{name} must match {pattern.pattern}.", param=name)
-        if not (hint.isascii() and hint.isdigit() and len(hint) < 10):
-            fault = fault or InvalidRequest("X-Est-Tokens must be a whole number of tokens.", param="X-Est-Tokens")
-            hint = "0"
-        relayed = []
-        for name, pattern in dialect.relayed.items():
-            if value := headers.get(name):
-                relayed.append((name.decode(), value))
-                if not pattern.fullmatch(value):
-                    named = name.decode()
-                    fault = fault or InvalidRequest(f"{named} must match {pattern.pattern}.", param=named)
-        if (user := headers.get(b"x-user-id")) and user_hash is None:
-            salt = config.settings.user_id_salt.reveal()
-            user_hash = "sha256:" + hashlib.sha256(f"{salt}:{user}".encode()).hexdigest()
-        said = None
+        said: Mapping[bytes, str] = {}
+        tokens_hint = 0
+        if not _TOLD.isdisjoint(headers):
+            said, tokens_hint, wrong = _told(headers, config)
+            fault = fault or wrong
+        relayed: tuple[tuple[str, str], ...] = ()
+        if dialect.relayed:
+            relayed, wrong = _relayed(headers, dialect)
+            fault = fault or wrong
+        wanted = None
         if not wishes.HEADERS.isdisjoint(headers):
             try:
-                said = wishes.read(headers)
+                wanted = wishes.read(headers)
             except InvalidRequest as error:
                 fault = fault or error
-        parent = _TRACEPARENT.fullmatch(headers.get(b"traceparent", ""))
+        parent = _TRACEPARENT.fullmatch(headers[b"traceparent"]) if b"traceparent" in headers else None
         return Call(
             event_id=event_id,
             request_id=request_id,
@@ -252,18 +245,18 @@ class FrontDoor:
             body=body,
             fault=fault,
             tenant_claimed=(headers.get(b"x-tenant-id") or "")[:128] or None,
-            feature_id=feature if feature and NAME.fullmatch(feature) else None,
-            user_id_hash=user_hash if user_hash and _USER_HASH.fullmatch(user_hash) else None,
-            prompt_version=prompt_version if prompt_version and _VERSION.fullmatch(prompt_version) else None,
-            tokens_hint=int(hint),
+            feature_id=said.get(b"x-feature-id"),
+            user_id_hash=said.get(b"x-user-id-hash"),
+            prompt_version=said.get(b"x-prompt-version"),
+            tokens_hint=tokens_hint,
             trace_id=parent[1] if parent and parent[1].strip("0") else self.ambient.trace_id(),
             parent_span_id=int(parent[2], 16) or None if parent else None,
             trace_state=_trace_state(headers) if parent else None,
             sampled=(
                 bool(int(parent[3], 16) & 1) if parent else self.ambient.random() < config.settings.trace_sample_ratio
             ),
-            relayed=tuple(relayed),
-            wishes=said,
+            relayed=relayed,
+            wishes=wanted,
             metadata=_picked(headers, config.routing_headers) if config.routing_headers else {},
         )
 
@@ -278,6 +271,54 @@ class FrontDoor:
             *retry_headers(error, error.status),
         ]
         visit.whole(error.status, headers, body)
+
+
+def _send(exchange: Exchange, visit: Visit, kept: Kept | None, frames: bytes) -> bool:
+    """Sends frames of a stream. Whether there is room for more: else the client has to read first."""
+    visit.write(frames)
+    if b"data:" in frames:  # a keep-alive has no number that an error could follow
+        exchange.sent = frames
+    if kept is not None:
+        kept.add(frames)
+    return not visit.blocked
+
+
+def _told(headers: Mapping[bytes, str], config: Config) -> tuple[Mapping[bytes, str], int, InvalidRequest | None]:
+    """What a call's own headers say, by their names, its hint of tokens, and what of it cannot be used."""
+    said: dict[bytes, str] = {}
+    fault: InvalidRequest | None = None
+    for name, pattern in _NAMES.items():
+        if value := headers.get(name):
+            if pattern.fullmatch(value):
+                said[name] = value
+            else:
+                fault = fault or _unusable(_WRITTEN[name], pattern)
+    hint = headers.get(b"x-est-tokens") or "0"
+    if not (hint.isascii() and hint.isdigit() and len(hint) < 10):
+        fault = fault or InvalidRequest("X-Est-Tokens must be a whole number of tokens.", param="X-Est-Tokens")
+        hint = "0"
+    if (user := headers.get(b"x-user-id")) and not headers.get(b"x-user-id-hash"):
+        salt = config.settings.user_id_salt.reveal()
+        said[b"x-user-id-hash"] = "sha256:" + hashlib.sha256(f"{salt}:{user}".encode()).hexdigest()
+    return said, int(hint), fault
+
+
+def _relayed(
+    headers: Mapping[bytes, str], dialect: Dialect
+) -> tuple[tuple[tuple[str, str], ...], InvalidRequest | None]:
+    """Those of its headers that a vendor of the same dialect gets too, and what of them cannot be used."""
+    relayed = []
+    fault: InvalidRequest | None = None
+    for name, pattern in dialect.relayed.items():
+        if value := headers.get(name):
+            relayed.append((name.decode(), value))
+            if not pattern.fullmatch(value):
+                fault = fault or _unusable(name.decode(), pattern)
+    return tuple(relayed), fault
+
+
+def _unusable(name: str, pattern: re.Pattern[str]) -> InvalidRequest:
+    return InvalidRequest(f"{name} must match {pattern.pattern}.", param=name)
 
 
 def _trace_state(headers: Mapping[bytes, str]) -> str | None:

@@ -532,25 +532,34 @@ GAP_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 class Pace(Struct, eq=False):
     """How a stream's chunks followed each other: from one's leaving for the client to the next one's. Seconds.
 
-    `last` is when the last one left. `gaps` counts by GAP_SECONDS, with one more class for what is above.
+    `first` and `last` are when the first and the last one left; before the first, `last` is when it was waited for.
+    `gaps` counts by GAP_SECONDS, with one more class for what is above.
     """
 
     last: float
-    chunks: int = 0
+    first: float | None = None
     longest_gap: float = 0.0
-    gaps_seconds: float = 0.0
     gaps: list[int] = field(default_factory=lambda: [0] * (len(GAP_SECONDS) + 1))
 
     def chunk(self, now: float) -> None:
         """One has left."""
-        if self.chunks:
+        if self.first is None:
+            self.first = now
+        else:
             gap = now - self.last
             if gap > self.longest_gap:
                 self.longest_gap = gap
-            self.gaps_seconds += gap
             self.gaps[bisect_left(GAP_SECONDS, gap)] += 1
-        self.chunks += 1
         self.last = now
+
+    @property
+    def chunks(self) -> int:
+        return 0 if self.first is None else 1 + sum(self.gaps)
+
+    @property
+    def gaps_seconds(self) -> float:
+        """All of them together."""
+        return 0.0 if self.first is None else self.last - self.first
 
 
 FIRST_ATTEMPT = 16
@@ -583,7 +592,8 @@ class Exchange(Struct, kw_only=True, eq=False):
     than the first, `hedged` whether a second target was asked beside the first, `shadowed` whether a third got a copy.
     `doubted`: the answer is doubtful, and served for want of a better one.
     `grant` is what the call holds of its vendor's key, where the key's vendor grants so much and no more.
-    `left`: its client hung up, and it went on for others that listen. `sent` are the last frames of a stream that left.
+    `left`: its client hung up, and it went on for others that listen. `sent` are the last frames of a stream that left,
+    `send` lets more of them leave and tells whether there is room for the next, where its reader takes them at once.
     `memory` is what the call has to do with answers from before, where anything (`recall.Memory`). `recalled` is set
     where it was answered by one, at a target's price that was saved: `spared`. `looking` is when the cache was asked,
     on the monotonic clock.
@@ -630,6 +640,7 @@ class Exchange(Struct, kw_only=True, eq=False):
     cut: Cut | None = None
     left: bool = False
     sent: bytes = b""
+    send: Callable[[bytes], bool] | None = None
     memory: Any = None
     recalled: Recalled | None = None
     spared: Target | None = None

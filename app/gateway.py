@@ -313,11 +313,27 @@ class Gateway:
         sent = guards = False
         if guarding is not None:
             guards = guarding.holds_streams
-        deadline = exchange.call.started + alias.timeouts.total
-        relay_started = self.ambient.monotonic()
+        deadline, idle = exchange.call.started + alias.timeouts.total, alias.timeouts.idle
+        monotonic = self.ambient.monotonic
+        relay_started = monotonic()
         exchange.pace = pace = Pace(relay_started)
-        patience = exchange.patience
+        patience, send = exchange.patience, exchange.send
         flight: Flight | None = None if exchange.memory is None else exchange.memory.flight
+
+        def passes(chunk: bytes) -> bool:
+            """What comes while the relay waits leaves at once, without a step of its task, but for the end."""
+            ready = stream.passing(chunk)
+            if ready is None:
+                return False
+            now = monotonic()
+            patience.limit(min(idle, deadline - now))
+            if not ready:
+                return True
+            if flight is not None:
+                flight.add(ready)
+            pace.chunk(now)
+            return send(ready)
+
         try:
             while True:
                 ready, done = stream.take()
@@ -338,8 +354,11 @@ class Gateway:
                 now = self.ambient.monotonic()
                 if ready:
                     pace.chunk(now)
-                patience.limit(min(alias.timeouts.idle, deadline - now))
-                await stream.more(answer)
+                patience.limit(min(idle, deadline - now))
+                if send is None or guards:
+                    await stream.more(answer)
+                else:
+                    await stream.pour(answer, passes)
                 patience.lift()
         except asyncio.CancelledError:  # hang-up, drain or our own patience
             if not patience.over():

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from urllib.parse import urlsplit
 
 import httptools
+from msgspec import Struct
 
 from app.ambient import Ambient
-from app.errors import VendorBroke, VendorError, VendorUnreachable
+from app.errors import VendorBroke, VendorUnreachable
 from app.providers.translator import Outgoing
 
 IDLE_SECONDS = 55.0
@@ -31,7 +32,10 @@ HEAD_BYTES = 65_536
 LINGER_SECONDS = 1.0
 """How long an answer that was read to its last event may still take to end, so that its connection is kept."""
 HIGH_WATER_BYTES = 262_144
-"""Unread answer bytes at which reading pauses: a slow client slows the vendor instead of filling memory."""
+"""Unread answer bytes, framing included, at which reading pauses: a slow client slows the vendor instead of filling
+memory."""
+LARGE_BYTES = 16_384
+"""A body from this size on is written beside its head: joining the two would copy it."""
 
 Origin = tuple[str, str, int]
 
@@ -45,17 +49,24 @@ class Http1:
         self._max_idle = max_idle
         self._idle: dict[Origin, list[_Connection]] = {}
         self._origins: dict[str, tuple[Origin, bytes]] = {}
+        """By a URL of the configuration: where it connects to, and the first lines of its requests."""
 
     async def open(self, outgoing: Outgoing, connect_seconds: float) -> _Answer:
         """Sends, and returns once the answer's head is there. Raises VendorUnreachable, VendorBroke.
 
         A pooled connection that the vendor closed before a single byte came is replaced by a fresh one, once.
         """
-        if outgoing.method == "POST":
-            origin, head = self._origin(outgoing.url)
-        else:  # of an address that is this call's alone
-            origin, head = _first_lines(outgoing.method, outgoing.url)
-        message = _message(head, outgoing)
+        url = outgoing.url
+        if outgoing.method != "POST":  # of an address that is this call's alone
+            origin, first = _first_lines(outgoing.method, url)
+        elif url in self._origins:
+            origin, first = self._origins[url]
+        else:
+            origin, first = self._origins[url] = _first_lines("POST", url)
+        body = outgoing.body
+        lines = "\r\n".join([*map(": ".join, outgoing.headers), ""]).encode("ascii")
+        head = b"%b%bcontent-length: %d\r\n\r\n" % (first, lines, len(body))
+        message = (head, body) if len(body) >= LARGE_BYTES else (head + body,)
         connection = self._pooled(origin)
         if connection is not None:
             try:
@@ -74,10 +85,12 @@ class Http1:
                 connection.abort()
 
     def give_back(self, connection: _Connection) -> None:
+        """Its answer was read to its end, and the vendor keeps it."""
         now = self._ambient.monotonic()
         idle = self._idle.setdefault(connection.origin, [])
         while idle and (len(idle) >= self._max_idle or idle[0].idle_since <= now - IDLE_SECONDS):
             idle.pop(0).abort()
+        connection.answer = None
         connection.idle_since = now
         idle.append(connection)
 
@@ -86,12 +99,6 @@ class Http1:
         idle = self._idle.get(connection.origin, [])
         if connection in idle:
             idle.remove(connection)
-
-    def _origin(self, url: str) -> tuple[Origin, bytes]:
-        """Where a URL of the configuration connects to, and the first lines of its requests."""
-        if url not in self._origins:
-            self._origins[url] = _first_lines("POST", url)
-        return self._origins[url]
 
     def _pooled(self, origin: Origin) -> _Connection | None:
         idle = self._idle.get(origin)
@@ -129,11 +136,6 @@ def _first_lines(method: str, url: str) -> tuple[Origin, bytes]:
     return (parts.scheme, parts.hostname or "", port), head
 
 
-def _message(head: bytes, outgoing: Outgoing) -> bytes:
-    lines = [*map(": ".join, outgoing.headers), f"content-length: {len(outgoing.body)}", "", ""]
-    return b"%b%b%b" % (head, "\r\n".join(lines).encode("ascii"), outgoing.body)
-
-
 class _Stale(Exception):
     """The connection ended before a single byte of an answer."""
 
@@ -148,25 +150,30 @@ class _Connection(asyncio.Protocol):
         self.idle_since = 0.0
         self.closed = False
         self.transport: asyncio.Transport | None = None
+        self.answer: _Answer | None = None
+        self._head: dict[bytes, bytes] = {}
+        self.on_header = self._head.__setitem__
+        """An answer has thirty: the parser writes them there itself."""
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
         """For all its answers, one after the other: making one looks for eight methods."""
-        self._answer: _Answer | None = None
 
-    async def exchange(self, message: bytes) -> _Answer:
-        """Writes a request and waits for the head of its answer."""
-        self._answer = answer = _Answer(self)
+    async def exchange(self, message: tuple[bytes, ...]) -> _Answer:
+        """Writes a request and waits for the head of its answer. Raises VendorBroke, `_Stale`."""
+        self.answer = answer = _Answer(self)
         try:
-            self.transport.write(message)
-            await answer.head()
+            if len(message) == 1:
+                self.transport.write(message[0])
+            else:
+                self.transport.writelines(message)
+            while not answer.status:
+                if answer.failure is not None:
+                    raise answer.failure
+                answer.waiter = self.loop.create_future()
+                await answer.waiter
         except BaseException:
             self.abort()
             raise
         return answer
-
-    def release(self) -> None:
-        """The answer was read to its end, and the vendor keeps the connection."""
-        self._answer = None
-        self.engine.give_back(self)
 
     def abort(self) -> None:
         if not self.closed:
@@ -177,15 +184,19 @@ class _Connection(asyncio.Protocol):
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:
-        answer = self._answer
+        answer = self.answer
         if answer is None:  # bytes that nobody asked for
             self.abort()
-        elif not self.closed:
-            answer.count(len(data))
-            try:
-                self._parser.feed_data(data)
-            except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-                answer.fail("the vendor's answer is not HTTP")
+        if self.closed:
+            return
+        take = answer.take
+        if take is None:
+            answer.unread_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            answer.fail("the vendor's answer is not HTTP")
+        if take is None or not answer.passed(take):
             answer.fed()
 
     def eof_received(self) -> bool:
@@ -194,85 +205,115 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self.closed = True
         self._parser = None  # it refers back to us: without this, each connection would wait for the garbage collector
-        if self._answer is None:
+        answer, self.answer = self.answer, None
+        if answer is None:
             self.engine.forget(self)
         else:
-            self._answer.lost(error)
+            answer.lost(error)
 
     # --- from the parser ---
 
     def on_message_begin(self) -> None:
-        self._answer.begun()
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._answer.header(name, value)
+        self._head.clear()
+        if self.answer.complete:  # a second answer to one request: whose is it?
+            self.answer.keep = False
 
     def on_headers_complete(self) -> None:
-        self._answer.headed(self._parser.get_status_code())
+        status, answer = self._parser.get_status_code(), self.answer
+        if status >= 200 and not answer.status:  # not 100 Continue, 103 Early Hints: the answer is yet to come
+            answer.status, answer.headers = status, _Headers(self._head.copy())  # trailers are left out
 
     def on_body(self, body: bytes) -> None:
-        self._answer.body(body)
+        answer = self.answer
+        if not answer.complete:
+            answer.body.append(body)
 
     def on_message_complete(self) -> None:
-        self._answer.ended(self._parser.should_keep_alive())
+        answer = self.answer
+        if answer.status and not answer.complete:
+            answer.complete = True
+            answer.keep = self._parser.should_keep_alive()
 
 
-class _Answer:
-    """Implements `upstream.VendorAnswer`."""
+class _Headers(Mapping[str, str]):
+    """An answer's headers, looked for when somebody asks for one: of thirty that is one or two."""
 
-    def __init__(self, connection: _Connection) -> None:
-        self.status = 0
-        self._connection = connection
-        self._waiter: asyncio.Future[None] | None = None
-        self._raw_headers: list[tuple[bytes, bytes]] = []
-        self._headers: dict[str, str] | None = None
-        self._head_bytes = 0
-        self._head_done = False
-        self._complete = False
-        self._keep = False
-        self._released = self._lingers = self._over = False
-        self._failure: VendorError | _Stale | None = None
-        self._body: list[bytes] = []
-        self._body_bytes = 0
-        self._paused = False
+    __slots__ = ("_lower", "_raw")
 
-    @property
-    def headers(self) -> Mapping[str, str]:
-        """Read when they are asked for: an answer has thirty, of which one or two are."""
-        if self._headers is None:
-            self._headers = {
-                name.decode("latin-1").lower(): value.decode("latin-1") for name, value in self._raw_headers
-            }
-        return self._headers
+    def __init__(self, raw: dict[bytes, bytes]) -> None:
+        self._raw = raw
+        self._lower: dict[bytes, bytes] | None = None
 
-    async def head(self) -> None:
-        """Waits for status and headers. Raises VendorBroke, `_Stale`."""
-        while not self._head_done:
-            if self._failure is not None:
-                raise self._failure
-            self._waiter = self._connection.loop.create_future()
-            await self._waiter
+    def __getitem__(self, name: str) -> str:
+        key = name.encode("latin-1")
+        value = self._raw.get(key)  # as most vendors write it
+        return self._all()[key].decode("latin-1") if value is None else value.decode("latin-1")
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.decode("latin-1") for name in self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    def _all(self) -> dict[bytes, bytes]:
+        if self._lower is None:
+            self._lower = {name.lower(): value for name, value in self._raw.items()}
+        return self._lower
+
+
+class _Answer(Struct, eq=False):
+    """Implements `upstream.VendorAnswer`. `status` is 0 until its head is there, `body` what nobody has read yet."""
+
+    connection: _Connection
+    status: int = 0
+    headers: Mapping[str, str] = {}
+    body: list[bytes] = []
+    unread_bytes: int = 0
+    complete: bool = False
+    keep: bool = False
+    failure: Exception | None = None
+    waiter: asyncio.Future[None] | None = None
+    take: Callable[[bytes], bool] | None = None
+    sated: bool = False
+    paused: bool = False
+    released: bool = False
+    lingers: bool = False
+    over: bool = False
 
     async def chunk(self) -> bytes | None:
         """The bytes that have arrived, at least one; None at the end. Raises VendorBroke when the answer was cut."""
-        while not self._body:
-            if self._complete:
+        while not self.body:
+            if self.complete:
                 return None
-            if self._failure is not None:
-                raise self._failure
-            self._waiter = self._connection.loop.create_future()
-            await self._waiter
-        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-        self._body.clear()
-        self._body_bytes = 0
-        if self._paused:
-            self._paused = False
-            if not self._connection.closed:
-                self._connection.transport.resume_reading()
-        return body
+            if self.failure is not None:
+                raise self.failure
+            self.waiter = self.connection.loop.create_future()
+            await self.waiter
+        return self._given()
+
+    async def pour(self, take: Callable[[bytes], bool]) -> bool:
+        """Gives `take` each part the moment it arrives, until that says that it wants no more: True then, False at the
+        end. Raises VendorBroke when the answer was cut, and what `take` raises.
+        """
+        if self.body and not take(self._given()):
+            return True
+        self.take, self.sated = take, False
+        try:
+            while not self.sated:
+                if self.failure is not None:
+                    raise self.failure
+                if self.complete:
+                    return False
+                self.waiter = self.connection.loop.create_future()
+                await self.waiter
+        finally:
+            self.take = None
+        return True
 
     async def read(self, max_bytes: int) -> bytes:
         """The whole body. Raises VendorBroke when it was cut or is above `max_bytes`."""
+        if self.complete and len(self.body) == 1 and len(self.body[0]) <= max_bytes:
+            return self._given()
         parts = []
         size = 0
         while (part := await self.chunk()) is not None:
@@ -280,97 +321,95 @@ class _Answer:
             if size > max_bytes:
                 raise VendorBroke("the vendor's answer is too large")
             parts.append(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return b"".join(parts)
 
     async def close(self, ended: bool = False) -> None:
         """Back to the pool if the answer was read to its end; else the connection ends, and the vendor stops.
 
         `ended`: its last event was read. What ends the HTTP message may come a moment later, and is waited for.
         """
-        if self._released:
+        if self.released:
             return
-        if ended and not self._complete and self._failure is None and not self._connection.closed:
-            self._released = self._lingers = True
-            self._body.clear()
-            self._connection.loop.call_later(LINGER_SECONDS, self._let_go)
-            return
-        self._let_go()
+        self.released = True
+        if ended and not self.complete and self.failure is None and not self.connection.closed:
+            self.lingers = True
+            self.body.clear()
+            self.connection.loop.call_later(LINGER_SECONDS, self._let_go)
+        else:
+            self._let_go()
 
     def _let_go(self) -> None:
-        if self._over:
+        if self.over:
             return
-        self._released = self._over = True
-        self._lingers = False
-        connection = self._connection
-        sent = not connection.closed and connection.transport.get_write_buffer_size() == 0
-        if sent and self._complete and self._keep and not self._body:
-            connection.release()
+        self.over = True
+        self.lingers = False
+        connection = self.connection
+        if (
+            self.complete
+            and self.keep
+            and not self.body
+            and not connection.closed
+            and connection.transport.get_write_buffer_size() == 0
+        ):
+            connection.engine.give_back(connection)
         else:
             connection.abort()
 
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+    def _given(self) -> bytes:
+        """What has arrived."""
+        body = self.body
+        data = body[0] if len(body) == 1 else b"".join(body)
+        body.clear()
+        self.unread_bytes = 0
+        if self.paused:
+            self.paused = False
+            if not self.connection.closed:
+                self.connection.transport.resume_reading()
+        return data
 
     # --- from the connection ------------------------------------------------------------------------------------------
 
-    def count(self, size: int) -> None:
-        """So many bytes are about to be parsed."""
-        if not self._head_done:
-            self._head_bytes += size
+    def passed(self, take: Callable[[bytes], bool]) -> bool:
+        """What has arrived is parsed, and taken at once. Whether that goes on."""
+        body = self.body
+        if body:
+            try:
+                self.sated = not take(body.pop() if len(body) == 1 else self._given())
+            except Exception as defect:  # it is the reader's, who is told of it where it waits
+                self.failure = defect
+        if self.sated or self.complete or self.failure is not None:
+            self.take = None
+        return self.take is not None
 
     def fed(self) -> None:
-        """What has arrived is parsed."""
-        if not self._head_done and self._head_bytes > HEAD_BYTES:
+        """What has arrived is parsed, and waits to be read."""
+        if not self.status and self.unread_bytes > HEAD_BYTES:
             self.fail("the head of the vendor's answer is too large")
-        if self._body_bytes > HIGH_WATER_BYTES and not self._paused and not self._connection.closed:
-            self._paused = True
-            self._connection.transport.pause_reading()
-        if self._lingers:
-            self._body.clear()
-            if self._complete:
+        elif self.unread_bytes > HIGH_WATER_BYTES and not self.paused and not self.connection.closed:
+            self.paused = True
+            self.connection.transport.pause_reading()
+        if self.lingers:
+            self.body.clear()
+            if self.complete:
                 self._let_go()
         self._wake()
 
+    def _wake(self) -> None:
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
     def lost(self, error: Exception | None) -> None:
-        if self._head_done and error is None and not _framed(self.headers):
-            self._complete = True  # a body without a length ends with its connection (RFC 9112, 6.3)
-        elif not self._complete and self._failure is None:
-            self._failure = VendorBroke("the vendor cut its answer") if self._head_bytes else _Stale()
+        if self.status and error is None and not _framed(self.headers):
+            self.complete = True  # a body without a length ends with its connection (RFC 9112, 6.3)
+        elif not self.complete and self.failure is None:
+            self.failure = VendorBroke("the vendor cut its answer") if self.status or self.unread_bytes else _Stale()
         self._wake()
 
     def fail(self, reason: str) -> None:
-        self._keep = False
-        if not self._complete and self._failure is None:
-            self._failure = VendorBroke(reason)
-        self._connection.abort()
-
-    def begun(self) -> None:
-        if self._complete:  # a second answer to one request: whose is it?
-            self._keep = False
-
-    def header(self, name: bytes, value: bytes) -> None:
-        if not self._head_done:  # trailers are left out
-            self._raw_headers.append((name, value))
-
-    def headed(self, status: int) -> None:
-        if self._head_done:
-            return
-        if status < 200:  # 100 Continue, 103 Early Hints: the answer is yet to come
-            self._raw_headers.clear()
-            return
-        self.status = status
-        self._head_done = True
-
-    def body(self, body: bytes) -> None:
-        if not self._complete:
-            self._body.append(body)
-            self._body_bytes += len(body)
-
-    def ended(self, keep: bool) -> None:
-        if self._head_done and not self._complete:
-            self._complete = True
-            self._keep = keep
+        self.keep = False
+        if not self.complete and self.failure is None:
+            self.failure = VendorBroke(reason)
+        self.connection.abort()
 
 
 def _framed(headers: Mapping[str, str]) -> bool:

@@ -67,12 +67,39 @@ class Stream:
     async def more(self, answer: VendorAnswer) -> None:
         """Waits for the next bytes and reads them."""
         chunk = await answer.chunk()
-        if chunk is not None:
+        if chunk is None:
+            self._end()
+        else:
             self._take(self.reader.feed(chunk))
-        elif self.reader.finished:
+
+    async def pour(self, answer: VendorAnswer, take: Callable[[bytes], bool]) -> None:
+        """Gives `take` what comes, the moment it comes, until that wants no more; it reads it by `passing`."""
+        if not await answer.pour(take):
+            self._end()
+
+    def passing(self, chunk: bytes) -> bytes | None:
+        """Reads bytes of the vendor's: what may be sent at once. None at the stream's end, and where it is broken.
+
+        Nothing that was taken before waits to be sent.
+        """
+        if not self.reader.plain(chunk):
+            self._take(self.reader.feed(chunk))
+            return None if self._done or self._fault is not None else self.ready()
+        self._relayed_bytes += len(chunk)  # most chunks of most streams
+        if self._kept_bytes < KEPT_BYTES:
+            self._keep(chunk)
+        return chunk
+
+    def _end(self) -> None:
+        """The vendor's bytes end here."""
+        if self.reader.finished:
             self._take(self.reader.end())
         else:
             self._fault = VendorBroke("the vendor cut its stream")
+
+    def _keep(self, frames: bytes) -> None:
+        self._kept.append(frames)
+        self._kept_bytes += len(frames)
 
     def _take(self, frames: Iterator[Frame]) -> None:
         ready = self._ready
@@ -82,8 +109,7 @@ class Stream:
                     self._started = True
                     self._relayed_bytes += len(frame)
                     if self._kept_bytes < KEPT_BYTES:
-                        self._kept.append(frame)
-                        self._kept_bytes += len(frame)
+                        self._keep(frame)
                 elif kind is Kind.DONE:
                     self._done = True
                 elif kind is Kind.USAGE and self._withhold_usage:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Protocol
 
@@ -28,6 +28,11 @@ class VendorAnswer(Protocol):
 
     async def chunk(self) -> bytes | None:
         """The next bytes as they arrive; None at the end. Raises VendorBroke when the answer was cut."""
+
+    async def pour(self, take: Callable[[bytes], bool]) -> bool:
+        """Gives `take` each part the moment it arrives, until that says that it wants no more: True then, False at the
+        end. Raises VendorBroke when the answer was cut, and what `take` raises.
+        """
 
     async def read(self, max_bytes: int) -> bytes:
         """The whole body. Raises VendorBroke when it was cut or is larger."""
@@ -109,6 +114,12 @@ class _HttpxAnswer:
             return await anext(self._chunks, None)
         except httpx.TransportError as error:
             raise VendorBroke("the vendor cut its answer") from error
+
+    async def pour(self, take: Callable[[bytes], bool]) -> bool:
+        while (part := await self.chunk()) is not None:
+            if not take(part):
+                return True
+        return False
 
     async def read(self, max_bytes: int) -> bytes:
         parts = []

@@ -127,6 +127,12 @@ class ScriptedAnswer:
             return part
         return None
 
+    async def pour(self, take: Callable[[bytes], bool]) -> bool:
+        while (part := await self.chunk()) is not None:
+            if not take(part):
+                return True
+        return False
+
     async def read(self, max_bytes: int) -> bytes:
         whole = b""
         while (part := await self.chunk()) is not None:

@@ -276,6 +276,15 @@ def test_frames_of_mere_content_that_came_together_are_relayed_together() -> Non
     assert list(stream.feed(CONTENT * 3)) == [(Kind.CONTENT, CONTENT * 3)]
 
 
+def test_a_chunk_is_plain_where_it_would_be_relayed_as_it_is() -> None:
+    stream = OpenAIStream(STAMP)
+    assert not stream.plain(CONTENT)  # the first content is looked at
+    list(stream.feed(CONTENT))
+    assert stream.plain(CONTENT)
+    list(stream.feed(CONTENT[:9]))
+    assert not stream.plain(CONTENT)
+
+
 @pytest.mark.parametrize("other", [b": alive\n\n", b'data: {"error":{"message":"x"}}\n\n', b"event: x\ndata: {}\n\n"])
 def test_frames_among_which_is_another_are_read_one_by_one(other: bytes) -> None:
     stream = OpenAIStream(STAMP)

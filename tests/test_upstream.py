@@ -185,6 +185,51 @@ def test_a_chunk_is_delivered_before_the_vendor_sends_the_next(run: Run) -> None
     run(scenario)
 
 
+def test_what_arrives_is_given_out_at_once_until_that_is_enough(run: Run) -> None:
+    async def scenario(upstream: Engine) -> None:
+        received = asyncio.Queue()
+
+        async def behaviour(peer: Peer) -> None:
+            await peer.request()
+            await peer.send(OK, b"transfer-encoding: chunked\r\n\r\n")
+            for part in (b"one", b"two", b"six"):
+                await peer.send(b"3\r\n%b\r\n" % part)
+                assert await received.get() == part
+            await peer.send(b"0\r\n\r\n")
+
+        def until_two(part: bytes) -> bool:
+            received.put_nowait(part)
+            return part != b"two"
+
+        async with vendor(behaviour) as at:
+            got = await upstream.open(at.outgoing(), CONNECT_SECONDS)
+            assert await got.pour(until_two)
+            assert not await got.pour(until_two)
+            assert await got.chunk() is None
+            await got.close()
+
+    run(scenario)
+
+
+def test_what_the_taker_raises_is_raised_where_it_is_waited_for(run: Run) -> None:
+    async def behaviour(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(OK, b"content-length: 9\r\n\r\none")
+        await peer.gone()
+
+    def fails(part: bytes) -> bool:
+        raise RuntimeError(part)
+
+    async def scenario(upstream: Engine) -> None:
+        async with vendor(behaviour) as at:
+            got = await upstream.open(at.outgoing(), CONNECT_SECONDS)
+            with pytest.raises(RuntimeError, match="one"):
+                await got.pour(fails)
+            await got.close()
+
+    run(scenario)
+
+
 def test_a_redirect_is_an_answer_like_any_other(run: Run) -> None:
     async def scenario(upstream: Engine) -> None:
         answer = b"HTTP/1.1 307 Temporary Redirect\r\nlocation: /elsewhere\r\ncontent-length: 0\r\n\r\n"
@@ -633,6 +678,19 @@ def test_what_came_before_a_cut_is_delivered_first(run: Run) -> None:
             for _ in range(2 if isinstance(upstream, Http1) else 1):
                 with pytest.raises(VendorBroke):
                     await got.chunk()
+            await got.close()
+
+    run(scenario)
+
+
+def test_what_came_before_a_cut_is_given_out_before_that_is_told(run: Run) -> None:
+    async def scenario(upstream: Engine) -> None:
+        taken: list[bytes] = []
+        async with vendor(once(BROKEN["cut in a body with a length"])) as at:
+            got = await upstream.open(at.outgoing(), CONNECT_SECONDS)
+            with pytest.raises(VendorBroke):
+                await got.pour(lambda part: taken.append(part) is None)
+            assert b"".join(taken) == b"hel"
             await got.close()
 
     run(scenario)

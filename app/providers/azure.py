@@ -47,10 +47,16 @@ class AzureStream(OpenAIStream):
 
     __slots__ = ()
 
+    def plain(self, chunk: bytes) -> bool:
+        return super().plain(chunk) and not _lacks_delta(chunk)
+
     def feed(self, chunk: bytes) -> Iterator[Frame]:
         for kind, frames in super().feed(chunk):
-            lacking = frames.count(b'"delta":{') < frames.count(b'"choices":[{')
-            yield kind, rewritten_frames(frames, _complete_delta) if lacking else frames
+            yield kind, rewritten_frames(frames, _complete_delta) if _lacks_delta(frames) else frames
+
+
+def _lacks_delta(frames: bytes) -> bool:
+    return frames.count(b'"delta":{') < frames.count(b'"choices":[{')
 
 
 def response(body: bytes, stamp: Stamp) -> Answer:

@@ -67,13 +67,10 @@ def outgoing(
         left_out = target.drop_params if stream_options else target.drop_params | {"stream_options"}
         fields = {name: value for name, value in fields.items() if name not in left_out}
     written: dict[str, object] = {**fields, "model": target.model}
-    if stream_options and request.stream and not request.include_usage:
+    if request.stream and stream_options and not request.include_usage:
         written["stream_options"] = Raw(_stream_options(fields.get("stream_options")))
-    return Outgoing(
-        url=target.provider.base_url + "/chat/completions",
-        headers=_STREAMED if request.stream else _WHOLE,
-        body=_encode(written),
-    )
+    url = target.provider.base_url + "/chat/completions"
+    return Outgoing(url, _STREAMED if request.stream else _WHOLE, _encode(written))
 
 
 def sign(outgoing: Outgoing, credential: Credential, at: float) -> Outgoing:
@@ -100,16 +97,23 @@ def usage_of(usage: OpenAIUsage | None) -> Usage | None:
     prompt, completion = usage.prompt_tokens, usage.completion_tokens or 0
     if not (0 <= prompt <= MAX_TOKENS and 0 <= completion <= MAX_TOKENS):
         return None
+    given, made = usage.prompt_tokens_details, usage.completion_tokens_details
+    if not (given and (given.cached_tokens or given.cache_write_tokens or given.audio_tokens)):
+        given = None
+    if not (made and (made.reasoning_tokens or made.audio_tokens)):
+        made = None
+    if given is made is None:
+        return Usage(input=prompt, output=completion)
     cached = written = audio_input = reasoning = audio_output = 0
-    if details := usage.prompt_tokens_details:
-        cached, prompt = _part(details.cached_tokens, prompt)
-        written, prompt = _part(details.cache_write_tokens, prompt)
-        audio_input, prompt = _part(details.audio_tokens, prompt)
-    if details := usage.completion_tokens_details:
-        if usage.total_tokens == usage.prompt_tokens + completion + (details.reasoning_tokens or 0):
-            completion += min(max(details.reasoning_tokens or 0, 0), MAX_TOKENS)
-        reasoning, completion = _part(details.reasoning_tokens, completion)
-        audio_output, completion = _part(details.audio_tokens, completion)
+    if given is not None:
+        cached, prompt = _part(given.cached_tokens, prompt)
+        written, prompt = _part(given.cache_write_tokens, prompt)
+        audio_input, prompt = _part(given.audio_tokens, prompt)
+    if made is not None:
+        if usage.total_tokens == usage.prompt_tokens + completion + (made.reasoning_tokens or 0):
+            completion += min(max(made.reasoning_tokens or 0, 0), MAX_TOKENS)
+        reasoning, completion = _part(made.reasoning_tokens, completion)
+        audio_output, completion = _part(made.audio_tokens, completion)
     return Usage(
         input=prompt,
         cache_read=cached,
@@ -226,8 +230,11 @@ class OpenAIStream(StreamReader):
         self.started = False
         self._splitter = FrameSplitter()
 
+    def plain(self, chunk: bytes) -> bool:
+        return self.started and not self._splitter.rest and _is_plain(chunk)
+
     def feed(self, chunk: bytes) -> Iterator[Frame]:
-        if self.started and not self._splitter.rest and _is_plain(chunk):
+        if self.plain(chunk):
             yield Kind.CONTENT, chunk  # whole frames of mere content: most chunks of most streams
             return
         for frame in split(self._splitter, chunk):

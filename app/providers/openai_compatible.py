@@ -86,6 +86,9 @@ class TypedStream(OpenAIStream):
 
     __slots__ = ()
 
+    def plain(self, chunk: bytes) -> bool:
+        return super().plain(chunk) and not _TYPED.search(chunk)
+
     def feed(self, chunk: bytes) -> Iterator[Frame]:
         for kind, frames in super().feed(chunk):
             yield kind, rewritten_frames(frames, _untype) if _TYPED.search(frames) else frames

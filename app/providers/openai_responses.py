@@ -204,8 +204,11 @@ class ResponsesStream(StreamReader):
         self.started = False
         self._splitter = FrameSplitter()
 
+    def plain(self, chunk: bytes) -> bool:
+        return self.started and not self._splitter.rest and _is_plain(chunk)
+
     def feed(self, chunk: bytes) -> Iterator[Frame]:
-        if self.started and not self._splitter.rest and _is_plain(chunk):
+        if self.plain(chunk):
             yield Kind.CONTENT, chunk
             return
         for one in split(self._splitter, chunk):

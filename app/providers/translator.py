@@ -96,6 +96,10 @@ class StreamReader:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
+    def plain(self, chunk: bytes) -> bool:
+        """Whether `feed` would give out `chunk` as it is, as content, and note nothing. False where that is unsure."""
+        return False
+
     def feed(self, chunk: bytes) -> Iterator[Frame]:
         """The frames that `chunk` completes. Chunks are cut anywhere; a delta leaves with the chunk that brought it.
 
