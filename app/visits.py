@@ -15,6 +15,7 @@ from typing import Protocol
 
 import httptools
 from litestar.types import Message
+from msgspec import Struct
 
 from app.ambient import Ambient, Patience
 from app.dialects import openai_chat
@@ -53,7 +54,7 @@ class Port(Protocol):
         """A connection or a visit is over."""
 
 
-class Visit:
+class Visit(Struct, eq=False):
     """One request, and the way back to its client.
 
     An answer is `whole`, or `start`, then `write` as often as it takes, then `end`. None of these waits: who writes
@@ -61,36 +62,33 @@ class Visit:
     `on_hang_up`.
     """
 
-    __slots__ = (
-        "_chunked", "_connection", "_head", "_left", "_parts", "_waiter", "came_at", "complete", "continued", "ended",
-        "gone", "keep_alive", "method", "on_hang_up", "patience", "raw_headers", "started", "target", "task", "told",
-        "unread_bytes", "version",
-    )  # fmt: skip
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self.method = ""
-        self.target = b""
-        self.version = "1.1"
-        self.raw_headers: list[tuple[bytes, bytes]] = []
-        """In their order, with names in lower case."""
-        self.keep_alive = True
-        self.complete = False
-        """Whether the whole request is here; since when, by the ambient's clock."""
-        self.came_at = 0.0
-        self.told = self.continued = False
-        """Whether `receive` has said so; whether a client that asked was told to send the body."""
-        self.unread_bytes = 0
-        self.gone = self.started = self.ended = False
-        self.on_hang_up: Callable[[], object] | None = None
-        """Called once when the client goes before the answer has ended."""
-        self.task: asyncio.Task[None] | None = None
-        self.patience: Patience | None = None
-        self._parts: list[bytes] = []
-        self._waiter: asyncio.Future[None] | None = None
-        self._head: list[bytes] = []
-        self._chunked = False
-        self._left: int | None = None
+    _connection: Connection
+    method: str = ""
+    target: bytes = b""
+    version: str = "1.1"
+    raw_headers: list[tuple[bytes, bytes]] = []
+    """In their order, with names in lower case."""
+    keep_alive: bool = True
+    complete: bool = False
+    """Whether the whole request is here; since when, by the ambient's clock."""
+    came_at: float = 0.0
+    told: bool = False
+    """Whether `receive` has said so."""
+    continued: bool = False
+    """Whether a client that asked was told to send the body."""
+    unread_bytes: int = 0
+    gone: bool = False
+    started: bool = False
+    ended: bool = False
+    on_hang_up: Callable[[], object] | None = None
+    """Called once when the client goes before the answer has ended."""
+    task: asyncio.Task[None] | None = None
+    patience: Patience | None = None
+    _parts: list[bytes] = []
+    _waiter: asyncio.Future[None] | None = None
+    _head: bytes = b""
+    _chunked: bool = False
+    _left: int | None = None
 
     # --- the request ---
 
@@ -171,7 +169,7 @@ class Visit:
                 head += b"transfer-encoding: chunked\r\n"
             else:
                 self.keep_alive = False
-        self._head.append(head + b"\r\n")
+        self._head = head + b"\r\n"
 
     def write(self, data: bytes) -> None:
         """A part of the body."""
@@ -186,7 +184,7 @@ class Visit:
             if self._left < 0:
                 raise ValueError("the body is longer than its Content-Length")
         if self._head:
-            data = self._head.pop() + data
+            data, self._head = self._head + data, b""
         self._connection.transport.write(data)
 
     def end(self) -> None:
@@ -195,9 +193,7 @@ class Visit:
             return
         if self._left:
             raise ValueError("the body is shorter than its Content-Length")
-        rest = b"0\r\n\r\n" if self._chunked else b""
-        if self._head:
-            rest = self._head.pop() + rest
+        rest = self._head + b"0\r\n\r\n" if self._chunked else self._head
         if rest:
             self._connection.transport.write(rest)
         self._end()
@@ -212,16 +208,20 @@ class Visit:
             lines.append(b"connection: close")
         lines.append(b"")
         head = b"\r\n".join(lines)
-        if head.count(b"\n") != len(lines) - 1 or head.count(b"\r") != len(lines) - 1:
+        if head.count(b"\n") >= len(lines) or head.count(b"\r") >= len(lines):
             raise ValueError("a header has a line break")
         return head
 
     def _end(self) -> None:
         self.ended = True
-        self._parts = []
+        if self._parts:
+            self._parts = []
         if self._waiter is not None:
             self.wake()
-        self._connection.answered(self)
+        connection = self._connection
+        connection.idle_since = connection.loop.time()
+        if not self.keep_alive:
+            connection.take_no_more()
 
     def broke(self) -> None:
         """The answer cannot be ended: the client sees its connection break."""
@@ -240,8 +240,8 @@ class Connection(asyncio.Protocol):
         self.idle_since = port.loop.time()
         self.current: Visit | None = None
         """The visit that is being served."""
-        self.patience: Patience | None = None
-        """Of the last visit: its timer serves the next one too."""
+        self.patience = Patience(port.loop)
+        """Of one visit after the other: the timer of the last serves the next one too."""
         self._parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
         self._arriving: Visit | None = None
         self._next: deque[Visit] = deque()
@@ -284,10 +284,10 @@ class Connection(asyncio.Protocol):
         self.port.connections.discard(self)
         self.port.parted()
         self.resume_writing()
-        if self.patience is not None:
-            self.patience.close()
         visit = self.current
-        if visit is not None and not visit.ended:
+        if visit is None:
+            self.patience.close()
+        elif not visit.ended:
             visit.gone = True
             visit.wake()
             if visit.on_hang_up is not None:
@@ -328,8 +328,8 @@ class Connection(asyncio.Protocol):
         self._head_bytes = None
         visit, parser = self._arriving, self._parser
         visit.method = parser.get_method().decode("ascii")
-        visit.version = parser.get_http_version()
-        visit.keep_alive = not self.port.closing and visit.version == "1.1" and parser.should_keep_alive()
+        visit.version = version = parser.get_http_version()
+        visit.keep_alive = version == "1.1" and parser.should_keep_alive() and not self.port.closing
         if self.current is None and not self.blocked:
             self._serve(visit)
         else:  # it came before the last one was answered
@@ -348,28 +348,25 @@ class Connection(asyncio.Protocol):
     # --- visits ---
 
     def _serve(self, visit: Visit) -> None:
-        self.current = visit
+        self.current, visit.patience = visit, self.patience
         visit.task = task = self.loop.create_task(self._attend(visit))
         self.port.tasks.add(task)
 
     async def _attend(self, visit: Visit) -> None:
         """Serves one visit; whatever becomes of that, its answer ends."""
-        patience, self.patience = self.patience, None
-        if patience is None:
-            patience = Patience(self.loop)
-        patience.begin(visit.task)
-        visit.patience = patience
+        port = self.port
+        self.patience.begin(visit.task)
         try:
-            await self.port.handler(visit)(visit)
+            await port.handler(visit)(visit)
         except Exception:
             log.exception("defect in %s", visit.target[:200])
         finally:
-            patience.end()
-            self.patience = patience
-            if not visit.ended and not visit.gone:
+            self.patience.end()
+            if not (visit.ended or visit.gone):
                 self._mend(visit)
-            self.port.tasks.discard(visit.task)
-            self.port.parted()
+            port.tasks.discard(visit.task)
+            if port.closing:
+                port.parted()
             self._served()
 
     def _mend(self, visit: Visit) -> None:
@@ -379,19 +376,19 @@ class Connection(asyncio.Protocol):
         visit.keep_alive = False
         visit.whole(*_refusal(500, InternalError("The gateway has a defect; its log has the traceback.")))
 
-    def answered(self, visit: Visit) -> None:
-        if not visit.keep_alive:
-            self._closes = True
-            self.transport.close()
-        self.idle_since = self.loop.time()
+    def take_no_more(self) -> None:
+        """The connection ends with what was written to it."""
+        self._closes = True
+        self.transport.close()
 
     def _served(self) -> None:
         self.current = None
-        if self._parser is None:
-            self.patience.close()
-        elif self._next and not self._closes and not self.blocked:
+        if self._closes:
+            if self._parser is None:
+                self.patience.close()
+        elif self._next and not self.blocked:
             self._serve(self._next.popleft())
-        elif not self._closes:
+        elif not self._reads:
             self.read_on()
 
     def hold_on(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Container, Mapping, Sequence
+from itertools import repeat
 from urllib.parse import unquote_plus
 
 from app.ambient import same
@@ -17,6 +18,7 @@ EDGE_HEADER = b"x-gateway-edge"
 CERTIFICATE_HEADER = b"x-forwarded-tls-client-cert-info"
 """Traefik's `passTLSClientCert` with the subject's common name: `Subject="CN=billing"`, percent-encoded; where the
 client sent a chain, the leaf first."""
+_LATIN_1 = repeat("latin-1")
 _SUBJECT = re.compile(r'Subject="CN=([^"]+)"(?:,.*)?')
 
 
@@ -67,7 +69,10 @@ class Callers:
 
 def header_map(raw: Sequence[tuple[bytes, bytes]]) -> dict[bytes, str]:
     """By lower-case name. Of a header written twice the first counts, as it does for Traefik's limits."""
-    return {name: value.decode("latin-1") for name, value in reversed(raw)}
+    if not raw:
+        return {}
+    names, values = zip(*reversed(raw), strict=True)
+    return dict(zip(names, map(bytes.decode, values, _LATIN_1), strict=False))
 
 
 def _credential(headers: Mapping[bytes, str]) -> str | None:

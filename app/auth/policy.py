@@ -28,11 +28,12 @@ def authorize(config: Config, key: ServiceKey, claimed: str | None) -> Tenant:
     claimed = claimed or key.default_tenant
     if not claimed:
         raise TenantRequired("X-Tenant-Id is required: the tenant on whose behalf you call.")
-    if not NAME.fullmatch(claimed):
-        raise InvalidRequest(f"X-Tenant-Id must match {NAME.pattern}.", param="X-Tenant-Id")
     tenant = config.tenants.get(claimed)
-    if tenant is None and key.plan in config.plans:
-        tenant = msgspec.structs.replace(config.plans[key.plan], id=claimed)
+    if tenant is None:
+        if not NAME.fullmatch(claimed):
+            raise InvalidRequest(f"X-Tenant-Id must match {NAME.pattern}.", param="X-Tenant-Id")
+        if key.plan in config.plans:
+            tenant = msgspec.structs.replace(config.plans[key.plan], id=claimed)
     if tenant is None or not key.may_act_for(claimed):
         raise TenantNotAllowed(f"This credential may not act for the tenant {claimed!r}.", param="X-Tenant-Id")
     return tenant

@@ -36,23 +36,21 @@ def read(body: bytes) -> ChatRequest:
     """
     fields = members(body)
     alias = alias_of(fields)
-    if memoryview(fields.get("messages", b""))[:1] != b"[":
+    if not _is_list(fields.get("messages")):
         raise InvalidRequest("`messages` must be a list.", param="messages")
-    stream = member(fields, "stream", _flag) or False
+    stream = ("stream" in fields and member(fields, "stream", _flag)) or False
     options = member(fields, "stream_options", _options) if stream else None
-    output = member(fields, "max_completion_tokens", _tokens)
-    if output is None:
+    output = member(fields, "max_completion_tokens", _tokens) if "max_completion_tokens" in fields else None
+    if output is None and "max_tokens" in fields:
         output = member(fields, "max_tokens", _tokens)
-    choices = member(fields, "n", _choices)
+    choices = member(fields, "n", _choices) if "n" in fields else None
     return ChatRequest(
-        body=body,
-        alias=alias,
-        fields=fields,
-        stream=stream,
-        include_usage=bool(options and options.include_usage),
-        max_output_tokens=output,
-        choices=1 if choices is None else choices,
+        body, alias, fields, stream, bool(options and options.include_usage), output, 1 if choices is None else choices
     )
+
+
+def _is_list(written: Raw | None) -> bool:
+    return written is not None and memoryview(written)[0] == 0x5B
 
 
 def members(body: bytes) -> dict[str, Raw]:
@@ -118,11 +116,13 @@ def duration(seconds: float) -> bytes:
     if seconds < 1:
         return b"%dms" % round(seconds * 1000)
     whole = round(seconds)
+    if whole < 60:
+        return b"%ds" % whole
     hours, rest = divmod(whole, 3600)
     minutes, rest = divmod(rest, 60)
     if hours:
         return b"%dh%dm%ds" % (hours, minutes, rest)
-    return b"%dm%ds" % (minutes, rest) if minutes else b"%ds" % rest
+    return b"%dm%ds" % (minutes, rest)
 
 
 def error_body(error: GatewayError, _: str | None = None) -> bytes:
