@@ -21,7 +21,16 @@ from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from redis.exceptions import AskError, MovedError
 
 from app.ambient import Ambient
-from app.redis_pipe import Argument, OnError, RedisAway, RedisPipe, RedisRefused, RedisUnasked, Waiting
+from app.redis_pipe import (
+    Argument,
+    OnError,
+    RedisAway,
+    RedisPipe,
+    RedisRefused,
+    RedisUnasked,
+    Waiting,
+    pack_command,
+)
 
 SLOTS: int = REDIS_CLUSTER_HASH_SLOTS
 _SCHEME = re.compile(r"(rediss?)(\+cluster)?")
@@ -134,8 +143,8 @@ class _Node(RedisPipe):
             waiting.fail(RedisUnasked(f"{self.name} is away, or points elsewhere"))
             return
         if asking:
-            self._line.write(("ASKING",), None, None)
-        self._line.write(waiting.arguments, waiting.future, waiting.on_error, waiting.turns + 1)
+            self._line.write(pack_command(("ASKING",)), None, None)
+        self._line.write(waiting.command, waiting.future, waiting.on_error, waiting.turns + 1)
 
 
 class ClusterPipe:
@@ -160,7 +169,7 @@ class ClusterPipe:
         self._any = next(iter(self._seeds.values()))
         self.ambient = ambient
         self.probation_seconds = probation_seconds
-        self.scripts: dict[Argument, str] = {}
+        self.scripts: dict[bytes, str] = {}
         self.on_return: list[Callable[[], None]] = []
         self.up = False
         self.changes = 0
@@ -178,11 +187,19 @@ class ClusterPipe:
 
     def execute(self, *arguments: Argument) -> asyncio.Future[Any]:
         """As `RedisPipe.execute`."""
-        return self._node(arguments).execute(*arguments)
+        return self._node(key_of(arguments)).ask(pack_command(arguments))
+
+    def ask(self, command: bytes, key: Argument) -> asyncio.Future[Any]:
+        """As `RedisPipe.ask`."""
+        return self._node(key).ask(command)
 
     def send(self, *arguments: Argument, on_error: OnError | None = None) -> None:
         """As `RedisPipe.send`."""
-        self._node(arguments).send(*arguments, on_error=on_error)
+        self._node(key_of(arguments)).tell(pack_command(arguments), on_error=on_error)
+
+    def tell(self, command: bytes, key: Argument, on_error: OnError | None = None) -> None:
+        """As `RedisPipe.tell`."""
+        self._node(key).tell(command, on_error=on_error)
 
     @property
     def nodes(self) -> list[_Node]:
@@ -209,8 +226,7 @@ class ClusterPipe:
         for node in self._by_address.values():
             node.probe_seconds = value
 
-    def _node(self, arguments: tuple[Argument, ...]) -> _Node:
-        key = key_of(arguments)
+    def _node(self, key: Argument | None) -> _Node:
         node = self._slots[0 if key is None else slot_of(key)]
         if node is None:
             raise RedisUnasked("no node of the cluster has this slot")

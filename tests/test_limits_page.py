@@ -52,7 +52,11 @@ def test_defaults_that_the_page_tells_are_those_of_the_code(tmp_path: Path) -> N
 def test_every_limit_stands_in_the_table_with_the_name_that_refusals_have() -> None:
     everything = {name: 1 for name in Quota.__struct_fields__ if name != "time_zone"}
     scope = scopes.make_scope(
-        a_config(shared=Quota(rpm=1, tpm=1)), a_tenant(**everything), a_key(**everything), AMBIENT.now()
+        a_config(shared=Quota(rpm=1, tpm=1)),
+        a_tenant(**everything),
+        a_key(**everything),
+        AMBIENT.now(),
+        scopes.Scripts(b"", b""),
     )
     named = set(re.findall(r"`((?:tenant|key|global)_[a-z_]+)`", PAGE.partition("## How far")[0]))
     assert named == {limit.name for limit in scope.limits}

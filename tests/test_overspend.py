@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -14,9 +15,9 @@ from hypothesis import strategies as st
 from app.core import Reservation
 from app.errors import LimitError
 from app.limits import Limits
-from app.limits.scopes import make_scope
+from app.limits.scopes import Scripts, make_scope
 from app.limits.share import Share
-from app.redis_pipe import RedisAway, RedisPipe
+from app.redis_pipe import Argument, OnError, RedisAway, RedisPipe
 from tests.limits_parts import (
     KEY,
     SHARE,
@@ -143,10 +144,17 @@ class Cut(RedisPipe):
 
     cut = False
 
-    def _ready(self) -> object:
+    def ask(self, command: bytes, key: Argument = "") -> asyncio.Future[Any]:
+        self._reach()
+        return super().ask(command, key)
+
+    def tell(self, command: bytes, key: Argument = "", on_error: OnError | None = None) -> None:
+        self._reach()
+        super().tell(command, key, on_error)
+
+    def _reach(self) -> None:
         if self.cut:
             raise RedisAway("cut")
-        return super()._ready()
 
 
 @contextlib.asynccontextmanager
@@ -225,7 +233,7 @@ def test_replicas_without_redis_admit_together_at_most_a_rate_s_limit_in_60_seco
     limit: int, count: int, kind: str, calls: list[tuple[int, int, int]]
 ) -> None:
     """One each where there are more replicas than the limit has room for."""
-    scope = make_scope(a_config(SHARE, replicas=count), a_tenant(**{kind: limit}), KEY, 0.0)
+    scope = make_scope(a_config(SHARE, replicas=count), a_tenant(**{kind: limit}), KEY, 0.0, Scripts(b"", b""))
     shares = [Share() for _ in range(count)]
     admitted: list[tuple[int, int]] = []
     second = 1000

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from hiredis import Reader, pack_command
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,9 +26,9 @@ from app.core import Fetch
 from app.errors import LimitError
 from app.limits import Limits
 from app.limits.budgets import Budgets
-from app.limits.scopes import grant_scope, make_scope, whole_mark
+from app.limits.scopes import MOST, Scripts, grant_scope, make_scope, whole_mark
 from app.redis_cluster import SLOTS, ClusterPipe, _Node, is_cluster, key_of, pipe_to, seeds, slot_of, slot_tags
-from app.redis_pipe import Argument, RedisAway, RedisPipe, RedisRefused, RedisUnasked, Waiting
+from app.redis_pipe import Argument, OnError, RedisAway, RedisPipe, RedisRefused, RedisUnasked, Waiting
 from tests.cache_parts import tenant
 from tests.gateway_parts import Rooms, ScriptedAnswer, completion
 from tests.limits_parts import OPEN, SHARE, Caller, Counters, a_config, a_key, a_tenant, not_just_before_midnight
@@ -122,20 +123,45 @@ def test_every_slot_has_a_tag_of_its_own() -> None:
     assert len(set(slot_tags())) == SLOTS
 
 
+SCRIPTS = Scripts(b"1" * 40, b"2" * 40, apart=True)
+
+
 class Watched(ClusterPipe):
     """Keeps what was sent."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.sent: list[tuple[Argument, ...]] = []
+        self.sent: list[tuple[str, ...]] = []
 
     def execute(self, *arguments: Argument) -> asyncio.Future[Any]:
-        self.sent.append(arguments)
+        self.sent.append(unpacked(pack_command(arguments)))
         return super().execute(*arguments)
 
+    def ask(self, command: bytes, key: Argument) -> asyncio.Future[Any]:
+        self._keep(command, key)
+        return super().ask(command, key)
+
     def send(self, *arguments: Argument, **more: Any) -> None:
-        self.sent.append(arguments)
+        self.sent.append(unpacked(pack_command(arguments)))
         super().send(*arguments, **more)
+
+    def tell(self, command: bytes, key: Argument, on_error: OnError | None = None) -> None:
+        self._keep(command, key)
+        super().tell(command, key, on_error)
+
+    def _keep(self, command: bytes, key: Argument) -> None:
+        arguments = unpacked(command)
+        self.sent.append(arguments)
+        assert slot_of(key) == slot_of(key_of(arguments))
+
+
+def unpacked(command: bytes) -> tuple[str, ...]:
+    """A command's arguments, as Redis reads them."""
+    reader = Reader()
+    reader.feed(command)
+    arguments = tuple(argument.decode("latin-1") for argument in reader.gets())
+    assert not reader.has_data()
+    return arguments
 
 
 async def everything(pipe: Watched, folder: Path, owner: str, key_id: str, vendor: str) -> None:
@@ -153,7 +179,7 @@ async def everything(pipe: Watched, folder: Path, owner: str, key_id: str, vendo
     limits.settle(held, 5, 5)
     await limits.look(caller.call().config, who, key)
     await limits.grant(VendorKey(vendor, Credential(Secret("x")), 1, Quota(rpm=9, tpm=9)), f"{owner}-1", 1)
-    limits.budgets.owe(make_scope(caller.call().config, who, key, AMBIENT.now(), True), 1, 1, int(AMBIENT.now()))
+    limits.budgets.owe(make_scope(caller.call().config, who, key, AMBIENT.now(), SCRIPTS), 1, 1, int(AMBIENT.now()))
     await limits.budgets.run_once()
     await limits.budgets._restore_all(int(AMBIENT.now()))
 
@@ -208,22 +234,27 @@ def test_all_keys_of_a_command_are_in_one_slot(cluster: RedisCluster, tmp_path: 
         keys = client.command_getkeys(*command)
         assert len({slot_of(key) for key in keys}) == 1, (command[0], keys)
         assert str(key_of(command)) == keys[0]
-    ran = {pipe.scripts[command[1]] for command in keyed if command[0] == "EVALSHA"}
+    ran = {pipe.scripts[command[1].encode()] for command in keyed if command[0] == "EVALSHA"}
     assert [path.name for path in APP.rglob("*.lua") if path.read_text() not in ran] == []
 
 
 @given(owner=NAMES, key_id=NAMES, vendor=NAMES)
 def test_whatever_their_names_the_limits_of_one_owner_are_in_one_slot(owner: str, key_id: str, vendor: str) -> None:
     key = msgspec.structs.replace(a_key(**TIGHT), id=key_id)
-    scope = make_scope(a_config(shared=Quota(rpm=1, tpm=1)), a_tenant(owner, **TIGHT), key, AMBIENT.now(), apart=True)
-    grant = grant_scope(VendorKey(vendor, Credential(Secret("x")), 1, Quota(rpm=9, tpm=9)), apart=True)
+    scope = make_scope(a_config(shared=Quota(rpm=1, tpm=1)), a_tenant(owner, **TIGHT), key, AMBIENT.now(), SCRIPTS)
+    grant = grant_scope(VendorKey(vendor, Credential(Secret("x")), 1, Quota(rpm=9, tpm=9)), SCRIPTS)
     for each in (scope, *scope.apart, grant):
-        command = each.reserve("sha", "call-1", 1, 1)
-        assert len({slot_of(name) for name in command[3 : 3 + command[2]]}) == 1
+        for command in (each.reserve("call-1", 1, 1), each.settle("call-1", 1, MOST, MOST)):
+            assert len(slots_of(command) | {slot_of(each.record)}) == 1
     assert [limit.key for limit in scope.limits] == [name for each in (scope, *scope.apart) for name in each.keys]
     fetch = Fetch(f"sc:{{{owner}}}:a:x:1", f"sc:{{{owner}}}:a:x:1:lease", f"sc:{{{owner}}}:_used")
-    command = scope.reserve("sha", "call-1", 1, 1, fetch)
-    assert len({slot_of(name) for name in command[3 : 3 + command[2]]}) == 1
+    assert len(slots_of(scope.reserve("call-1", 1, 1, fetch))) == 1
+
+
+def slots_of(command: bytes) -> set[int]:
+    """Those of a script's keys."""
+    arguments = unpacked(command)
+    return {slot_of(name) for name in arguments[3 : 3 + int(arguments[2])]}
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------
@@ -500,7 +531,7 @@ def test_whatever_a_node_says_the_command_gets_its_answer(said: str, raised: typ
         node = _Node(pipe, "a:1", "redis://a:1/0")
         pipe._by_address["a:1"] = node
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        pipe.refused(node, Waiting(0.0, ("GET", "x"), future, None), RedisRefused(said))
+        pipe.refused(node, Waiting(0.0, pack_command(("GET", "x")), future, None), RedisRefused(said))
         with pytest.raises(raised):
             await future
         assert set(pipe._by_address) == {"a:1"}
@@ -516,7 +547,9 @@ def test_a_replica_that_loads_takes_no_slot_away(serves: bool, up: bool) -> None
         node.up = pipe.up = True
         if serves:
             pipe._slots[7] = node
-        node.refused(Waiting(0.0, ("PING",), None, None), RedisRefused("LOADING Redis is loading the dataset"))
+        node.refused(
+            Waiting(0.0, pack_command(("PING",)), None, None), RedisRefused("LOADING Redis is loading the dataset")
+        )
         return pipe.up
 
     assert run(main()) is up

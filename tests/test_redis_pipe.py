@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import trustme
+from hiredis import pack_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.redis_pipe import RedisAway, RedisPipe, RedisRefused
+from app.redis_pipe import TEXT, RedisAway, RedisPipe, RedisRefused, prepared
 from tests.redis_parts import AMBIENT, DEADLINE_SECONDS, LOOPS, RedisServer, redis_server, run, running, until, wire
 
 each_loop = pytest.mark.parametrize("loop", LOOPS)
@@ -185,6 +186,15 @@ def test_a_script_that_nobody_waits_for_runs_though_redis_forgot_it(server: Redi
             return await pipe.execute("GET", "forgotten")
 
     assert run(main()) == b"done"
+
+
+@given(st.lists(st.tuples(st.text() | st.integers(), st.booleans()), min_size=1))
+def test_a_prepared_command_is_what_packing_it_whole_makes_of_it(arguments: list[tuple[str | int, bool]]) -> None:
+    command = prepared(*(TEXT if is_open else argument for argument, is_open in arguments))
+    said = [str(argument).encode() for argument, is_open in arguments if is_open]
+    assert command % tuple(x for each in said for x in (len(each), each)) == pack_command(
+        tuple(argument for argument, _ in arguments)
+    )
 
 
 # --- Redis in trouble ---

@@ -9,10 +9,10 @@
 --       then kind and limit per limit; with those three keys, the milliseconds of a lease.
 --       An empty call id only looks: nothing is taken, nothing refused. Tokens of -1: an answer from before was found
 --       elsewhere, so one request is taken, and no more.
--- Gives {1, now_ms, left, left, …}, when taken: what each limit had left before; with those three keys, then the
+-- Gives {1, now_ms, left, left, …}, when taken: what each limit has left now; with those three keys, then the
 --       entry, or as look.lua gives them 1 or 0 for its lease. With an entry one request was taken, and no more.
---       {0, now_ms, left, …, wait_ms, …} when refused: nothing was taken; of a `rpm` or `tpm` that is in the way, the
---       milliseconds until enough of its window has left, else 0;
+--       {0, now_ms, left, …, wait_ms, …} when refused, with nothing taken from what is left: of a `rpm` or `tpm` that
+--       is in the way, the milliseconds until enough of its window has left, else 0;
 --       {2, now_ms} when the names of keys are of another day than Redis's;
 --       {3, now_ms} when a daily or monthly counter is not there, nor the mark: what was used is not known.
 --
@@ -132,6 +132,7 @@ for n = 2, last do
     -- Longer than the period, with time for a call over its end to be settled on it.
     call('SET', key, amounts[n], 'EX', kind == 'monthly_usd' and 2937600 or 259200)
   end
+  answer[n + 1] = answer[n + 1] - amounts[n]
 end
 call('SET', KEYS[1], time[1] .. (answered and ' 0 0' or ' ' .. ARGV[4] .. ' ' .. ARGV[5]), 'EX', ARGV[2])
 if entry then

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from msgspec import Struct
 
 from app.ambient import Ambient
@@ -26,6 +25,7 @@ from app.limits.scopes import (
     MOST,
     Limit,
     Scope,
+    Scripts,
     grant_scope,
     make_scope,
     owner_of,
@@ -33,7 +33,7 @@ from app.limits.scopes import (
     refusal,
 )
 from app.limits.share import Share
-from app.redis_pipe import Argument, RedisAway, RedisPipe, RedisRefused, RedisUnasked
+from app.redis_pipe import RedisAway, RedisPipe, RedisRefused, RedisUnasked
 
 log = logging.getLogger(__name__)
 
@@ -89,15 +89,19 @@ class Limits:
     ) -> None:
         """`read_spent` sums the ledger for the owners of `current` where Redis lost its counters; None: no ledger."""
         here = Path(__file__)
-        self._reserve = pipe.script(here.with_name("reserve.lua").read_text())
-        self._settle = pipe.script(here.with_name("settle.lua").read_text())
+        self._scripts = Scripts(
+            pipe.script(here.with_name("reserve.lua").read_text()),
+            pipe.script(here.with_name("settle.lua").read_text()),
+            pipe.apart,
+        )
         self._renew = pipe.script(here.with_name("renew.lua").read_text())
         self._pipe = pipe
         self._ambient = ambient
         self._unsettled_limit = unsettled_limit
-        self._unsettled: deque[tuple[Argument, ...]] = deque()
+        self._unsettled: deque[tuple[str, bytes]] = deque()
         self._clock_ahead = 0.0
         self._known: dict[tuple[str, str], _Known] = {}
+        self._granting: dict[str, tuple[VendorKey, Scope]] = {}
         self._share = Share()
         self._heard: dict[str, int] = {}
         self._told: dict[str, int] = {}
@@ -121,41 +125,50 @@ class Limits:
         policy holds: `LimitsUnavailable` where one of them says `closed`. A caller that is cancelled leaves nothing
         reserved.
         """
-        tokens, nanos = min(tokens, MOST), min(nanos, MOST)
+        call_id, at = call.event_id, call.received_at + self._clock_ahead
+        if tokens > MOST or nanos > MOST:
+            tokens, nanos = min(tokens, MOST), min(nanos, MOST)
         for _ in range(2):  # a second time only where Redis is in another budget day than this replica's clock
-            scope = self._scope(call.config, tenant, call.key)
+            scope = self._scope(call.config, tenant, call.key, at)
             if scope is None:
-                return Held(call.event_id, tenant.id, tokens)
+                return Held(call_id, tenant.id, tokens)
             if scope.budgets and not self.budgets.whole:
                 break
-            ask = self._reserve_apart if scope.apart else self._ask
             try:
-                status, now_ms, *left = await ask(scope, call.event_id, tokens, nanos, fetch)
-            except RedisAway:
+                if scope.apart:
+                    status, now_ms, *left = await self._reserve_apart(scope, call_id, tokens, nanos, fetch)
+                else:
+                    command = scope.reserve(call_id, tokens, nanos, fetch)
+                    status, now_ms, *left = await self._pipe.ask(command, scope.record)
+            except RedisUnasked:
                 break
-            except RedisRefused as error:
-                self._complain("reserve", error)
+            except (asyncio.CancelledError, RedisAway, RedisRefused) as error:
+                if not scope.apart:
+                    self._undo(scope, call_id)
+                if isinstance(error, asyncio.CancelledError):
+                    raise
+                if isinstance(error, RedisRefused):
+                    self._complain("reserve", error)
                 break
             if status == _TAKEN:
-                if fetch is not None:
-                    return self._fetched(call, tenant, scope, tokens, nanos, left, now_ms)
-                return self._held(call, tenant, scope, tokens, nanos, left, now_ms)
+                return self._held(call, tenant, scope, tokens, nanos, left, now_ms, fetch is not None)
             if status == _REFUSED:
                 half = len(left) // 2
                 if half < len(scope.limits):
-                    scope = msgspec.structs.replace(scope, limits=scope.limits[:half])
-                self._hear(scope, left[:half])
+                    scope = scope.first(half)
+                self._hear(scope, left)
                 raise refusal(scope, left[:half], left[half:], tokens, nanos, now_ms)
             if status == EMPTIED:
                 self.budgets.emptied(scope)
                 break
-            self._clock_ahead = now_ms / 1000 - self._ambient.now()
+            at = now_ms / 1000
+            self._clock_ahead = at - self._ambient.now()
         return self._take_locally(call, tenant, scope, tokens, nanos)
 
     async def _ask(self, scope: Scope, call_id: str, tokens: int, nanos: int, fetch: Fetch | None = None) -> list[Any]:
         """What reserve.lua answers. Where its answer did not come, what it may have taken is given back."""
         try:
-            return await self._pipe.execute(*scope.reserve(self._reserve, call_id, tokens, nanos, fetch))
+            return await self._pipe.ask(scope.reserve(call_id, tokens, nanos, fetch), scope.record)
         except RedisUnasked:
             raise
         except (asyncio.CancelledError, RedisAway, RedisRefused):
@@ -200,7 +213,7 @@ class Limits:
 
         Raises `VendorKeyFull` and takes nothing. Without Redis everything passes: the vendor counts for itself.
         """
-        scope = grant_scope(key, self._pipe.apart)
+        scope = self._grant_scope(key)
         tokens = min(tokens, MOST)
         try:
             status, now_ms, *left = await self._ask(scope, attempt_id, tokens, 0)
@@ -215,25 +228,29 @@ class Limits:
         return Held(attempt_id, "", tokens, True, None, None, 0, scope)
 
     def _held(
-        self, call: Call, tenant: Tenant, scope: Scope, tokens: int, nanos: int, left: list[int], now_ms: int
+        self,
+        call: Call,
+        tenant: Tenant,
+        scope: Scope,
+        tokens: int,
+        nanos: int,
+        left: list[Any],
+        now_ms: int,
+        fetches: bool,
     ) -> Held:
-        for place, limit in enumerate(scope.limits):
-            left[place] -= limit.amount(tokens, nanos)
-        self._hear(scope, left)
-        self._begin(scope, call.event_id)
-        return Held(call.event_id, tenant.id, tokens, True, rates(scope, left, now_ms), None, nanos, scope)
-
-    def _fetched(
-        self, call: Call, tenant: Tenant, scope: Scope, tokens: int, nanos: int, left: list[Any], now_ms: int
-    ) -> Held:
-        fetched = left.pop()
-        if isinstance(fetched, int):
-            held = self._held(call, tenant, scope, tokens, nanos, left, now_ms)
-            return msgspec.structs.replace(held, fetched=fetched == 1)
-        for place, limit in enumerate(scope.limits):
-            left[place] -= limit.kind == "rpm"
-        self._hear(scope, left)
-        return Held(call.event_id, tenant.id, 0, True, rates(scope, left, now_ms), fetched, 0, scope)
+        """What a script has taken; with an answer from before, where there was one, instead of tokens and money."""
+        fetched: bytes | bool | None = None
+        if fetches:
+            fetched = left.pop()
+            if isinstance(fetched, int):
+                fetched = fetched == 1
+            else:
+                tokens = nanos = 0
+        if scope.budgets:
+            self._hear(scope, left)
+        if scope.running and not isinstance(fetched, bytes):
+            self._begin(scope, call.event_id)
+        return Held(call.event_id, tenant.id, tokens, True, rates(scope, left, now_ms), fetched, nanos, scope)
 
     def give_back(self, reservation: Reservation) -> None:
         """Undoes a reservation, the request included. Never waits, never raises."""
@@ -247,15 +264,15 @@ class Limits:
 
         One round trip; with Redis away this process's share. None where nothing is limited, or nothing is known.
         """
-        scope = self._scope(config, tenant, key)
+        scope = self._scope(config, tenant, key, self._ambient.now() + self._clock_ahead)
         if scope is None:
             return None
         try:
             if scope.budgets and not self.budgets.whole:
                 raise RedisAway
-            status, now_ms, *left = await self._pipe.execute(*scope.reserve(self._reserve, "", 0, 0))
+            status, now_ms, *left = await self._pipe.ask(scope.reserve("", 0, 0), scope.record)
             for other in scope.apart:
-                seen, now_ms, *more = await self._pipe.execute(*other.reserve(self._reserve, "", 0, 0))
+                seen, now_ms, *more = await self._pipe.ask(other.reserve("", 0, 0), other.record)
                 status, left = seen if status == _TAKEN else status, left + more
         except RedisAway:
             now = self._ambient.now()
@@ -276,8 +293,10 @@ class Limits:
         if not isinstance(reservation, Held) or reservation.scope is None:
             return
         scope, call_id = reservation.scope, reservation.call_id
-        tokens, nanos = min(max(0, tokens), MOST), min(max(0, nanos), MOST)
-        self._end(scope, call_id)
+        if not (0 <= tokens <= MOST and 0 <= nanos <= MOST):
+            tokens, nanos = min(max(0, tokens), MOST), min(max(0, nanos), MOST)
+        if scope.running:
+            self._end(scope, call_id)
         if reservation.held:
             self._put(scope, call_id, 1, tokens, nanos)
             if self._told:
@@ -290,36 +309,37 @@ class Limits:
             if scope.running:  # a renewal may have made it a lease
                 self._put(scope, call_id, 0, 0, 0)
 
+    def _put(self, scope: Scope, call_id: str, requests: int, tokens: int, nanos: int) -> None:
+        self._send(scope.record, scope.settle(call_id, requests, tokens, nanos))
+        for other in scope.apart:
+            self._send(other.record, other.settle(call_id, requests, tokens, nanos))
+
     def _undo(self, scope: Scope, call_id: str) -> None:
         """Undoes what one script took, the request included; where that is nothing, nothing happens."""
-        self._send(scope.settle(self._settle, call_id, 0, 0, 0))
+        self._send(scope.record, scope.settle(call_id, 0, 0, 0))
 
-    def _put(self, scope: Scope, call_id: str, requests: int, tokens: int, nanos: int) -> None:
-        self._send(scope.settle(self._settle, call_id, requests, tokens, nanos))
-        for other in scope.apart:
-            self._send(other.settle(self._settle, call_id, requests, tokens, nanos))
-
-    def _send(self, settlement: tuple[Argument, ...]) -> None:
+    def _send(self, record: str, settlement: bytes) -> None:
+        """`record` is how the name of one of its keys begins: what is in braces there says where they lie."""
         try:
-            self._pipe.send(*settlement, on_error=partial(self._not_settled, settlement))
+            self._pipe.tell(settlement, record, partial(self._not_settled, record, settlement))
         except RedisAway:
-            self._queue(settlement)
+            self._queue(record, settlement)
 
-    def _queue(self, settlement: tuple[Argument, ...]) -> None:
+    def _queue(self, record: str, settlement: bytes) -> None:
         if len(self._unsettled) >= self._unsettled_limit:
             self._unsettled.popleft()
             self.lost_settlements += 1
-        self._unsettled.append(settlement)
+        self._unsettled.append((record, settlement))
 
     def _send_settlements(self) -> None:
         """Those that were kept. One whose node of a cluster is still away is kept on."""
         for _ in range(len(self._unsettled)):
-            self._send(self._unsettled.popleft())
+            self._send(*self._unsettled.popleft())
 
-    def _not_settled(self, settlement: tuple[Argument, ...], error: Exception) -> None:
+    def _not_settled(self, record: str, settlement: bytes, error: Exception) -> None:
         if isinstance(error, RedisAway):
             # It may have been executed: then its record is gone, and the second time changes nothing.
-            self._queue(settlement)
+            self._queue(record, settlement)
         else:
             self.lost_settlements += 1
             self._complain("settle", error)
@@ -330,8 +350,7 @@ class Limits:
             self._logged = now
             log.error("redis refuses the %s script: %s", script, error)
 
-    def _scope(self, config: Config, tenant: Tenant, key: ServiceKey) -> Scope | None:
-        now = self._ambient.now() + self._clock_ahead
+    def _scope(self, config: Config, tenant: Tenant, key: ServiceKey, now: float) -> Scope | None:
         known = self._known.get((tenant.id, key.id))
         if (
             known is not None
@@ -343,9 +362,15 @@ class Limits:
             return known.scope
         if len(self._known) >= _SCOPES:
             self._known.clear()
-        scope = make_scope(config, tenant, key, now, self._pipe.apart)
+        scope = make_scope(config, tenant, key, now, self._scripts)
         self._known[tenant.id, key.id] = _Known(config, tenant.quota, key.quota, scope)
         return scope
+
+    def _grant_scope(self, key: VendorKey) -> Scope:
+        known = self._granting.get(key.name)
+        if known is None or known[0] is not key:
+            self._granting[key.name] = known = key, grant_scope(key, self._scripts)
+        return known[1]
 
     # --- budgets that are nearly used up ---
 
@@ -353,7 +378,7 @@ class Limits:
         """Whether a budget that the call would take from is nearly used up, as this replica last heard. Never waits."""
         if not self._told:
             return False
-        scope = self._scope(call.config, tenant, call.key)
+        scope = self._scope(call.config, tenant, call.key, call.received_at + self._clock_ahead)
         return scope is not None and any(
             limit.key in self._told and self._heard.get(limit.key, 0) <= limit.nearly for limit in scope.limits
         )
@@ -374,11 +399,10 @@ class Limits:
         return sorted(((*whose, ratio) for whose, ratio in used.items()), key=lambda found: -found[2])
 
     def _hear(self, scope: Scope, left: list[int]) -> None:
-        for limit, remaining in zip(scope.limits, left, strict=True):
-            if limit.ends:
-                self._heard[limit.key] = remaining
-                if remaining <= limit.nearly:
-                    self._tell(limit, remaining)
+        for place, limit in scope.budgets:
+            self._heard[limit.key] = remaining = left[place]
+            if remaining <= limit.nearly:
+                self._tell(limit, remaining)
 
     def _correct_heard(self, scope: Scope, tokens: int, nanos: int) -> None:
         """`tokens` and `nanos` more than were reserved have been used; below zero for less."""

@@ -14,7 +14,7 @@ from app.config import Away, Config, Quota, ServiceKey, Tenant, VendorKey, Writt
 from app.core import FETCH_LEASE_MS, Fetch, Rates, usd
 from app.errors import BudgetExceeded, LimitError, RateLimitExceeded
 from app.redis_cluster import slot_of, slot_tags
-from app.redis_pipe import Argument
+from app.redis_pipe import TEXT, Open, prepared
 
 Kind = Literal["rpm", "tpm", "concurrency", "daily_tokens", "daily_usd", "monthly_usd"]
 WHOLE = "rl:{_global}:whole"
@@ -37,6 +37,9 @@ EMPTIED = 3
 """What a script answers that found neither a counter nor the mark that there was none to find."""
 MOST = 2**53 - 1
 """The largest amount that a script counts exactly; no limit is higher."""
+_AMOUNT = Open(b"$16\r\n%016d\r\n")
+"""With as many digits as MOST has, so that its length is known."""
+_DIGIT = Open(b"$1\r\n%d\r\n")
 
 
 class Limit(Struct, frozen=True, gc=False):
@@ -71,8 +74,12 @@ class Limit(Struct, frozen=True, gc=False):
         return nanos if self.kind in ("daily_usd", "monthly_usd") else 1
 
 
+Placed = tuple[int, Limit]
+"""A limit with its place in what a script answers."""
+
+
 class Scope(Struct, frozen=True):
-    """All limits of a call in one script, all or nothing, and the two scripts' arguments that do not change by call.
+    """All limits of a call in one script, all or nothing, and all that can be known of it before a call.
 
     The names of budgets' keys hold from `starts` until before `ends`, unix seconds. What a call took is noted under
     `record` and its id. A script's keys share a slot of a Redis Cluster: the braces in a key's name make its owner the
@@ -84,46 +91,54 @@ class Scope(Struct, frozen=True):
     starts: int
     ends: int
     record: str
+    record_bytes: int
     keys: tuple[str, ...]
-    reserve_arguments: tuple[Argument, ...]
-    settle_arguments: tuple[Argument, ...]
+    reserving: bytes
+    fetching: bytes
+    settling: bytes
+    """The commands, as `redis_pipe.prepared` makes them, but for what a call says."""
     running: tuple[str, ...]
     """Keys of `concurrency` limits."""
-    budgets: bool
-    """Whether a daily or monthly limit is among them."""
+    budgets: tuple[Placed, ...]
+    """The daily and monthly limits."""
+    shown_requests: tuple[Placed, ...]
+    shown_tokens: tuple[Placed, ...]
+    """Those of which clients are told."""
     apart: tuple[Scope, ...] = ()
     whole: str = WHOLE
     """The mark that the counters of the script's keys are whole."""
 
-    def reserve(
-        self, sha: str, call_id: str, tokens: int, nanos: int, fetch: Fetch | None = None
-    ) -> tuple[Argument, ...]:
+    def reserve(self, call_id: str, tokens: int, nanos: int, fetch: Fetch | None = None) -> bytes:
         """The command for reserve.lua; `tokens` ANSWERED where an answer from before was found."""
-        if fetch is not None:
-            return (
-                "EVALSHA", sha, len(self.keys) + 5, self.record + call_id, *self.keys, self.whole,
-                fetch.entry, fetch.lease, fetch.used,
-                call_id, RECORD_SECONDS, LEASE_MS, tokens, nanos, self.starts, self.ends, *self.reserve_arguments,
-                FETCH_LEASE_MS,
-            )  # fmt: skip
-        return (
-            "EVALSHA", sha, len(self.keys) + 2, self.record + call_id, *self.keys, self.whole,
-            call_id, RECORD_SECONDS, LEASE_MS, tokens, nanos, self.starts, self.ends, *self.reserve_arguments,
-        )  # fmt: skip
+        call = call_id.encode()
+        size = len(call)
+        if fetch is None:
+            return self.reserving % (self.record_bytes + size, call, size, call, tokens, nanos)
+        entry, lease, used = fetch.entry.encode(), fetch.lease.encode(), fetch.used.encode()
+        keys = len(entry), entry, len(lease), lease, len(used), used
+        return self.fetching % (self.record_bytes + size, call, *keys, size, call, tokens, nanos)
 
-    def settle(self, sha: str, call_id: str, requests: int, tokens: int, nanos: int) -> tuple[Argument, ...]:
+    def settle(self, call_id: str, requests: int, tokens: int, nanos: int) -> bytes:
         """The command for settle.lua; `requests` 0 gives the call back."""
-        return (
-            "EVALSHA", sha, len(self.keys) + 1, self.record + call_id, *self.keys,
-            call_id, requests, tokens, nanos, *self.settle_arguments,
-        )  # fmt: skip
+        call = call_id.encode()
+        size = len(call)
+        return self.settling % (self.record_bytes + size, call, size, call, requests, tokens, nanos)
+
+    def first(self, count: int) -> Scope:
+        """The same with so many of its limits."""
+        return msgspec.structs.replace(self, **_placed(self.limits[:count]))
 
 
-def make_scope(config: Config, tenant: Tenant, key: ServiceKey, now: float, apart: bool = False) -> Scope | None:
-    """The scope of a tenant's calls by a service key at `now`; None where nothing is limited.
+class Scripts(Struct, frozen=True):
+    """By which digests they are asked for. `apart`: each owner's limits lie in a slot of their own."""
 
-    `apart`: each owner's limits lie in a slot of their own.
-    """
+    reserve: bytes
+    settle: bytes
+    apart: bool = False
+
+
+def make_scope(config: Config, tenant: Tenant, key: ServiceKey, now: float, scripts: Scripts) -> Scope | None:
+    """The scope of a tenant's calls by a service key at `now`; None where nothing is limited."""
     away = config.settings.redis.away
     shared = Quota(rpm=config.global_quota.rpm, tpm=config.global_quota.tpm)
     spare_percent = 100 - config.settings.warn_at_percent
@@ -136,37 +151,64 @@ def make_scope(config: Config, tenant: Tenant, key: ServiceKey, now: float, apar
     found = [each for limits in owners.values() for each in limits]
     if not found:
         return None
-    if not apart:
-        return _scope(tenant_tag, found)
-    first, *others = (_scope(tag, limits, apart) for tag, limits in owners.items() if limits or tag == tenant_tag)
+    if not scripts.apart:
+        return _scope(tenant_tag, found, scripts)
+    first, *others = (_scope(tag, limits, scripts) for tag, limits in owners.items() if limits or tag == tenant_tag)
     return msgspec.structs.replace(
-        _scope(tenant_tag, found), keys=first.keys, reserve_arguments=first.reserve_arguments,
-        settle_arguments=first.settle_arguments, apart=tuple(others), whole=first.whole,
+        _scope(tenant_tag, found, scripts), keys=first.keys, reserving=first.reserving, fetching=first.fetching,
+        settling=first.settling, apart=tuple(others), whole=first.whole,
     )  # fmt: skip
 
 
-def grant_scope(key: VendorKey, apart: bool = False) -> Scope:
+def grant_scope(key: VendorKey, scripts: Scripts) -> Scope:
     """The scope of what a vendor grants one of its keys; without Redis it is the vendor's to count."""
     away = WrittenAway(rpm="open", tpm="open")
     tag = f"_vendor.{key.name}"
     found = list(_limits("vendor_key", tag, f"The vendor's key {key.name}", key.quota, away, 0))
-    return _scope(tag, found, apart)
+    return _scope(tag, found, scripts)
 
 
-def _scope(tag: str, found: list[tuple[Limit, int]], apart: bool = False) -> Scope:
+def _scope(tag: str, found: list[tuple[Limit, int]], scripts: Scripts) -> Scope:
     limits = tuple(limit for limit, _ in found)
+    starts = max((starts for _, starts in found), default=0)
+    ends = min((limit.ends for limit in limits if limit.ends), default=MOST)
+    keys = tuple(limit.key for limit in limits)
+    whole = whole_mark(slot_of(f"{{{tag}}}")) if scripts.apart else WHOLE
+    record = f"rl:{{{tag}}}:call:"
+    noted = Open(b"$%d\r\n" + record.encode().replace(b"%", b"%%") + b"%b\r\n")
+    call = TEXT, RECORD_SECONDS, LEASE_MS, _AMOUNT, _AMOUNT, starts, ends
+    asked = [word for limit in limits for word in (limit.kind, limit.value)]
+    kinds = [limit.kind for limit in limits]
     return Scope(
-        limits=limits,
-        starts=max((starts for _, starts in found), default=0),
-        ends=min((limit.ends for limit in limits if limit.ends), default=MOST),
-        record=f"rl:{{{tag}}}:call:",
-        keys=tuple(limit.key for limit in limits),
-        reserve_arguments=tuple(word for limit in limits for word in (limit.kind, limit.value)),
-        settle_arguments=tuple(limit.kind for limit in limits),
+        **_placed(limits),
+        starts=starts,
+        ends=ends,
+        record=record,
+        record_bytes=len(record.encode()),
+        keys=keys,
+        reserving=prepared("EVALSHA", scripts.reserve, 2 + len(keys), noted, *keys, whole, *call, *asked),
+        fetching=prepared(
+            "EVALSHA", scripts.reserve, 5 + len(keys), noted, *keys, whole, TEXT, TEXT, TEXT,
+            *call, *asked, FETCH_LEASE_MS,
+        ),
+        settling=prepared(
+            "EVALSHA", scripts.settle, 1 + len(keys), noted, *keys, TEXT, _DIGIT, _AMOUNT, _AMOUNT, *kinds
+        ),
         running=tuple(limit.key for limit in limits if limit.kind == "concurrency"),
-        budgets=any(limit.kind in BUDGETS for limit in limits),
-        whole=whole_mark(slot_of(f"{{{tag}}}")) if apart else WHOLE,
-    )
+        whole=whole,
+    )  # fmt: skip
+
+
+def _placed(limits: tuple[Limit, ...]) -> dict[str, tuple[Limit, ...] | tuple[Placed, ...]]:
+    """A scope's limits, and which of them are looked at for what."""
+    placed = tuple(enumerate(limits))
+    shown = [each for each in placed if not each[1].name.startswith("global_")]
+    return {
+        "limits": limits,
+        "budgets": tuple(each for each in placed if each[1].kind in BUDGETS),
+        "shown_requests": tuple(each for each in shown if each[1].kind == "rpm"),
+        "shown_tokens": tuple(each for each in shown if each[1].kind in ("tpm", "daily_tokens")),
+    }
 
 
 def whole_mark(slot: int) -> str:
@@ -231,28 +273,21 @@ def _midnight(day: date, zone: ZoneInfo) -> int:
 
 def rates(scope: Scope, left: list[int], now_ms: int) -> Rates:
     """The figures of the tightest limits on requests and on tokens; those that all tenants share are not shown."""
-    requests: tuple[int, Limit] | None = None
-    tokens: tuple[int, Limit] | None = None
-    for limit, remaining in zip(scope.limits, left, strict=True):
-        if limit.name.startswith("global_") or remaining > limit.value:  # all tenants', or open while Redis is away
-            continue
-        if limit.kind == "rpm" and (requests is None or remaining < requests[0]):
-            requests = remaining, limit
-        elif limit.kind in ("tpm", "daily_tokens") and (tokens is None or remaining < tokens[0]):
-            tokens = remaining, limit
-    return Rates(*_figures(requests, now_ms), *_figures(tokens, now_ms))
+    return Rates(*_tightest(scope.shown_requests, left, now_ms), *_tightest(scope.shown_tokens, left, now_ms))
 
 
-def _figures(tightest: tuple[int, Limit] | None, now_ms: int) -> tuple[int | None, int | None, float]:
+def _tightest(shown: tuple[Placed, ...], left: list[int], now_ms: int) -> tuple[int | None, int | None, float]:
+    """A limit's value, what is left of it, and the seconds until it is whole again."""
+    tightest: Limit | None = None
+    least = MOST
+    for place, limit in shown:
+        remaining = left[place]
+        if remaining < least:  # MOST is left of one that is open while Redis is away
+            least, tightest = remaining, limit
     if tightest is None:
         return None, None, 0.0
-    left, limit = tightest
-    return limit.value, max(0, left), _whole_again_seconds(limit, now_ms)
-
-
-def _whole_again_seconds(limit: Limit, now_ms: int) -> float:
-    ends = limit.ends or now_ms // 1000 + WINDOW_SECONDS
-    return ends - now_ms / 1000
+    ends = tightest.ends or now_ms // 1000 + WINDOW_SECONDS
+    return tightest.value, max(0, least), ends - now_ms / 1000
 
 
 def refusal(
