@@ -18,6 +18,7 @@ from litestar.types import ASGIApp
 
 from app import openapi
 from app.ambient import Ambient, timestamp
+from app.answer_headers import retry_headers
 from app.auth import Callers, allow, allowed, authorize, header_map
 from app.bodies import Bodies
 from app.cache import wishes
@@ -38,7 +39,7 @@ from app.errors import (
     RequestTooLarge,
     TenantNotAllowed,
 )
-from app.gateway import Gateway, retry_headers
+from app.gateway import Gateway
 from app.visits import Handler, Visit
 
 log = logging.getLogger("gateway")

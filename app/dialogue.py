@@ -10,7 +10,7 @@ from app import dialects
 from app.allowance import Allowance
 from app.ambient import TIMER_SECONDS, Ambient, Patience
 from app.confidence import asking, doubt, unasked, without
-from app.config import UNLIMITED, Alias, Credential, Target, VendorKey
+from app.config import UNLIMITED, Alias, Cascade, Target, VendorKey
 from app.cooldowns import COUNTED, Cooldowns, another, is_resting, pick, rests
 from app.core import (
     FIRST_ATTEMPT,
@@ -149,7 +149,6 @@ class Dialogue:
     async def _answered(self, exchange: Exchange, alias: Alias, role: Role = "chain") -> Good:
         """The first good answer along the alias's targets, and those for a refusal. Raises as `first_good`."""
         targets = plan(alias, self.cooldowns.resting())
-        retry = exchange.call.config.settings.retry
         deadline = exchange.call.started + alias.timeouts.total
         if targets[0] is not alias.targets[0]:
             self.telemetry.fell_back(exchange, alias.chain[0], targets[0].name, "resting")
@@ -160,7 +159,7 @@ class Dialogue:
         while True:
             target = targets[index]
             tries_here += 1
-            key = self._key(target, tried)
+            key = self._key(target, tried) if target.provider.keys else None
             try:
                 if alias.hedge is not None and index + 1 < len(targets):
                     return await self._raced(exchange, alias, target, key, targets[index + 1], deadline, role)
@@ -187,7 +186,7 @@ class Dialogue:
                 targets=len(targets),
                 attempts=len(exchange.attempts),
                 tries_here=tries_here,
-                retry=retry,
+                retry=exchange.call.config.settings.retry,
                 chance=self.ambient.random(),
                 other_key=another(target, self.cooldowns.resting(), tried),
                 rests=self.cooldowns.is_broken(target),
@@ -391,9 +390,12 @@ class Dialogue:
 
         Raises VendorError; the attempt is noted whatever becomes of it.
         """
-        call, request, limits = exchange.call, exchange.request, alias.timeouts
-        translator = dialects.translator(call.dialect, target.provider.kind)
-        outgoing = _outgoing(translator, exchange, alias, target)
+        call, request, limits, provider = exchange.call, exchange.request, alias.timeouts, target.provider
+        translator = dialects.translator(call.dialect, provider.kind)
+        if alias.cascade is None:
+            outgoing = translator.outgoing(request, target)
+        else:
+            outgoing = _to_be_judged(translator, exchange, alias.cascade, target)
         if isinstance(outgoing, Answer):
             return Good(-1, target, None, outgoing.body, outgoing)
         stamp = Stamp("chatcmpl-" + call.event_id, int(call.received_at), target.model, request, target.name)
@@ -417,9 +419,12 @@ class Dialogue:
         outcome = CANCELLED
         patience.limit(min(limit, deadline - started))
         try:
-            credential = await self._credential(target, key)
+            if key is None and provider.account is not None:
+                credential = await self.credentials.of(provider.account)
+            else:
+                credential = (key or provider).credential
             signed = translator.sign(outgoing, credential, self.ambient.now())
-            if target.provider.trace_context:
+            if provider.trace_context:
                 signed = traced(signed, call, place)
             answer = await self.upstream.open(signed, limits.connect)
             request_id = word(answer.headers.get(translator.request_id_header))
@@ -457,7 +462,7 @@ class Dialogue:
             raise error from None
         except VendorError as error:
             outcome = error.fault
-            self.telemetry.vendor_error(target.provider.name, error)
+            self.telemetry.vendor_error(provider.name, error)
             self.failed(exchange, target, key, error)
             raise
         finally:
@@ -469,7 +474,7 @@ class Dialogue:
                 self.paces.took(target, request.stream, ended - started)
             exchange.attempts[place] = Attempt(
                 target=target.name,
-                provider=target.provider.name,
+                provider=provider.name,
                 outcome=outcome,
                 status=None if answer is None else answer.status,
                 started_ms=ms(started - exchange.call.started),
@@ -502,19 +507,6 @@ class Dialogue:
         if isinstance(error, VendorMisconfigured):
             self.telemetry.misconfigured(exchange, name, target.name, error)
 
-    async def _credential(self, target: Target, key: VendorKey | None) -> Credential:
-        """What signs the request. Waits only where it has to be fetched. Raises VendorError."""
-        if key is not None:
-            return key.credential
-        account = target.provider.account
-        return target.provider.credential if account is None else await self.credentials.of(account)
-
-    def settle_grant(self, exchange: Exchange, tokens: int) -> None:
-        """What the vendor counts for its key, of the attempt that answers."""
-        if exchange.grant is not None:
-            self.limits.settle(exchange.grant, tokens, 0)
-            exchange.grant = None
-
     def _note_lost(self, exchange: Exchange, target: Target) -> None:
         """The vendor had read the prompt, and may charge for it; the tenant pays for the answer that it gets."""
         call, request = exchange.call, exchange.request
@@ -540,10 +532,10 @@ def _may_be_deleted(exchange: Exchange) -> bool:
     return exchange.request.operation == "delete" and any(each.outcome in lost for each in exchange.attempts)
 
 
-def _outgoing(translator: Translator, exchange: Exchange, alias: Alias, target: Target) -> Outgoing | Answer:
-    """The request to a vendor; for a cascade with log probabilities, where the vendor has them. Raises VendorCannot."""
+def _to_be_judged(translator: Translator, exchange: Exchange, cascade: Cascade, target: Target) -> Outgoing | Answer:
+    """The request to a vendor for a cascade: with log probabilities, where the vendor has them. Raises VendorCannot."""
     request = exchange.request
-    if alias.cascade is not None and unasked(alias.cascade, request, exchange.call.dialect.name == "chat"):
+    if unasked(cascade, request, exchange.call.dialect.name == "chat"):
         try:
             return translator.outgoing(asking(request), target)
         except VendorCannot as cannot:

@@ -11,6 +11,7 @@ from functools import partial
 import msgspec
 
 from app.ambient import TIMER_SECONDS, Ambient
+from app.answer_headers import headers_of, retry_headers
 from app.auth import allow, authorize, goes_on, keeper, require, substitute
 from app.cache import Cache, Flight
 from app.config import Alias, Tenant
@@ -37,10 +38,10 @@ from app.limits import Limits
 from app.modes import Modes
 from app.overload import Overload
 from app.providers import stored
-from app.recall import Recall, Said, cache_headers
+from app.recall import Recall, Said
 from app.relay import Stream
 from app.routing import Facts, choose, needs, place, sum_up
-from app.settlement import event_of, fell_back, ms, word
+from app.settlement import event_of, ms, word
 from app.shadows import Shadows
 from app.telemetry import Telemetry
 from app.upstream import VendorAnswer
@@ -251,7 +252,7 @@ class Gateway:
     def _recalled(self, exchange: Exchange, alias: Alias, before: Said | Flight) -> Reply:
         """An answer from before, its row first; or one that is on its way to another. Raises LedgerUnavailable."""
         if isinstance(before, Flight):
-            headers = self._headers(exchange, EVENT_STREAM)
+            headers = headers_of(exchange, EVENT_STREAM, self.ambient.now())
             headers.append((b"cache-control", b"no-cache"))
             return Reply(200, headers, b"", self.recall.follow(exchange, alias, before, self.settle))
         if before.status == 200:
@@ -259,7 +260,7 @@ class Gateway:
         else:
             exchange.error = VendorRefused("", vendor_status=before.status, vendor_code=before.code)
         event = self.settle(exchange)
-        headers = self._headers(exchange, EVENT_STREAM if before.stream else before.content_type)
+        headers = headers_of(exchange, EVENT_STREAM if before.stream else before.content_type, self.ambient.now())
         headers.append((b"content-length", b"%d" % len(before.body)))
         latency = b"gateway;dur=%.3f, cache;dur=%.3f" % (event.latency_ms.gateway, event.latency_ms.cache_lookup)
         headers.append((b"server-timing", latency))
@@ -274,7 +275,7 @@ class Gateway:
         if exchange.memory is not None and exchange.memory.flight is not None:
             exchange.memory.flight.add(body)
         event = self.settle(exchange)
-        headers = self._headers(exchange, exchange.content_type)
+        headers = headers_of(exchange, exchange.content_type, self.ambient.now())
         headers += [
             (b"content-length", b"%d" % len(body)),
             (b"x-usage-total-tokens", b"%d" % event.usage.total_tokens),
@@ -289,7 +290,7 @@ class Gateway:
     def _streamed(
         self, exchange: Exchange, alias: Alias, answer: VendorAnswer, stream: Stream, guarding: Guarding | None
     ) -> Reply:
-        headers = self._headers(exchange, EVENT_STREAM)
+        headers = headers_of(exchange, EVENT_STREAM, self.ambient.now())
         overhead = exchange.first_token - exchange.call.started - exchange.provider_seconds
         headers += [
             (b"cache-control", b"no-cache"),
@@ -419,48 +420,10 @@ class Gateway:
             error = fault
         body = exchange.call.dialect.error_body(error, exchange.call.request_id)
         status = error.vendor_status if isinstance(error, VendorRefused) else error.status
-        headers = self._headers(exchange, b"application/json")
+        headers = headers_of(exchange, b"application/json", self.ambient.now())
         headers.append((b"content-length", b"%d" % len(body)))
         headers += retry_headers(error, status)
         return Reply(status, headers, body)
-
-    def _headers(self, exchange: Exchange, content_type: bytes) -> list[tuple[bytes, bytes]]:
-        """What every answer says of itself."""
-        call = exchange.call
-        request_id = call.request_id.encode()
-        headers = [
-            (b"content-type", content_type),
-            (b"x-gateway-config-version", call.config.version.encode()),
-            *[(name, request_id) for name in call.dialect.id_headers],
-        ]
-        if exchange.target is not None:
-            model = exchange.model_resolved or exchange.target.model
-            headers += [
-                (b"x-gateway-model-resolved", model.encode("latin-1", "replace")),
-                (b"x-gateway-provider", exchange.target.provider.name.encode()),
-                (b"x-gateway-attempts", b"%d" % len(exchange.attempts)),
-                (b"x-gateway-fallback", b"true" if fell_back(exchange) else b"false"),
-            ]
-        elif exchange.recalled is not None and exchange.recalled.model is not None:
-            headers += [
-                (b"x-gateway-model-resolved", exchange.recalled.model.encode("latin-1", "replace")),
-                (b"x-gateway-provider", (exchange.recalled.provider or "").encode()),
-            ]
-        if exchange.memory is not None:
-            headers += cache_headers(exchange.memory, exchange.recalled)
-        if exchange.escalated is not None:
-            headers.append((b"x-gateway-escalation", exchange.escalated.encode()))
-        if exchange.shadowed:
-            headers.append((b"x-gateway-shadow", b"true"))
-        if exchange.hedged:
-            headers.append((b"x-gateway-hedge", b"true"))
-        if exchange.rule is not None:
-            headers.append((b"x-gateway-rule", exchange.rule.encode()))
-        if exchange.alias_requested is not None:
-            headers.append((b"x-gateway-downgraded-from", exchange.alias_requested.encode()))
-        if exchange.rates is not None:
-            headers += call.dialect.rate_headers(exchange.rates, self.ambient.now())
-        return headers
 
     # --- 8 settlement -------------------------------------------------------------------------------------------------
 
@@ -485,14 +448,16 @@ class Gateway:
 
     def close(self, exchange: Exchange) -> None:
         """A call is over: limits and telemetry read the event that the row was made of. Once a call; never waits."""
-        with contextlib.suppress(LedgerUnavailable):  # counted; the intent stands for the row
-            self.settle(exchange)
+        if exchange.event is None:
+            with contextlib.suppress(LedgerUnavailable):  # counted; the intent stands for the row
+                self.settle(exchange)
         event = exchange.event
         if exchange.reservation is not None:
             self.limits.settle(exchange.reservation, event.usage.total_tokens, exchange.charged.total_nanos)
             self.estimates.learn(exchange)
-        also = sum(usage.total for usage, _ in exchange.beside)
-        self.dialogue.settle_grant(exchange, event.usage.total_tokens - also)
+        if exchange.grant is not None:  # what the vendor counts for its key, of the attempt that answers
+            also = sum(usage.total for usage, _ in exchange.beside)
+            self.limits.settle(exchange.grant, event.usage.total_tokens - also, 0)
         self.telemetry.record(exchange, event, exchange.row)
 
 
@@ -511,14 +476,3 @@ async def _begun(frames: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, N
                 yield frame
 
     return all_of_them()
-
-
-def retry_headers(error: GatewayError, status: int) -> list[tuple[bytes, bytes]]:
-    """When to try again, for the client's SDK: every 429 and 503 says so."""
-    headers = []
-    if status in (429, 503) or (status == 409 and error.retry_after_seconds):
-        wait = max(1, -int(-(error.retry_after_seconds or 1.0) // 1))
-        headers.append((b"retry-after", b"%d" % wait))
-    if error.should_retry is not None:
-        headers.append((b"x-should-retry", b"true" if error.should_retry else b"false"))
-    return headers

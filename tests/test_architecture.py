@@ -28,8 +28,8 @@ LAYERS = (
         "guardrails", "shipping",
     ),
     (
-        "routing", "estimate", "settlement", "relay", "confidence", "recall", "dialogue", "shadows", "gateway",
-        "errands", "server", "visits",
+        "routing", "estimate", "settlement", "relay", "confidence", "recall", "answer_headers", "dialogue", "shadows",
+        "gateway", "errands", "server", "visits",
     ),
     (
         "api", "openapi", "admin", "cache_door", "status_page", "bodies", "keys", "ledger_shipper", "archive",
@@ -69,6 +69,9 @@ WITHIN_A_LAYER = {
     ("gateway", "relay"): "and back",
     ("gateway", "recall"): "or to an answer from before",
     ("gateway", "cache"): "which may be on its way",
+    ("gateway", "answer_headers"): "what its answers say of themselves",
+    ("answer_headers", "recall"): "where an answer came from",
+    ("answer_headers", "settlement"): "whether another target answers than the first",
     ("recall", "routing"): "what a failure that is shared comes to",
     ("cache", "redis_pipe"): "answers are kept in Redis",
     ("cache", "control"): "what was invalidated is told to all replicas",
