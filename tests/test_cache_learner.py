@@ -80,7 +80,8 @@ def test_neighbours_of_one_group_outvote_a_nearer_one_of_another() -> None:
 
 def test_a_guard_vetoes_unless_the_group_was_asked_just_so_before() -> None:
     asked, three, two = read("I waited 2 weeks"), read("I waited 3 weeks"), read("waited for 2 weeks")
-    assert weigh(asked, [Neighbour("a", 0.99, "x", three)]).veto == "numbers"
+    vetoed = weigh(asked, [Neighbour("a", 0.99, "x", three)])
+    assert (vetoed.veto, vetoed.features) == ("numbers", ())
     assert weigh(asked, [Neighbour("a", 0.99, "x", three), Neighbour("b", 0.9, "x", two)]).veto is None
 
 

@@ -535,3 +535,44 @@ def test_when_it_closes_a_judge_is_waited_for_no_more_and_nothing_is_learned_aft
             assert one.questions.dropped == 1
 
     run(scenario())
+
+
+def test_the_next_call_goes_before_what_the_last_one_teaches(server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with replica(server) as one:
+            ask = of(REFUND)
+            seen = await one.questions.find(ask)
+            server.client.set(ask.key, sealed(ask.key, entry_of("Within 30 days.")))
+            one.questions.observe(ask, seen, ask.key, entry_of("Within 30 days."))
+            assert not one.questions._tasks
+            await one.questions.settled()
+            assert text_of(await one.questions.find(of(REFUND_TOO))) == "Within 30 days."
+
+    run(scenario())
+
+
+def test_what_waits_to_be_learned_from_ends_with_the_replica(server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with replica(server) as one:
+            ask = of(REFUND)
+            seen = await one.questions.find(ask)
+            one.questions.observe(ask, seen, ask.key, entry_of("Within 30 days."))
+            await one.questions.close()
+            await one.questions.settled()
+            await one.pipe.execute("PING")
+            assert server.client.keys("*:v:*") == []
+
+    run(scenario())
+
+
+def test_a_look_that_is_cancelled_leaves_the_next_one_its_answer(server: RedisServer) -> None:
+    async def scenario() -> None:
+        async with replica(server) as one:
+            await one.put(REFUND, "Within 30 days.")
+            looking = asyncio.ensure_future(one.questions.find(of("something else")))
+            await asyncio.sleep(0)
+            looking.cancel()
+            assert text_of(await one.questions.find(of(REFUND_TOO))) == "Within 30 days."
+            assert looking.cancelled()
+
+    run(scenario())

@@ -144,13 +144,12 @@ class Judge:
             return True
         if new.vector is None or self._counted < FEW:
             return False
-        those = [each for each in group if each.vector is not None and not self._contradicts(each.facts, facts)]
-        if 2 * len(those) <= len(group):
-            return False
         common = self._sum / self._counted
-        mine, theirs = new.vector - common, sum(each.vector - common for each in those)
-        lengths = float((mine @ mine) * (theirs @ theirs)) ** 0.5
-        return lengths > 0.0 and float(mine @ theirs) >= ALIKE * lengths
+        mine = new.vector - common
+        if len(group) == 1 and (group[0].vector is None or not _near(mine, group[0].vector - common)):
+            return False  # as most are: what they say in so many words need not be looked at
+        those = [each for each in group if each.vector is not None and not self._contradicts(each.facts, facts)]
+        return 2 * len(those) > len(group) and _near(mine, sum(each.vector - common for each in those))
 
     def _contradicts(self, one: Facts, other: Facts) -> bool:
         """Whether what two answers say in so many words keeps them apart."""
@@ -170,3 +169,8 @@ class Judge:
         """The words of an answer that are not those of every other one."""
         most = self._counted / 2
         return {word for word in facts.content if self._words.get(word, 0.0) <= most}
+
+
+def _near(one: Any, other: Any) -> bool:
+    lengths = float((one @ one) * (other @ other)) ** 0.5
+    return lengths > 0.0 and float(one @ other) >= ALIKE * lengths

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,8 +34,9 @@ log = logging.getLogger("gateway")
 
 ON_ITS_THREAD = "NOTHREAD"
 """VSIM on Redis's own thread, 0.1 ms: with a thread of its own for each look, as it does unasked, it took 0.4 ms."""
-EFFORT = 64
-"""Candidates that a search goes through (VSIM's EF): with more of them the sixteen nearest are the same ones."""
+EFFORT = 32
+"""Candidates that a search goes through (VSIM's EF): of 10,000 questions it finds 99.3 % of the sixteen nearest in
+90 µs. With 64 it is 99.4 % in 125 µs (measured)."""
 QUESTION_BYTES = 1_500
 """What a remembered question costs in Redis: vector, links, facts, its place by use (measured: about 1,300)."""
 QUESTIONS_SHARE = 4
@@ -49,7 +51,11 @@ JUDGES_BYTES = 16 * 1_048_576
 ANSWER_SECONDS = 1.0
 """Nobody waits for the vector of an answer."""
 TASKS = 64
-"""Answers that are learned from at a time; from what comes beyond nothing is learned."""
+"""Answers that wait or are being learned from; from what comes beyond nothing is learned."""
+LATER_SECONDS = 0.01
+"""From an answer until it is learned from: the caller's next call often comes on its heels, and goes first."""
+AT_ONCE = 4
+"""Answers that are begun with in one turn of the event loop: about 1 ms for which calls wait."""
 _LOG_SECONDS = 60.0
 
 _encode = msgspec.json.encode
@@ -84,7 +90,7 @@ class Second(Protocol):
 
 
 class Notes(Struct, frozen=True):
-    """What a look found out, for when the vendor's answer is there. `chance` -1: there is no model.
+    """What a look found out, for when the vendor's answer is there. `chance` -1: there is no model, or a veto.
 
     `vector_set`: where the vector belongs, by the model of its time. `would`: the decision, whether or not the mode
     serves it.
@@ -133,6 +139,7 @@ class Questions:
         self.learning = learning
         self._opened = opened
         self._second = second
+        self._later: deque[Coroutine[Any, Any, None]] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
         self._answers: Bounded[Answer] = Bounded(ANSWERS_BYTES)
@@ -155,24 +162,11 @@ class Questions:
             self._looked(ask).no_vector += 1
             return Seen()
         try:
-            found = await self._pipe.execute(
-                "VSIM",
-                key,
-                "FP32",
-                vector,
-                "WITHSCORES",
-                "WITHATTRIBS",
-                "COUNT",
-                NEIGHBOURS,
-                "EF",
-                EFFORT,
-                ON_ITS_THREAD,
-            )
+            found, facts = await self._search(key, vector, turn.text)
         except (RedisAway, RedisRefused) as error:
             self._looked(ask).away += 1
             self._complain(error)
             return Seen()
-        facts = read(turn.text)
         neighbours = _neighbours(found)
         verdict = weigh(facts, neighbours)
         if verdict is None:
@@ -201,6 +195,21 @@ class Questions:
         self._looked(ask).ended += 1
         return Seen(notes=notes)
 
+    async def _search(self, key: str, vector: bytes, text: str) -> tuple[list[Any], Facts]:
+        """The nearest questions, as VSIM tells them, and the facts of this one, which are read while Redis looks.
+
+        Raises RedisAway, RedisRefused.
+        """
+        looking = self._pipe.execute(
+            "VSIM", key, "FP32", vector, "WITHSCORES", "WITHATTRIBS", "COUNT", NEIGHBOURS, "EF", EFFORT, ON_ITS_THREAD
+        )
+        try:
+            await asyncio.sleep(0)  # it leaves at the end of the event loop's turn
+            facts = read(text)
+            return await looking, facts
+        finally:
+            looking.cancel()
+
     def _looked(self, ask: Ask) -> Tally:
         """Counts a look when it is over: what is counted over an await may be written down meanwhile."""
         tally = self.learning.tally(ask.tenant_id, ask.alias)
@@ -208,15 +217,17 @@ class Questions:
         return tally
 
     def _decide(self, ask: Ask, verdict: Verdict) -> tuple[float, bool]:
-        """The chance that the group's answer is right, where there is a model; and whether it would be served."""
+        """The chance that the group's answer is right, where there is a model and no veto; and whether it would be
+        served.
+        """
         if ask.mode == "static":
             alike = verdict.similarity >= ask.policy.threshold
             return -1.0, alike and verdict.veto is None
         model = self.learning.model(ask.tenant_id, ask.tenant.max_wrong)
-        if model is None:
+        if model is None or verdict.veto is not None:
             return -1.0, False
         chance = model.chance(verdict.features)
-        return chance, verdict.veto is None and chance >= model.threshold
+        return chance, chance >= model.threshold
 
     async def _entry(self, ask: Ask, key: str, id: str, entry_key: str) -> Entry | None:
         """An answer by its question's id. One that has ended leaves no question behind."""
@@ -243,13 +254,21 @@ class Questions:
         self._start(self._checked(ask, seen, entry))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        if self._closed or len(self._tasks) >= TASKS:
+        if self._closed or len(self._later) + len(self._tasks) >= TASKS:
             self.dropped += 1
             work.close()
             return
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
+        self._later.append(work)
+        if len(self._later) == 1:
+            asyncio.get_running_loop().call_later(LATER_SECONDS, self._begin)
+
+    def _begin(self) -> None:
+        for _ in range(min(AT_ONCE, len(self._later))):
+            task = asyncio.ensure_future(self._later.popleft())
+            self._tasks.add(task)
+            task.add_done_callback(self._ended)
+        if self._later:
+            asyncio.get_running_loop().call_soon(self._begin)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -264,12 +283,15 @@ class Questions:
 
     async def settled(self) -> None:
         """Waits until everything that was handed in has been learned from."""
-        while self._tasks:
+        while self._later or self._tasks:
+            self._begin()
             await asyncio.wait(self._tasks)
 
     async def close(self) -> None:
         """Ends what is being learned: nothing asks a judge, or Redis, any more."""
         self._closed = True
+        while self._later:
+            self._later.popleft().close()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()

@@ -8,6 +8,7 @@ How near the nearest question is says little beside how well the neighbours agre
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from math import exp, log
 
 from msgspec import Struct
@@ -40,7 +41,8 @@ class Neighbour(Struct, frozen=True):
 class Verdict(Struct, frozen=True):
     """What the neighbours say. `candidates` are the questions of the chosen group, nearest first.
 
-    `veto` is the guard that keeps all of them apart from the question; `features` are empty without a neighbour.
+    `veto` is the guard that keeps all of them apart from the question: what is vetoed is not served, and nothing is
+    learned of it, so it has no `features`.
     """
 
     group: str
@@ -91,9 +93,8 @@ def weigh(facts: Facts, neighbours: Sequence[Neighbour]) -> Verdict | None:
     group = max(votes, key=votes.__getitem__)
     mine = [neighbour for neighbour in neighbours if neighbour.group == group]
     veto = vetoed(facts, mine)
-    return Verdict(
-        group, tuple(mine), mine[0].similarity, veto, _features(facts, neighbours, group, mine, votes, first)
-    )
+    features = _features(facts, neighbours, group, mine, votes, first) if veto is None else ()
+    return Verdict(group, tuple(mine), mine[0].similarity, veto, features)
 
 
 def vetoed(facts: Facts, group: Sequence[Neighbour]) -> str | None:
@@ -125,21 +126,26 @@ def _features(
 ) -> tuple[float, ...]:
     total = sum(votes.values())
     share = votes[group] / total
-    others = [neighbour for neighbour in neighbours if neighbour.group != group]
-    other_first = max((s for name, s in first.items() if name != group), default=0.0)
-    other_share = max((v for name, v in votes.items() if name != group), default=0.0) / total
-    disorder = -sum(vote / total * log(vote / total) for vote in votes.values() if vote > 0.0)
+    others = [neighbour for neighbour in neighbours if neighbour.group != group] if len(votes) > 1 else ()
+    other_first = other_share = disorder = 0.0
+    for name, vote in votes.items():
+        part = vote / total
+        if part > 0.0:
+            disorder -= part * log(part)
+        if name != group:
+            other_share = max(other_share, part)
+            other_first = max(other_first, first[name])
     asked = frozenset(facts.content or facts.words)
-    known = frozenset(word for neighbour in mine for word in neighbour.facts.words)
-    elsewhere = frozenset(word for neighbour in others for word in neighbour.facts.words)
+    here = asked.intersection(chain.from_iterable([neighbour.facts.words for neighbour in mine]))
+    elsewhere = asked.intersection(chain.from_iterable([neighbour.facts.words for neighbour in others]))
     size = len(asked) or 1
-    overlap = max(_overlap(asked, neighbour) for neighbour in mine[:5])
-    other_overlap = max((_overlap(asked, neighbour) for neighbour in others[:4]), default=0.0)
-    covered = len(asked & known) / size
-    left_over = len(frozenset(mine[0].facts.content).difference(facts.words))
+    overlap = _overlap(asked, mine[:5])
+    covered = len(here) / size
+    own = mine[0].facts
     lead = first[group] - other_first
     count, of = len(mine), len(neighbours)
     nearest, farthest = neighbours[0].similarity, neighbours[-1].similarity
+    of_3 = sum([neighbour.group == group for neighbour in neighbours[:3]])
     return (
         nearest,
         first[group],
@@ -148,31 +154,37 @@ def _features(
         share,
         share * share,
         log(share / (1.0001 - share)),
-        sum(1 for neighbour in neighbours[:3] if neighbour.group == group) / 3,
-        sum(1 for neighbour in neighbours[:5] if neighbour.group == group) / 5,
+        of_3 / 3,
+        (of_3 + sum([neighbour.group == group for neighbour in neighbours[3:5]])) / 5,
         count / NEIGHBOURS,
         1.0 if neighbours[0].group == group else 0.0,
         share - other_share,
         disorder,
         overlap,
-        overlap - other_overlap,
+        overlap - _overlap(asked, others[:4]),
         covered,
-        covered - len(asked & elsewhere) / size,
-        float(len(asked - known)),
-        float(left_over),
-        len((asked & elsewhere) - known) / size,
+        covered - len(elsewhere) / size,
+        float(len(asked) - len(here)),
+        float(len(frozenset(own.content).difference(facts.words))),
+        len(elsewhere - here) / size,
         log(1 + len(facts.words)),
-        len(facts.words) / max(1, len(mine[0].facts.words)),
-        float(len(asked.intersection(mine[0].facts.content))),
+        len(facts.words) / max(1, len(own.words)),
+        float(len(asked.intersection(own.content))),
         len(votes) / of,
         farthest,
         nearest - farthest,
-        sum(neighbour.similarity for neighbour in mine[:3]) / min(3, count),
+        sum([neighbour.similarity for neighbour in mine[:3]]) / min(3, count),
         covered * share,
         overlap * share,
     )
 
 
-def _overlap(asked: frozenset[str], neighbour: Neighbour) -> float:
-    theirs = frozenset(neighbour.facts.content or neighbour.facts.words)
-    return len(asked & theirs) / (len(asked | theirs) or 1)
+def _overlap(asked: frozenset[str], neighbours: Sequence[Neighbour]) -> float:
+    """The largest share of the words of both that both have."""
+    most = 0.0
+    for neighbour in neighbours:
+        theirs = {*(neighbour.facts.content or neighbour.facts.words)}
+        both = len(theirs)
+        theirs &= asked
+        most = max(most, len(theirs) / (len(asked) + both - len(theirs) or 1))
+    return most

@@ -253,6 +253,7 @@ def measure(parts: Parts, options: argparse.Namespace, cores: int, notes: list[s
         for subject in measured(case, subjects):
             show(f"warming up {subject.name}, {case}")
             meter.load(subject, case, 16, WARM_UP_SECONDS)
+    warm = time.time()
     for round_ in range(options.rounds):
         for case in cases:
             for concurrency in options.concurrency:
@@ -265,7 +266,8 @@ def measure(parts: Parts, options: argparse.Namespace, cores: int, notes: list[s
         show("waiting until the shipper has shipped")
         kept = sum(meter.answered.get(name, 0) for name in ("gateway", *BEHIND))
         ledger_rows = parts.ledger_rows(kept, SHIPPING_SECONDS)
-        looks = {case: parts.looks_ms(alias) for case, alias in (("miss", CACHED), ("meaning", MEANT)) if case in cases}
+        kinds = ("miss", CACHED), ("meaning", MEANT)
+        looks = {case: parts.looks_ms(alias, warm) for case, alias in kinds if case in cases}
     facts = Facts(
         on=ON.format(ratio=options.trace_ratio) if gateway else "The gateway was not measured.",
         machine=machine(cores, options),
