@@ -27,8 +27,8 @@ from loadtest.processes import ROOT
 
 BATCHES, BATCH = 5, 10
 """The median of so many batches: what happens once in a while (the garbage collector) falls into one of them."""
-SECONDS = 300
-"""It takes 20 to 40: valgrind runs everything some ten times slower, and what it counts fifty times."""
+SECONDS = 600
+"""It takes 16 to 50: valgrind runs everything some ten times slower, and what it counts fifty times."""
 ZERO, DUMP, START, STOP = ((ord("C") << 24 | ord("T") << 16) + number for number in (1, 0, 4, 5))
 """Requests to callgrind, of its callgrind.h."""
 REQUEST = bytes.fromhex("4889f8 31d2 48c1c703 48c1c70d 48c1c73d 48c1c733 4887db 4889d0 c3")
@@ -58,9 +58,12 @@ def count(program: Sequence[str] = PROGRAM) -> dict[str, int]:
         command = ["valgrind", "--quiet", "--tool=callgrind", "--instr-atstart=no"]
         command += [f"--callgrind-out-file={folder / 'out'}", sys.executable, *program, name]
         environ = {**os.environ, "PYTHONHASHSEED": "0"}
-        done = subprocess.run(
-            command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False, timeout=SECONDS
-        )
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False, timeout=SECONDS
+            )
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"valgrind had not counted after {SECONDS} s") from error
         if done.returncode != 0:
             raise RuntimeError(f"nothing could be counted with valgrind:\n{(done.stdout + done.stderr)[-2000:]}")
         totals = [_total((folder / f"out.{place + 1}").read_text()) for place in range(len(work.CASES) * BATCHES)]
