@@ -37,18 +37,19 @@ def add(command: Callable[[str, object, str], argparse.ArgumentParser]) -> None:
     def action(name: str, run: object, help: str) -> argparse.ArgumentParser:
         made = actions.add_parser(name, help=help, description=help)
         made.set_defaults(run=run)
-        made.add_argument("--tenant")
-        made.add_argument("--json", action="store_true")
+        made.add_argument("--tenant", help="whose (show needs it; everybody's)")
+        made.add_argument("--json", action="store_true", help="for machines")
         made.add_argument("--redis-url", default=os.environ.get("REDIS_URL"), help="REDIS_URL by default")
         return made
 
     action("stats", _stats, "Entries and bytes of each tenant.")
     show = action("show", _show, "A tenant's entries, the ones used last first.")
-    show.add_argument("--alias")
+    show.add_argument("--alias", help="only this alias'")
     show.add_argument("--limit", type=int, default=20, help="how many (20)")
     invalidate = action("invalidate", _invalidate, "From now on, within a second on every replica, it is not found.")
-    for name in ("alias", "revision", "tag"):
-        invalidate.add_argument(f"--{name}")
+    invalidate.add_argument("--alias", help="what this alias answered")
+    invalidate.add_argument("--revision", help="what came from this revision of the knowledge: X-KB-Revision")
+    invalidate.add_argument("--tag", help="what came from this document: X-Cache-Tags")
     invalidate.add_argument("--id", help="the same one again changes nothing")
     report = action("report", _report, "Hits, savings, right and wrong answers over some days; --out writes a page.")
     report.add_argument("--from", dest="first", type=day, help="first day, YYYY-MM-DD (a week ago, UTC)")

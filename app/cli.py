@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
@@ -24,6 +25,7 @@ from app import (
 )
 from app.ambient import Ambient, timestamp
 from app.config import NAME, ConfigError, Secret, load, price_tables
+from app.money_commands import port
 from app.operator import audit, operator
 
 
@@ -47,6 +49,7 @@ def _fail(sentence: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gateway", description="The LLM gateway.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('llm-gateway')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: object, help: str) -> argparse.ArgumentParser:
@@ -55,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         return made
 
     up = command("up", _up, "Start the whole stack on this machine: Traefik, replicas, Redis, PostgreSQL, simulator.")
-    up.add_argument("--port", type=int, default=4000, help="Traefik's TLS port (4000)")
+    up.add_argument("--port", type=port, default=4000, help="Traefik's TLS port (4000)")
     up.add_argument("--state-dir", type=Path, default=Path(".gateway"), help="data, logs, certificates (.gateway)")
     up.add_argument("--replicas", type=int, default=2, help="gateway replicas (2)")
     _config_options(up, overlays=False)
@@ -63,13 +66,14 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--detach", action="store_true", help="return when ready; `gateway down` stops it")
 
     down = command("down", _down, "Stop a stack that `gateway up --detach` started.")
-    down.add_argument("--state-dir", type=Path, default=Path(".gateway"))
+    down.add_argument("--state-dir", type=Path, default=Path(".gateway"), help="that it was started with (.gateway)")
 
     serve = command("serve", _serve, "Run one replica.")
-    serve.add_argument("--host", default="127.0.0.1")
-    serve.add_argument("--port", type=int, default=8080)
-    serve.add_argument("--admin-port", type=int, default=9090)
-    serve.add_argument("--spool-dir", type=Path, default=Path(".gateway/spool"), help="the ledger's local disk")
+    serve.add_argument("--host", default="127.0.0.1", help="the address of both ports (127.0.0.1)")
+    serve.add_argument("--port", type=port, default=8080, help="calls, from Traefik alone (8080)")
+    serve.add_argument("--admin-port", type=port, default=9090, help="metrics, status, administration (9090)")
+    spool = "the ledger's local disk (.gateway/spool)"
+    serve.add_argument("--spool-dir", type=Path, default=Path(".gateway/spool"), help=spool)
     _config_options(serve)
 
     check = command("check", _check, "Load the configuration as a replica would, and say every fault at once.")
@@ -83,14 +87,14 @@ def _parser() -> argparse.ArgumentParser:
     price_commands.add(prices, _config_options)
 
     usage = command("usage", _usage, "A tenant's day, from the ledger in PostgreSQL.")
-    usage.add_argument("--tenant", required=True)
+    usage.add_argument("--tenant", required=True, help="whose")
     usage.add_argument("--day", help="YYYY-MM-DD (UTC; today by default)")
-    usage.add_argument("--json", action="store_true")
+    usage.add_argument("--json", action="store_true", help="for machines")
     usage.add_argument("--database-url", default=os.environ.get("DATABASE_URL"), help="DATABASE_URL by default")
 
     lint = command("lint-apps", _lint_apps, "Find direct vendor calls in an app's source: hosts, SDK addresses, keys.")
     lint.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="a folder or file of the app")
-    lint.add_argument("--json", action="store_true")
+    lint.add_argument("--json", action="store_true", help="for machines")
 
     preship = command("preship", _preship, "Run the six gates of a release; 1 when a blocking one is missed.")
     _gate_options(preship)
@@ -161,7 +165,7 @@ def _keys_options(parser: argparse.ArgumentParser) -> None:
     revoke.add_argument("--redis-url", default=os.environ.get("REDIS_URL"), help="REDIS_URL by default")
 
     lists = action("list", _keys_list, "Ids, services, tenants and states. The keys themselves are stored nowhere.")
-    lists.add_argument("--json", action="store_true")
+    lists.add_argument("--json", action="store_true", help="for machines")
 
 
 def _config_options(parser: argparse.ArgumentParser, overlays: bool = True) -> None:
@@ -287,6 +291,8 @@ def _keys_rotate(arguments: argparse.Namespace) -> int:
         return _fail("--overlap-days is from 0 to 366; `gateway keys revoke` ends a key at once.")
     try:
         made = keys.rotate(arguments.config, ambient, arguments.key, arguments.overlap_days, arguments.expires)
+    except keys.UnknownKey as error:
+        return _fail(str(error))
     except OSError as error:
         return _fail(_unwritable(arguments.config, error))
     _show_key(made, arguments.config)
@@ -304,6 +310,8 @@ def _keys_revoke(arguments: argparse.Namespace) -> int:
     ambient = Ambient()
     try:
         keys.revoke(arguments.config, ambient, arguments.key)
+    except keys.UnknownKey as error:
+        return _fail(str(error))
     except OSError as error:
         return _fail(_unwritable(arguments.config, error))
     audit(ambient, "key.revoke", key=arguments.key, reason=arguments.reason)
@@ -323,6 +331,8 @@ def _keys_list(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(msgspec.json.encode(shown).decode())
         return 0
+    if not shown:
+        sys.stderr.write(f"There is no key in {arguments.config / keys.FILE}; `gateway keys new` makes one.\n")
     for key in shown:
         until = f"until {key.expires}" if key.expires else ""
         print(f"{key.id}  {key.state:<8} {key.service:<24} {','.join(key.tenants):<32} {until}".rstrip())

@@ -24,7 +24,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
 
     action("list", _list, "Whose content is kept here: tenant, files, bytes, first and last day.")
     delete = action("delete", _delete, "Delete all that is kept of a tenant here. On each replica's disk.")
-    delete.add_argument("--tenant", required=True)
+    delete.add_argument("--tenant", required=True, help="whose")
 
 
 def _list(arguments: argparse.Namespace) -> int:

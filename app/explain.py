@@ -162,13 +162,18 @@ def add(parser: argparse.ArgumentParser) -> None:
     call = parser.add_argument_group("the call that --explain is about")
     call.add_argument("--tokens", type=int, default=100, help="of its prompt (100)")
     call.add_argument("--output-tokens", type=int, help="of its answer (the alias's default)")
-    call.add_argument(
-        "--at", type=datetime.fromisoformat, help="when it comes, 2026-11-28T22:30+01:00; UTC without an offset (now)"
-    )
+    call.add_argument("--at", type=_moment, help="when it comes, 2026-11-28T22:30+01:00; UTC without an offset (now)")
     call.add_argument("--header", action="append", default=[], metavar="NAME=VALUE", help="repeatable")
     call.add_argument("--need", action="append", default=[], choices=get_args(Need), help="repeatable")
     call.add_argument("--user", default="anyone", help="the user's hash, which weights go by")
-    call.add_argument("--json", action="store_true")
+    call.add_argument("--json", action="store_true", help="for machines")
+
+
+def _moment(text: str) -> datetime:
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time: 2026-11-28T22:30+01:00") from None
 
 
 def run(arguments: argparse.Namespace, config: Config) -> int:

@@ -16,10 +16,14 @@ from msgspec import Struct
 
 from app.ambient import Ambient, timestamp
 from app.config import ConfigError, load
-from app.config.editing import add_entry, members, set_member
+from app.config.editing import NoEntry, add_entry, members, set_member
 
 SECTION = "service_keys"
 FILE = "service_keys.yaml"
+
+
+class UnknownKey(Exception):
+    """No key has this id. The message says where the ids are shown."""
 
 
 class MadeKey(Struct, frozen=True):
@@ -60,7 +64,7 @@ def new(
 def rotate(folder: Path, ambient: Ambient, key_id: str, overlap_days: int, expires: date | None) -> MadeKey:
     """Makes a key that is in everything else like another, which is valid for `overlap_days` more, through the day.
 
-    A key that would expire sooner still does. Raises ConfigError, OSError.
+    A key that would expire sooner still does. Raises UnknownKey, ConfigError, OSError.
     """
     made = _made(ambient)
 
@@ -77,8 +81,8 @@ def rotate(folder: Path, ambient: Ambient, key_id: str, overlap_days: int, expir
 
 
 def revoke(folder: Path, ambient: Ambient, key_id: str) -> None:
-    """Marks a key as revoked, for good; its entry stays, so that rows still tell whose it was. Raises ConfigError,
-    OSError."""
+    """Marks a key as revoked, for good; its entry stays, so that rows still tell whose it was. Raises UnknownKey,
+    ConfigError, OSError."""
     _change(folder, lambda text: set_member(text, SECTION, key_id, "revoked", _today(ambient).isoformat()))
 
 
@@ -116,7 +120,11 @@ def _change(folder: Path, change: Callable[[str], str]) -> None:
     """Rewrites the file, whole or not at all; a change that leaves a faulty configuration is taken back."""
     file = folder / FILE
     before = file.read_text()
-    _replace(file, change(before))
+    try:
+        changed = change(before)
+    except NoEntry as error:
+        raise UnknownKey(f"{file} has no key {error.name!r}; `gateway keys list` shows the ids of all.") from error
+    _replace(file, changed)
     try:
         for environment in _environments(folder):
             load(folder, environment, require_secrets=False)

@@ -37,7 +37,7 @@ def add(command: Command) -> None:
     )
     maintain.set_defaults(run=_maintain)
     maintain.add_argument("--retention-months", type=months, help="drop months before so many (keeps all)")
-    maintain.add_argument("--json", action="store_true")
+    maintain.add_argument("--json", action="store_true", help="for machines")
     _database(maintain)
     schema = actions.add_parser("schema", help="Print cost-ledger-v1.json, the JSON schema of an event.")
     schema.set_defaults(run=_schema)
@@ -46,7 +46,8 @@ def add(command: Command) -> None:
     fill.add_argument("--from", dest="first", type=day, required=True, help="first day, YYYY-MM-DD (UTC)")
     fill.add_argument("--to", dest="last", type=day, help="last day, included (the first day)")
     fill.add_argument("--lake", default=os.environ.get("LEDGER_LAKE_URL"), help="LEDGER_LAKE_URL by default")
-    fill.add_argument("--format", choices=("parquet", "jsonl"), default=os.environ.get("LEDGER_LAKE_FORMAT", "parquet"))
+    form = os.environ.get("LEDGER_LAKE_FORMAT", "parquet")
+    fill.add_argument("--format", choices=("parquet", "jsonl"), default=form, help="LEDGER_LAKE_FORMAT by default")
     _database(fill)
 
     spool = command("spool", _list, "What waits on a replica's disk, and what could not become a row.")
@@ -58,7 +59,7 @@ def add(command: Command) -> None:
     _database(replay)
     for action in (listing, replay):
         action.add_argument("--spool-dir", type=Path, default=Path(".gateway/spool"), help="the ledger's local disk")
-        action.add_argument("--json", action="store_true")
+        action.add_argument("--json", action="store_true", help="for machines")
 
 
 def _database(parser: argparse.ArgumentParser) -> None:
@@ -144,7 +145,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
     folder: Path = arguments.spool_dir
     if not folder.is_dir():
-        return _fail(f"{folder} is no folder; --spool-dir names the replica's spool.")
+        return _no_folder(folder)
     waiting = backlog(folder)
     for_lake = backlog(folder / "lake") if (folder / "lake").is_dir() else {}
     dead = {path.name: _reasons(path) for path in dead_letters.files(folder)}
@@ -164,6 +165,10 @@ def _list(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _no_folder(folder: Path) -> int:
+    return _fail(f"{folder} is no folder; --spool-dir names the replica's spool.")
+
+
 def _reasons(path: Path) -> list[str]:
     from app import dead_letters
 
@@ -174,9 +179,13 @@ def _reasons(path: Path) -> list[str]:
 def _replay(arguments: argparse.Namespace) -> int:
     from app import dead_letters
 
+    folder: Path = arguments.spool_dir
+    if not folder.is_dir():
+        return _no_folder(folder)
+
     async def work(archive: Archive) -> int:
         await archive.prepare()
-        done = [await dead_letters.replay(path, archive) for path in dead_letters.files(arguments.spool_dir)]
+        done = [await dead_letters.replay(path, archive) for path in dead_letters.files(folder)]
         if arguments.json:
             print(msgspec.json.encode(done).decode())
         else:

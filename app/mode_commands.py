@@ -29,7 +29,7 @@ def add(command: Callable[[str, object, str], argparse.ArgumentParser]) -> None:
     mode.add_argument("--tenant", help="for this tenant alone; the stricter of its mode and everybody's counts")
     mode.add_argument("--for", type=seconds, dest="seconds", metavar="TIME", help="then normal again: 90s, 30m, 2h, 1d")
     mode.add_argument("--reason", default="", help="a word for the audit line")
-    mode.add_argument("--json", action="store_true")
+    mode.add_argument("--json", action="store_true", help="for machines")
     mode.add_argument("--redis-url", default=os.environ.get("REDIS_URL"), help="REDIS_URL by default")
 
 

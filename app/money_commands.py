@@ -39,16 +39,17 @@ def add(command: Command) -> None:
     rollup.add_argument(
         "--reports", type=Path, default=Path("reports/cost"), help="the last day's {tenant}/daily.json (reports/cost)"
     )
-    rollup.add_argument("--json", action="store_true")
+    rollup.add_argument("--json", action="store_true", help="for machines")
     _database(rollup)
 
     export = command("export", _export, "Write the ledger, its daily sums, FOCUS or the fine-tuning hand-off.")
-    export.add_argument("what", choices=("ledger", "daily", "focus", "fine-tuning"))
+    what = "every row, sums by day, FinOps' columns, or calls for training with a summary"
+    export.add_argument("what", choices=("ledger", "daily", "focus", "fine-tuning"), help=what)
     export.add_argument("--from", dest="first", type=day, required=True, help="first day, YYYY-MM-DD (UTC)")
     export.add_argument("--to", dest="last", type=day, help="last day, included (the first day)")
     export.add_argument("--tenant", help="only this tenant's")
     export.add_argument("--environment", help="only this environment's, such as prod")
-    export.add_argument("--format", choices=("csv", "jsonl", "parquet"), default="jsonl")
+    export.add_argument("--format", choices=("csv", "jsonl", "parquet"), default="jsonl", help="(jsonl)")
     export.add_argument("--out", type=Path, default=Path("-"), help="the file; - is standard output (-)")
     export.add_argument("--billing-account", default="llm-gateway", help="FOCUS: who is billed (llm-gateway)")
     export.add_argument("--without-cache-hits", action="store_true", help="fine-tuning: leave out what the cache said")
@@ -70,7 +71,7 @@ def _add_reconcile(command: Command) -> None:
     reconcile.add_argument("--from", dest="first", type=day, help="first day (the invoice's first)")
     reconcile.add_argument("--to", dest="last", type=day, help="last day, included (the invoice's last)")
     reconcile.add_argument("--threshold", type=float, default=ALARM_RATIO, help="share of the whole (0.05)")
-    reconcile.add_argument("--format", choices=("text", "json", "html"), default="text")
+    reconcile.add_argument("--format", choices=("text", "json", "html"), default="text", help="(text)")
     reconcile.add_argument("--out", type=Path, default=Path("-"), help="the report's file; - is standard output (-)")
     reconcile.add_argument("--keep", action="store_true", help="note it in PostgreSQL, where the alert looks")
     _database(reconcile)
@@ -79,8 +80,8 @@ def _add_reconcile(command: Command) -> None:
 def _add_jobs(command: Command) -> None:
     jobs = command("jobs", _jobs, "Run rollups, partitions and reconciliation on a schedule; several may run at once.")
     jobs.add_argument("--once", action="store_true", help="run what is due and exit, as a CronJob does")
-    jobs.add_argument("--host", default="127.0.0.1")
-    jobs.add_argument("--port", type=int, default=9091, help="metrics and status, with GATEWAY_ADMIN_TOKEN (9091)")
+    jobs.add_argument("--host", default="127.0.0.1", help="the address of that port (127.0.0.1)")
+    jobs.add_argument("--port", type=port, default=9091, help="metrics and status, with GATEWAY_ADMIN_TOKEN (9091)")
     jobs.add_argument("--rollup-seconds", type=float, default=900.0, help="how often days are summed (900)")
     jobs.add_argument("--reports", type=Path, help="a folder for {tenant}/daily.json")
     jobs.add_argument("--retention-months", type=months, help="drop older months of the ledger (keeps all)")
@@ -97,6 +98,13 @@ def day(text: str) -> date:
         return date.fromisoformat(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a day: YYYY-MM-DD.") from None
+
+
+def port(text: str) -> int:
+    """A TCP port, 0 for any that is free: what is above would silently be another one."""
+    if not text.isdecimal() or int(text) > 65_535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535.")
+    return int(text)
 
 
 def months(text: str) -> int:

@@ -38,7 +38,7 @@ STALE = timedelta(days=7)
 def add(prices: argparse.ArgumentParser, config_options: Callable[[argparse.ArgumentParser], None]) -> None:
     """The options and actions of `gateway prices`."""
     prices.set_defaults(run=list_prices)
-    prices.add_argument("--json", action="store_true")
+    prices.add_argument("--json", action="store_true", help="for machines")
     config_options(prices)
     actions = prices.add_subparsers(metavar="ACTION")
     new = actions.add_parser("sync", help="Write a new price table from genai-prices, and show what changes.")
@@ -57,7 +57,7 @@ def add(prices: argparse.ArgumentParser, config_options: Callable[[argparse.Argu
     again.add_argument("--to", dest="last", type=date.fromisoformat, required=True, help="last day, included")
     again.add_argument("--table", type=date.fromisoformat, help="the price table's day (the one in force)")
     again.add_argument("--dry-run", action="store_true", help="only say what it would come to")
-    again.add_argument("--json", action="store_true")
+    again.add_argument("--json", action="store_true", help="for machines")
     again.add_argument("--database-url", default=os.environ.get("DATABASE_URL"), help="DATABASE_URL by default")
 
 

@@ -368,8 +368,11 @@ def _address(host: str, port: int | str) -> str:
 
 @asynccontextmanager
 async def reached(url: str, ambient: Ambient, seconds: float) -> AsyncIterator[RedisPipe | ClusterPipe]:
-    """A connection for a command's time; each of its steps has `seconds`. Raises RedisAway, ValueError."""
-    pipe = pipe_to(url, ambient, timeout_ms=seconds * 1000)
+    """A connection for a command's time; each of its steps has `seconds`. Raises RedisAway, for a faulty `url` too."""
+    try:
+        pipe = pipe_to(url, ambient, timeout_ms=seconds * 1000)
+    except ValueError as error:
+        raise RedisAway(f"REDIS_URL is no address of a Redis: {error}") from error
     there = asyncio.Event()
     pipe.on_return.append(there.set)
     running = asyncio.ensure_future(pipe.run())

@@ -226,12 +226,13 @@ def run(arguments: argparse.Namespace) -> int:
             looks = [await look(client, urls, ambient)]
             if arguments.once:
                 await ambient.sleep(arguments.every)
-                shown = view(looks[0], await look(client, urls, ambient))
+                looks.append(await look(client, urls, ambient))
+                shown = view(*looks)
                 if arguments.json:
                     sys.stdout.write(msgspec.json.encode(shown).decode() + "\n")
                 else:
                     top_screen.show(shown)
-                return 0
+                return 0 if any(seen.status is not None for seen in looks[-1].values()) else 1
             with top_screen.screen() as update:
                 while True:
                     update(view(looks[0], looks[-1]))

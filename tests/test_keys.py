@@ -175,7 +175,7 @@ def test_a_revoked_key_keeps_its_entry(with_keys: Path) -> None:
 
 @pytest.mark.parametrize("change", [keys.revoke, lambda *at: keys.rotate(*at, 7, None)])
 def test_an_unknown_key_changes_nothing(with_keys: Path, change: Callable[..., object]) -> None:
-    with pytest.raises(ConfigError, match="no such entry"):
+    with pytest.raises(keys.UnknownKey, match="no key 'unknown00000'; `gateway keys list`"):
         change(with_keys, AMBIENT, "unknown00000")
     assert (with_keys / keys.FILE).read_text() == TEXT
 

@@ -10,6 +10,14 @@ import yaml
 from app.config.reading import ConfigError, Loader
 
 
+class NoEntry(ConfigError):
+    """The section has no entry `name`."""
+
+    def __init__(self, section: str, name: str) -> None:
+        super().__init__([f"{section}.{name}: there is no such entry"])
+        self.name = name
+
+
 def add_entry(text: str, section: str, name: str, members: Mapping[str, str], comment: str) -> str:
     """`text` with the entry `name` put first in `section`, which is made where it is missing. Values are YAML already.
 
@@ -38,7 +46,7 @@ def set_member(text: str, section: str, name: str, key: str, value: str) -> str:
     _, entries = _members(_document(text)).get(section, (None, None))
     _, entry = (_members(entries) if entries is not None else {}).get(name, (None, None))
     if not isinstance(entry, yaml.MappingNode) or not entry.value:
-        raise ConfigError([f"{section}.{name}: there is no such entry"])
+        raise NoEntry(section, name)
     old = _members(entry).get(key)
     if old is not None:
         marks = old[1].start_mark, old[1].end_mark
@@ -58,7 +66,7 @@ def members(text: str, section: str, name: str) -> dict[str, str]:
     _document(text)
     entry = ((yaml.load(text, Loader=Loader) or {}).get(section) or {}).get(name)
     if not isinstance(entry, dict):
-        raise ConfigError([f"{section}.{name}: there is no such entry"])
+        raise NoEntry(section, name)
     return {key: json.dumps(value, default=str) for key, value in entry.items()}
 
 

@@ -184,5 +184,8 @@ def _detached(options: UpOptions) -> int:
             if exit_code is not None:
                 return exit_code or 1
             if is_ready:
+                url = msgspec.json.decode(ready.read_bytes())["url"]
+                stop = f"gateway down --state-dir {shlex.quote(str(state_dir))}"
+                print(f"The gateway is ready at {url}; its key and all else are in {ready}. To stop it: {stop}")
                 return 0
             time.sleep(0.05)
