@@ -57,17 +57,23 @@ def direct_calls(path: Path) -> list[DirectCall]:
 
 def _files(path: Path) -> Iterator[Path]:
     if path.is_file():
-        yield path
+        if _is_source(path):
+            yield path
         return
     for folder, folders, names in os.walk(path):
         folders[:] = sorted(name for name in folders if name not in SKIPPED)
         for name in sorted(names):
             file = Path(folder, name)
-            if file.suffix in PROSE or not file.is_file() or file.stat().st_size > MAX_BYTES:
-                continue
-            with file.open("rb") as opened:
-                if b"\0" not in opened.read(1024):
-                    yield file
+            if file.suffix not in PROSE and file.is_file() and _is_source(file):
+                yield file
+
+
+def _is_source(file: Path) -> bool:
+    """Neither too large nor binary: of a file that is named, as a pre-commit hook does, as of one that is found."""
+    if file.stat().st_size > MAX_BYTES:
+        return False
+    with file.open("rb") as opened:
+        return b"\0" not in opened.read(1024)
 
 
 def _in_text(file: str, text: str) -> Iterator[DirectCall]:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from app.cli import main
-from app.lint_apps import PROSE, SKIPPED, direct_calls
+from app.lint_apps import MAX_BYTES, PROSE, SKIPPED, direct_calls
 from loadtest.processes import ROOT
 
 DIRECT = {
@@ -62,7 +62,9 @@ def test_what_others_wrote_and_what_is_no_source_is_passed_over(tmp_path: Path) 
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("https://api.openai.com")
     (tmp_path / "model.bin").write_bytes(b"\0https://api.openai.com")
+    (tmp_path / "bundle.js").write_text("https://api.openai.com\n".ljust(MAX_BYTES + 1))
     assert direct_calls(tmp_path) == []
+    assert [direct_calls(tmp_path / named) for named in ("model.bin", "bundle.js")] == [[], []]  # as a hook names them
 
 
 def test_command_fails_with_the_places_and_passes_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
