@@ -208,7 +208,7 @@ def admin_routes(
 @get("/usage/usage.css", sync_to_thread=False)
 def _style() -> Response[bytes]:
     headers = {"cache-control": "max-age=3600", "x-content-type-options": "nosniff"}
-    return Response(charts.style(), media_type="text/css; charset=utf-8", headers=headers)
+    return Response(charts.style(), media_type="text/css", headers=headers)
 
 
 # --- what was asked for -------------------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ async def _read(
 
 
 def _html(body: bytes, status: int = 200) -> Response[bytes]:
-    return Response(body, status_code=status, media_type="text/html; charset=utf-8", headers=_HEADERS)
+    return Response(body, status_code=status, media_type=MediaType.HTML, headers=_HEADERS)
 
 
 def _see_usage(cookie: str) -> Response[bytes]:

@@ -249,6 +249,8 @@ def test_every_page_forbids_scripts_and_frames(journey: Journey) -> None:
         assert "frame-ancestors 'none'" in policy
         assert answer.headers["cache-control"] == "no-store"
         assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.status_code == 303 or answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert journey.http.get("/usage/usage.css").headers["content-type"] == "text/css; charset=utf-8"
 
 
 # --- in Chromium --------------------------------------------------------------------------------------------------

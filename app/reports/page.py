@@ -211,6 +211,10 @@ def _link(view: View, tenant: str | None, days: int | None = None) -> str:
     return "/usage?" + urlencode({"tenant": tenant or "", "days": days or view.days})
 
 
+_TILE_CHARACTERS = 9
+"""What is longer is written smaller, or it would leave its tile: $0.000012345, $1,234,567.89."""
+
+
 def _tiles(total: Figures, trend: Trend) -> Element:
     tiles = (
         ("Spend", money(total.cost_nanos), _unpriced(total)),
@@ -222,7 +226,14 @@ def _tiles(total: Figures, trend: Trend) -> Element:
     )
     listed = el("dl", class_="tiles")
     for name, value, note in tiles:
-        listed.append(el("div", el("dt", name), el("dd", value), el("dd", note, class_="note")))
+        listed.append(
+            el(
+                "div",
+                el("dt", name),
+                el("dd", value, class_="long" if len(value) > _TILE_CHARACTERS else None),
+                el("dd", note, class_="note"),
+            )
+        )
     return listed
 
 
