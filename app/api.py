@@ -430,12 +430,21 @@ def answer_error(request: Request, error: GatewayError) -> Response:
 
 def answer_http_error(request: Request, error: HTTPException) -> Response:
     if error.status_code == 404:
-        return answer_error(request, NotFound(f"There is no route {request.url.path}."))
+        return answer_error(request, NotFound(f"There is no route {request.url.path}.{_meant(request.url.path)}"))
     if error.status_code == 405:
         return answer_error(request, MethodNotAllowed(f"{request.url.path} does not take {request.method}."))
     if error.status_code == 413:
         return answer_error(request, RequestTooLarge("The body is larger than this route takes."))
     return answer_error(request, InvalidRequest("The request cannot be read."))
+
+
+def _meant(path: str) -> str:
+    """What to mend where a client's base URL is wrong: OpenAI's clients want /v1 at its end, Anthropic's add it."""
+    if path.startswith("/v1/v1/"):
+        return " The client adds /v1 itself: its base URL ends without."
+    if f"/v1{path}" in ROUTES or path == "/models":
+        return f" There is /v1{path}: end the client's base URL with /v1."
+    return ""
 
 
 def _defect(request: Request, error: Exception) -> Response:

@@ -207,6 +207,26 @@ def test_unknown_route_and_method_answer_in_the_dialect(journey: Journey) -> Non
     assert (wrong.status_code, wrong.json()["error"]["code"]) == (405, "method_not_allowed")
 
 
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("/v1/v1/messages", "its base URL ends without."),
+        ("/chat/completions", "There is /v1/chat/completions: end the client's base URL with /v1."),
+        ("/models", "There is /v1/models: end the client's base URL with /v1."),
+        ("/v1/nothing", "There is no route /v1/nothing."),
+    ],
+)
+def test_a_wrong_base_url_is_told_what_to_mend_through_traefik(journey: Journey, path: str, says: str) -> None:
+    answer = journey.http.get(path, headers=journey.headers())
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+    assert answer.json()["error"]["message"].endswith(says)
+
+
+def test_an_empty_body_is_called_empty(journey: Journey) -> None:
+    answer = journey.post(b"")
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "The body is empty: send a JSON object.")
+
+
 def test_sixth_request_of_a_tenant_with_five_a_minute_is_told_when_to_come_back(journey: Journey) -> None:
     answers = [journey.post(x_tenant_id="tenant-few") for _ in range(6)]
     assert [answer.status_code for answer in answers] == [200] * 5 + [429]

@@ -496,7 +496,7 @@ def test_path_that_can_be_read_in_two_ways_is_refused(edge: Edge, path: str) -> 
     assert edge.call(path) == (400, {})
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/health", "/health/ready", "/usage", "/status", "/schema"])
+@pytest.mark.parametrize("path", ["/v1/models", "/health", "/health/ready", "/usage", "/status", "/schema", "/models"])
 def test_route_leads_to_a_replica(edge: Edge, path: str) -> None:
     assert edge.call(path)[1]["name"] in ("one", "two")
 

@@ -35,7 +35,11 @@ def authorize(config: Config, key: ServiceKey, claimed: str | None) -> Tenant:
         if key.plan in config.plans:
             tenant = msgspec.structs.replace(config.plans[key.plan], id=claimed)
     if tenant is None or not key.may_act_for(claimed):
-        raise TenantNotAllowed(f"This credential may not act for the tenant {claimed!r}.", param="X-Tenant-Id")
+        raise TenantNotAllowed(
+            f"This credential may not act for the tenant {claimed!r}: name one that it is for, or ask your platform "
+            "team to add it.",
+            param="X-Tenant-Id",
+        )
     return tenant
 
 

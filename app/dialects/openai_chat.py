@@ -63,6 +63,8 @@ def members(body: bytes) -> dict[str, Raw]:
     except msgspec.ValidationError:
         raise InvalidRequest("The body must be a JSON object.") from None
     except msgspec.DecodeError as error:
+        if not body:
+            raise InvalidRequest("The body is empty: send a JSON object.") from None
         raise InvalidRequest(f"The body is not JSON: {error}.") from None
     except RecursionError:
         raise InvalidRequest("The body is nested too deeply.") from None
