@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import lru_cache
 
 import msgspec
 
@@ -148,10 +149,12 @@ class Dialogue:
 
     async def _answered(self, exchange: Exchange, alias: Alias, role: Role = "chain") -> Good:
         """The first good answer along the alias's targets, and those for a refusal. Raises as `first_good`."""
-        targets = plan(alias, self.cooldowns.resting())
+        targets = alias.targets
+        if resting := self.cooldowns.resting():
+            targets = plan(alias, resting)
+            if targets[0] is not alias.targets[0]:
+                self.telemetry.fell_back(exchange, alias.chain[0], targets[0].name, "resting")
         deadline = exchange.call.started + alias.timeouts.total
-        if targets[0] is not alias.targets[0]:
-            self.telemetry.fell_back(exchange, alias.chain[0], targets[0].name, "resting")
         errors: list[VendorError] = []
         refusal: VendorRefused | None = None
         tried: list[str] = []
@@ -428,9 +431,11 @@ class Dialogue:
                 signed = traced(signed, call, place)
             answer = await self.upstream.open(signed, limits.connect)
             request_id = word(answer.headers.get(translator.request_id_header))
-            gone = answer.status == 404 and _may_be_deleted(exchange)
-            if not (200 <= answer.status < 300 or gone):
-                raise translator.error(answer.status, answer.headers, await _error_body(answer))
+            gone = False
+            if not 200 <= answer.status < 300:
+                gone = answer.status == 404 and _may_be_deleted(exchange)
+                if not gone:
+                    raise translator.error(answer.status, answer.headers, await _error_body(answer))
             if request.stream:
                 stream = Stream(
                     translator.stream(stamp),
@@ -544,11 +549,15 @@ def _to_be_judged(translator: Translator, exchange: Exchange, cascade: Cascade, 
     return translator.outgoing(request, target)
 
 
+_known_word = lru_cache(512)(word)
+"""For what vendors say again and again: models, reasons, tiers."""
+
+
 def note_answer(exchange: Exchange, answer: Answer) -> None:
-    exchange.model_resolved = word(answer.model)
-    exchange.finish_reason = word(answer.finish_reason)
+    exchange.model_resolved = _known_word(answer.model)
+    exchange.finish_reason = _known_word(answer.finish_reason)
     exchange.done = True
-    exchange.service_tier = word(answer.service_tier)
+    exchange.service_tier = _known_word(answer.service_tier)
     exchange.usage = answer.usage
     exchange.text_bytes = answer.text_bytes
     exchange.content_type = answer.content_type

@@ -13,23 +13,22 @@ FEWEST_BYTES, MOST_BYTES = 1.5, 6.0
 """What is learned stays between these: dense code and numbers, and long English words with JSON around them."""
 WEIGHT = 0.05
 """Of one call in what is learned: the last twenty or so decide."""
+_MOST_SEEN = 2 * MOST_BYTES
+"""One odd call does not teach more than many."""
 
 
 class _Learned(Struct):
     """Of an alias's calls the mean, and how far they are from it on average.
 
     Of bytes of a request per token of input, and of the share of the input that the vendor read from its cache.
+    Most calls have more bytes to a token than `bytes_per_token`, so most reservations are enough.
     """
 
     mean: float = BYTES_PER_TOKEN
     deviation: float = 0.0
     cached_mean: float = 0.0
     cached_deviation: float = 0.0
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Most calls have more bytes to a token than this, so most reservations are enough."""
-        return min(MOST_BYTES, max(FEWEST_BYTES, self.mean - self.deviation))
+    bytes_per_token: float = BYTES_PER_TOKEN
 
     @property
     def cached(self) -> float:
@@ -68,14 +67,15 @@ class Estimates:
         usage = estimate(
             request.operation, exchange.input_tokens_estimate, exchange.output_tokens_estimate, request.units
         )
+        estimated = usage.input + usage.output + usage.embedding  # an estimate knows no other classes
         if usage.input:
             usage = self._split(usage, exchange.call.body, alias)
         tenant_id, at = exchange.tenant.id, exchange.call.received_at
         nanos = dearest_nanos(usage, alias.reach, tenant_id, at)
-        tokens = usage.total if request.units is None else request.input_tokens
+        tokens = estimated if request.units is None else request.input_tokens
         if alias.cascade is not None:  # the doubtful answer is paid for too,
             nanos += dearest_nanos(usage, alias.cascade.targets, tenant_id, at)
-            tokens += usage.total
+            tokens += estimated
         if alias.hedge is not None:  # and so is the prompt of whoever is outrun
             prompt = replace(usage, output=0)
             nanos += dearest_nanos(prompt, alias.targets, tenant_id, at)
@@ -103,10 +103,13 @@ class Estimates:
         text_bytes, blobs = exchange.sized
         if tokens <= 0 or blobs:
             return
-        seen = min(2 * MOST_BYTES, text_bytes / tokens)  # one odd call does not teach more than many
-        learned = self._learned.setdefault(exchange.request.alias, _Learned())
-        learned.deviation += WEIGHT * (abs(seen - learned.mean) - learned.deviation)
-        learned.mean += WEIGHT * (seen - learned.mean)
+        learned = self._learned.get(exchange.request.alias)
+        if learned is None:
+            learned = self._learned[exchange.request.alias] = _Learned()
+        off = min(_MOST_SEEN, text_bytes / tokens) - learned.mean
+        learned.deviation = deviation = learned.deviation + WEIGHT * (abs(off) - learned.deviation)
+        learned.mean = mean = learned.mean + WEIGHT * off
+        learned.bytes_per_token = min(MOST_BYTES, max(FEWEST_BYTES, mean - deviation))
         share = usage.cache_read / tokens
         if share or learned.cached_mean:
             learned.cached_deviation += WEIGHT * (abs(share - learned.cached_mean) - learned.cached_deviation)

@@ -311,8 +311,9 @@ class Limits:
 
     def _put(self, scope: Scope, call_id: str, requests: int, tokens: int, nanos: int) -> None:
         self._send(scope.record, scope.settle(call_id, requests, tokens, nanos))
-        for other in scope.apart:
-            self._send(other.record, other.settle(call_id, requests, tokens, nanos))
+        if scope.apart:
+            for other in scope.apart:
+                self._send(other.record, other.settle(call_id, requests, tokens, nanos))
 
     def _undo(self, scope: Scope, call_id: str) -> None:
         """Undoes what one script took, the request included; where that is nothing, nothing happens."""
