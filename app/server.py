@@ -96,11 +96,12 @@ class Server:
     async def _others(self, visit: Visit) -> None:
         """A visit by ASGI."""
         path, query = _path(visit.target)
+        headers = [(name.lower(), value) for name, value in visit.raw_headers]
         transport = visit._connection.transport
         scope: HTTPScope = {
             "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": visit.version,
             "method": visit.method, "scheme": "http", "path": unquote(path.decode("latin-1")), "raw_path": path,
-            "query_string": query, "root_path": "", "headers": visit.raw_headers, "state": {}, "extensions": None,
+            "query_string": query, "root_path": "", "headers": headers, "state": {}, "extensions": None,
             "server": transport.get_extra_info("sockname"), "client": transport.get_extra_info("peername"),
         }  # fmt: skip
 

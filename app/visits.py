@@ -67,7 +67,7 @@ class Visit(Struct, eq=False):
     target: bytes = b""
     version: str = "1.1"
     raw_headers: list[tuple[bytes, bytes]] = []
-    """In their order, with names in lower case."""
+    """In their order, as they were written."""
     keep_alive: bool = True
     complete: bool = False
     """Whether the whole request is here; since when, by the ambient's clock."""
@@ -102,7 +102,9 @@ class Visit(Struct, eq=False):
     async def receive(self) -> Message:
         """ASGI's: what has come of the body, at least the news that it is complete; or that the client is gone."""
         connection = self._connection
-        if not (self.complete or self.started or self.continued) and dict(self.raw_headers).get(b"expect"):
+        if not (self.complete or self.started or self.continued) and b"expect" in (
+            name.lower() for name, _ in self.raw_headers
+        ):
             self.continued = True
             connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         while not (self._parts or self.gone or self.ended or (self.complete and not self.told)):
@@ -121,17 +123,6 @@ class Visit(Struct, eq=False):
     def wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-
-    def take(self, body: bytes) -> None:
-        """A part of the body from the connection. One that was answered before it came is dropped."""
-        if self.ended or self.gone:
-            return
-        self._parts.append(body)
-        self.unread_bytes += len(body)
-        if self.unread_bytes > UNREAD_BYTES:
-            self._connection.hold_on()
-        if self._waiter is not None:
-            self.wake()
 
     # --- the answer ---
 
@@ -322,7 +313,7 @@ class Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._head_bytes is not None:  # a trailer is no header: the edge has not looked at it
-            self._arriving.raw_headers.append((name.lower(), value))
+            self._arriving.raw_headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         self._head_bytes = None
@@ -337,7 +328,15 @@ class Connection(asyncio.Protocol):
             self._next.append(visit)
 
     def on_body(self, body: bytes) -> None:
-        self._arriving.take(body)
+        visit = self._arriving
+        if visit.ended or visit.gone:  # it was answered before this came
+            return
+        visit._parts.append(body)
+        visit.unread_bytes += len(body)
+        if visit.unread_bytes > UNREAD_BYTES:
+            self.hold_on()
+        if visit._waiter is not None:
+            visit.wake()
 
     def on_message_complete(self) -> None:
         visit = self._arriving

@@ -72,7 +72,7 @@ def header_map(raw: Sequence[tuple[bytes, bytes]]) -> dict[bytes, str]:
     if not raw:
         return {}
     names, values = zip(*reversed(raw), strict=True)
-    return dict(zip(names, map(bytes.decode, values, _LATIN_1), strict=False))
+    return dict(zip(map(bytes.lower, names), map(bytes.decode, values, _LATIN_1), strict=True))
 
 
 def _credential(headers: Mapping[bytes, str]) -> str | None:

@@ -120,11 +120,9 @@ def duration(seconds: float) -> bytes:
     whole = round(seconds)
     if whole < 60:
         return b"%ds" % whole
-    hours, rest = divmod(whole, 3600)
-    minutes, rest = divmod(rest, 60)
-    if hours:
-        return b"%dh%dm%ds" % (hours, minutes, rest)
-    return b"%dm%ds" % (minutes, rest)
+    if whole < 3600:
+        return b"%dm%ds" % (whole // 60, whole % 60)
+    return b"%dh%dm%ds" % (whole // 3600, whole // 60 % 60, whole % 60)
 
 
 def error_body(error: GatewayError, _: str | None = None) -> bytes:
