@@ -13,7 +13,7 @@ _DATA = re.compile(rb'"data"\s*:\s*"(?=[A-Za-z0-9+/\\]{256})')
 """Compiled, since all of a long prompt is searched: `bytes.find` takes twice as long for such a word."""
 LONG_BYTES = 8_192
 HOPS = 64
-"""A word whose first byte is rare in texts is looked for from one such byte to the next: 100 KB take 1 us where there is
+"""A word whose first byte is rare in texts is looked for from one such byte to the next: 100 KB take 1 us if there is
 none, and a pattern or `bytes.find` 30 to 50. After so many that were none, the rest is left to that."""
 
 
