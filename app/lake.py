@@ -56,9 +56,10 @@ class LakeMissing(LakeError):
 
 
 def _at(event: Mapping[str, Any], path: Sequence[str]) -> Any:
-    for name in path:
+    *parts, member = path
+    for name in parts:
         event = event[name]
-    return event
+    return event.get(member)  # what has a default may be left out: null, of those that are columns
 
 
 _FIELDS: tuple[tuple[Column, tuple[str, ...]], ...] = (

@@ -19,13 +19,15 @@ _MEMBERS: dict[str, dict[str, Any]] = {
     "event_id": _UUID,
     "timestamp": {"type": "string", "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z$"},
     "trace_id": {"type": "string", "pattern": "^[0-9a-f]{32}$"},
-    "adjusts": {"anyOf": [{"type": "null"}, _UUID]},
+    "adjusts": {"anyOf": [{"type": "null"}, _UUID], "default": None},
 }
 """What the types do not tell."""
 
 
 def ledger_schema() -> str:
-    """The schema as indented JSON. Every member is always written; more may be added, none is renamed or taken away."""
+    """The schema as indented JSON. Members may be added, none is renamed or taken away; one that has a default may be
+    left out, and has it then.
+    """
     _, parts = msgspec.json.schema_components([_written(LedgerEvent)], ref_template="#/$defs/{name}")
     event = parts.pop("LedgerEvent")
     event["properties"] |= _MEMBERS
@@ -41,18 +43,22 @@ def ledger_schema() -> str:
 
 @cache  # one class for each, or the schema has two of a name
 def _written(shape: Any) -> Any:
-    """A type as it is written: no member is left out, and what is carried as `Raw` is an amount."""
+    """A type as it is written: what is carried as `Raw` is an amount."""
     if shape is Raw:
         return _USD
     if isinstance(shape, type) and issubclass(shape, Struct):
-        members = [
-            (member.name, _written(member.type), msgspec.field(name=member.encode_name))
-            for member in msgspec.structs.fields(shape)
-        ]
-        return msgspec.defstruct(shape.__name__, members, namespace={"__doc__": shape.__doc__}, kw_only=True)
+        members = [(member.name, _written(member.type), _default(member)) for member in msgspec.structs.fields(shape)]
+        tag = {"tag_field": shape.__struct_config__.tag_field, "tag": shape.__struct_config__.tag}
+        return msgspec.defstruct(shape.__name__, members, namespace={"__doc__": shape.__doc__}, kw_only=True, **tag)
     origin = typing.get_origin(shape)
     if origin is tuple:
         return tuple[_written(typing.get_args(shape)[0]), ...]
     if origin in (typing.Union, types.UnionType):
         return typing.Union[tuple(map(_written, typing.get_args(shape)))]  # noqa: UP007
     return shape
+
+
+def _default(member: msgspec.structs.FieldInfo) -> Any:
+    if isinstance(member.default, Raw):
+        return msgspec.json.decode(member.default)
+    return msgspec.field() if member.required else member.default

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from app.core import (
+    NOTHING,
     Cost,
     EventLatency,
     Exchange,
@@ -27,14 +28,12 @@ _CUT_STATUS = {"client_closed": "client_closed", "deadline": "timeout", "drain":
 def event_of(exchange: Exchange, now: float) -> LedgerEvent:
     """What became of a call; `now` is the monotonic clock. Notes on the exchange what it is charged."""
     call, request, tenant, target = exchange.call, exchange.request, exchange.tenant, exchange.target
-    error, recalled = exchange.error, exchange.recalled
-    model, provider, saved = exchange.model_resolved, None, 0
+    config, error, recalled = call.config, exchange.error, exchange.recalled
+    model, provider, region = exchange.model_resolved, None, None
     if target is not None:
-        model, provider = model or target.model, target.provider.name
+        model, provider, region = model or target.model, target.provider.name, target.provider.region
     elif recalled is not None:
         model, provider = recalled.model, recalled.provider
-        if recalled.usage is not None and exchange.spared is not None:
-            saved = saved_nanos(recalled.usage, exchange.spared, tenant.id, call.received_at)
     if error is not None:
         status = error.outcome
     elif exchange.done:
@@ -46,8 +45,7 @@ def event_of(exchange: Exchange, now: float) -> LedgerEvent:
     for also_used, also_cost in exchange.beside:
         usage, cost, source = usage + also_used, cost + also_cost, "vendor" if source == "none" else source
     exchange.charged = cost
-    total = now - call.started
-    return LedgerEvent(
+    event = LedgerEvent(
         event_id=call.event_id,
         timestamp=call.occurred_at,
         request_id=call.request_id,
@@ -58,29 +56,21 @@ def event_of(exchange: Exchange, now: float) -> LedgerEvent:
         model_alias=None if request is None else request.alias or None,
         model_resolved=model,
         provider=provider,
-        region=None if target is None else target.provider.region,
-        cache_hit=recalled is not None and error is None,
-        cache_kind=None if recalled is None else recalled.kind,
-        similarity=None if recalled is None else recalled.similarity,
-        saved_usd=usd(saved),
+        region=region,
+        cache_hit=False,
         usage=event_usage(usage),
-        cost_usd=event_cost(cost, call.config.price_version),
-        latency_ms=EventLatency(
-            gateway=ms(max(0.0, total - exchange.provider_seconds - exchange.cache_seconds)),
-            cache_lookup=ms(exchange.cache_seconds),
-            provider=ms(exchange.provider_seconds),
-            total=ms(total),
-        ),
+        cost_usd=event_cost(cost, config.price_version),
+        latency_ms=_latency(now - call.started, exchange.provider_seconds, exchange.cache_seconds),
         status=status,
         fallback_chain=exchange.chain,
         fallback_used=fell_back(exchange),
         rate_limit_tier=None if tenant is None else tenant.tier,
         prompt_version=call.prompt_version,
-        guardrail_blocked=isinstance(error, GuardrailBlocked),
-        tenant_claimed=call.tenant_claimed if tenant is None else None,
+        guardrail_blocked=False,
+        purpose=exchange.purpose,
         key_id=call.key.id,
-        environment=call.config.environment,
-        config_version=call.config.version,
+        environment=config.environment,
+        config_version=config.version,
         stream=request is not None and request.stream,
         ttft_ms=ms(exchange.first_token - call.started) if exchange.first_token else None,
         finish_reason=exchange.finish_reason,
@@ -88,14 +78,38 @@ def event_of(exchange: Exchange, now: float) -> LedgerEvent:
         attempts=tuple(exchange.attempts),
         usage_source=source,
         cost_status="none" if source == "none" else "priced" if cost.priced else "unpriced",
+        saved_usd=NOTHING,
         service_tier=exchange.service_tier,
-        error_code=None if error is None else error_code(error),
-        limit_tripped=error.limit if isinstance(error, LimitError) else None,
         operation="chat" if request is None else request.operation,
         alias_requested=exchange.alias_requested,
         rule=exchange.rule,
-        purpose=exchange.purpose,
     )
+    return event if error is None and recalled is None else _unusual(event, exchange)
+
+
+def _latency(total: float, provider: float, cache: float) -> EventLatency:
+    """Of seconds. What we added is what is left: the parts add up."""
+    total_us, provider_us = int(total * 1_000_000 + 0.5), int(provider * 1_000_000 + 0.5)
+    cache_us = int(cache * 1_000_000 + 0.5) if cache else 0
+    own_us = max(0, total_us - provider_us - cache_us)
+    return EventLatency(own_us / 1000, cache_us / 1000, provider_us / 1000, total_us / 1000)
+
+
+def _unusual(event: LedgerEvent, exchange: Exchange) -> LedgerEvent:
+    """With what only a call has that was answered from before, or not at all."""
+    call, error, recalled, spared = exchange.call, exchange.error, exchange.recalled, exchange.spared
+    members: dict[str, object] = {}
+    if recalled is not None:
+        members |= {"cache_hit": error is None, "cache_kind": recalled.kind, "similarity": recalled.similarity}
+        if recalled.usage is not None and exchange.target is None and spared is not None:
+            members["saved_usd"] = usd(saved_nanos(recalled.usage, spared, event.tenant_id, call.received_at))
+    if error is not None:
+        members |= {"error_code": error_code(error), "guardrail_blocked": isinstance(error, GuardrailBlocked)}
+        if isinstance(error, LimitError):
+            members["limit_tripped"] = error.limit
+        if exchange.tenant is None:
+            members["tenant_claimed"] = call.tenant_claimed
+    return msgspec.structs.replace(event, **members)
 
 
 def usage_of(exchange: Exchange) -> tuple[Usage, str]:
@@ -155,15 +169,15 @@ def intent_of(exchange: Exchange) -> Intent:
         tier=tenant.tier,
         prompt_version=call.prompt_version,
         key_id=call.key.id,
-        environment=call.config.environment,
-        config_version=call.config.version,
+        environment=config.environment,
+        config_version=config.version,
         stream=request.stream,
         input_tokens=input_tokens,
         output_tokens=output_tokens,
         input_nanos=reserved.input_nanos,
         output_nanos=reserved.output_nanos,
         priced=reserved.priced,
-        price_version=call.config.price_version,
+        price_version=config.price_version,
         chain=exchange.chain,
         operation=request.operation,
         alias_requested=exchange.alias_requested,
@@ -179,7 +193,8 @@ def word(text: str | None) -> str | None:
 
 
 def ms(seconds: float) -> float:
-    return round(seconds * 1000, 3)
+    """Milliseconds, with three decimals; `seconds` are not negative. A third of what `round` takes."""
+    return int(seconds * 1_000_000 + 0.5) / 1000
 
 
 def fell_back(exchange: Exchange) -> bool:

@@ -30,7 +30,7 @@ import psycopg
 from app.ambient import Ambient, timestamp
 from app.archive import Archive
 from app.config import WrittenSpool
-from app.core import Attempt, Cost, EventLatency, LedgerEvent, Usage, event_cost, event_usage
+from app.core import Attempt, Cost, EventLatency, LedgerEvent, Usage, event_cost, event_usage, usd
 from app.ledger import Spool
 from app.sql import statements
 
@@ -195,13 +195,17 @@ def _event(event_id: str, moment: str, number: int) -> LedgerEvent:
         model_resolved="gpt-4o-mini-2024-07-18",
         provider="openai",
         region="us",
+        cache_hit=False,
         usage=event_usage(Usage(input=1200, cache_read=300, output=250)),
         cost_usd=event_cost(Cost(202_500, 150_000), "2026-11-01"),
         latency_ms=EventLatency(0.61, 0.0, 812.5, 813.1),
         status="success",
         fallback_chain=("openai/gpt-4o-mini", "openrouter/gpt-4o-mini"),
+        fallback_used=False,
         rate_limit_tier="enterprise",
         prompt_version="v12",
+        guardrail_blocked=False,
+        purpose="client",
         key_id="k3f9a0b1c2d4",
         environment="prod",
         config_version="0123456789ab",
@@ -212,6 +216,8 @@ def _event(event_id: str, moment: str, number: int) -> LedgerEvent:
         attempts=(Attempt("openai/gpt-4o-mini", "openai", "success", 200, 0.6, 812.5, "req_011CTnzWkV2wbNbwMXZtHGHz"),),
         usage_source="vendor",
         cost_status="priced",
+        saved_usd=usd(0),
+        operation="chat",
     )
 
 

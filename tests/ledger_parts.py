@@ -25,7 +25,8 @@ from loadtest.processes import tied
 
 AMBIENT = Ambient()
 SCHEMA = Path(app.__file__).parent / "cost-ledger-v1.json"
-_validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text()))
+_schema = json.loads(SCHEMA.read_text())
+_validator = jsonschema.Draft202012Validator(_schema)
 USAGE = Usage(input=120, cache_read=30, output=45, reasoning=5)
 COST = Cost(18_000, 90_001)
 
@@ -54,20 +55,26 @@ def an_event(
         model_resolved="gpt-4o-mini-2024-07-18",
         provider="openai",
         region=None,
+        cache_hit=False,
         usage=event_usage(usage),
         cost_usd=event_cost(cost, "2026-11-01"),
         latency_ms=EventLatency(0.4, 0.0, 812.5, 812.9),
         status=status,  # type: ignore[arg-type]
         fallback_chain=("openai-mini",),
+        fallback_used=False,
         rate_limit_tier="enterprise",
         prompt_version=None,
+        guardrail_blocked=False,
+        purpose="client",
         key_id="k3f9a0b1c2d4",
         environment=environment,
         config_version="0123456789ab",
         stream=False,
+        attempts=(),
         usage_source="vendor",
         cost_status="priced" if cost.priced else "unpriced",
         saved_usd=usd(saved_nanos),
+        operation="chat",
     )
 
 
@@ -103,9 +110,19 @@ def an_intent(
 
 
 def conforming(event: dict[str, Any]) -> dict[str, Any]:
-    """The event, which fits the published schema; fails where it does not."""
+    """The event, with what it leaves out as the published schema says, which it fits; fails where it does not."""
     _validator.validate(event)
-    return event
+    usage = event["usage"] | {"classes": _whole("Usage", event["usage"]["classes"])}
+    attempts = [_whole("Attempt", attempt) for attempt in event["attempts"]]
+    return _defaults(_schema) | event | {"usage": usage, "attempts": attempts}
+
+
+def _whole(part: str, written: dict[str, Any]) -> dict[str, Any]:
+    return _defaults(_schema["$defs"][part]) | written
+
+
+def _defaults(shape: dict[str, Any]) -> dict[str, Any]:
+    return {name: member["default"] for name, member in shape["properties"].items() if "default" in member}
 
 
 def wait_until(done: Callable[[], object], what: str, seconds: float = 20.0) -> None:

@@ -270,6 +270,18 @@ def test_what_is_no_event_does_not_fit_the_schema(member: str, value: object) ->
         conforming(event | {member: value})
 
 
+def test_what_says_nothing_is_left_out_and_the_schema_says_what_it_is() -> None:
+    written = json.loads(msgspec.json.encode(an_event(usage=Usage(input=3))))
+    assert written["usage"]["classes"] == {"input": 3}
+    assert not {"error_code", "cache_kind", "ttft_ms", "rule"} & written.keys()
+    assert {"tenant_id", "user_id_hash", "prompt_version", "cache_hit", "fallback_chain"} <= written.keys()
+    whole = conforming(written)
+    assert (whole["error_code"], whole["usage"]["classes"]["cache_read"]) == (None, 0)
+    assert msgspec.json.decode(json.dumps(whole), type=LedgerEvent) == msgspec.json.decode(
+        json.dumps(written), type=LedgerEvent
+    )
+
+
 def test_an_event_without_a_member_does_not_fit_the_schema() -> None:
     event = json.loads(msgspec.json.encode(an_event()))
     del event["usage"]
