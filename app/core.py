@@ -45,10 +45,7 @@ class Usage(Struct, frozen=True, gc=False, omit_defaults=True):
     @property
     def plain(self) -> bool:
         """Whether it is text in and text out, and nothing else."""
-        return not (
-            self.cache_read or self.cache_write or self.cache_write_1h or self.audio_input or self.image_input
-            or self.reasoning or self.audio_output or self.embedding or self.images or self.seconds or self.characters
-        )  # fmt: skip
+        return self == Usage(self.input, output=self.output)
 
     @property
     def total_input(self) -> int:
@@ -101,10 +98,8 @@ class Cost(Struct, frozen=True, gc=False):
 
 def _charge(tokens: int, nanos_per_million: int) -> int:
     """Nano-dollars of one usage class, rounded once, half to even."""
-    whole, rest = divmod(tokens * nanos_per_million, 1_000_000)
-    if rest > 500_000 or (rest == 500_000 and whole & 1):
-        whole += 1
-    return whole
+    millionths = tokens * nanos_per_million
+    return (millionths + 499_999 + (millionths // 1_000_000 & 1)) // 1_000_000
 
 
 MOST_IMAGES = 250_000_000_000_000
@@ -118,16 +113,17 @@ def cost(usage: Usage, price: Price, priced: bool = True) -> Cost:
     """What `usage` costs by `price`: each class rounded once, the total is the sum of the classes."""
     input_nanos = _charge(usage.input, price.input)
     output_nanos = _charge(usage.output, price.output)
-    if not usage.plain:
-        input_nanos += (
-            _charge(usage.cache_read, price.cache_read)
-            + _charge(usage.cache_write, price.cache_write)
-            + _charge(usage.cache_write_1h, price.cache_write_1h)
-            + _charge(usage.audio_input, price.audio_input)
-            + _charge(usage.image_input, price.image_input)
-            + _charge(usage.embedding, price.embedding)
-        )
-        output_nanos += _charge(usage.reasoning, price.reasoning) + _charge(usage.audio_output, price.audio_output)
+    if usage.plain:
+        return Cost(input_nanos, output_nanos, priced)
+    input_nanos += (
+        _charge(usage.cache_read, price.cache_read)
+        + _charge(usage.cache_write, price.cache_write)
+        + _charge(usage.cache_write_1h, price.cache_write_1h)
+        + _charge(usage.audio_input, price.audio_input)
+        + _charge(usage.image_input, price.image_input)
+        + _charge(usage.embedding, price.embedding)
+    )
+    output_nanos += _charge(usage.reasoning, price.reasoning) + _charge(usage.audio_output, price.audio_output)
     if usage.images or usage.seconds or usage.characters:
         for units, nanos, most in (
             (usage.images, price.images, MOST_IMAGES),
@@ -141,21 +137,30 @@ def cost(usage: Usage, price: Price, priced: bool = True) -> Cost:
 
 def charge(usage: Usage, target: Target, tenant_id: str | None, service_tier: str | None, at: float) -> Cost:
     """What `usage` costs a tenant at a target; `service_tier` as the vendor names it, `at` the call's arrival."""
-    return cost(usage, target.price_for(tenant_id, usage.total_input, service_tier, at), target.priced)
+    return cost(usage, target.price_for(tenant_id, usage, service_tier, at), target.priced)
 
 
-def dearest_nanos(usage: Usage, targets: Iterable[Target], tenant_id: str | None, at: float) -> int:
+
+    target: Target
+    cost: Cost
+
+
+def dearest(usage: Usage, targets: Sequence[Target], tenant_id: str | None, at: float) -> Expected:
     """What `usage` costs a tenant at the dearest of `targets`."""
-    if not usage.plain:
-        return max(charge(usage, target, tenant_id, None, at).total_nanos for target in targets)
-    given, made = usage.input, usage.output
-    most = -1
-    for target in targets:
-        price = target.price_for(tenant_id, given, None, at)
-        about = given * price.input + made * price.output
-        if about > most:
-            most, dearest = about, price
-    return cost(usage, dearest).total_nanos
+class Expected(Struct, frozen=True, gc=False):
+    """What a call costs at `target`, before anybody has counted."""
+    if len(targets) == 1:
+        target = targets[0]
+    elif usage.plain:
+        given, made, most = usage.input, usage.output, -1
+        for one in targets:
+            price = one.price_for(tenant_id, usage, None, at)
+            about = given * price.input + made * price.output
+            if about > most:
+                most, target = about, one
+    else:
+        target = max(targets, key=lambda one: charge(usage, one, tenant_id, None, at).total_nanos)
+    return Expected(target, charge(usage, target, tenant_id, None, at))
 
 
 def saved_nanos(usage: Usage, target: Target, tenant_id: str | None, at: float) -> int:
@@ -175,6 +180,8 @@ def usd(nanos: int) -> Raw:
     if nanos == 0:
         return NOTHING
     sign, nanos = (b"-", -nanos) if nanos < 0 else (b"", nanos)
+    if 0 < nanos < 1_000_000_000:  # nearly every amount
+        return Raw((b"0.%09d" % nanos).rstrip(b"0"))
     whole, rest = divmod(nanos, 1_000_000_000)
     if not rest:
         return Raw(b"%b%d" % (sign, whole))
@@ -253,15 +260,15 @@ class LedgerEvent(
     A row with `adjusts` is no call: it corrects the cost of the call with that `event_id`, and has no tokens. Its
     `cost_status` is `repriced` where the call had been charged at the ceiling, `unpriced`. `alias_requested` is what
     the client asked for where a budget that was nearly used up put `model_alias`, a cheaper one, in its place. `rule`
+    What has a default is not written where it says nothing else, here and in its parts: a third of a row's bytes was
+    names of members that were null.
+
     names the one of the alias's rules that the call went by.
     """
 
     event_id: str
     timestamp: str
     request_id: str
-    What has a default is not written where it says nothing else, here and in its parts: a third of a row's bytes was
-    names of members that were null.
-
     trace_id: str
     tenant_id: str | None
     feature_id: str | None
@@ -354,31 +361,31 @@ def interrupted(intent: Intent) -> LedgerEvent:
         usage=event_usage(usage),
         cost_usd=event_cost(Cost(intent.input_nanos, intent.output_nanos, intent.priced), intent.price_version),
         latency_ms=EventLatency(0.0, 0.0, 0.0, 0.0),
+        cache_hit=False,
         status="interrupted",
         fallback_chain=intent.chain,
         rate_limit_tier=intent.tier,
         prompt_version=intent.prompt_version,
         key_id=intent.key_id,
+        fallback_used=False,
         environment=intent.environment,
         config_version=intent.config_version,
-        cache_hit=False,
+        guardrail_blocked=False,
         stream=intent.stream,
         usage_source="estimated",
         cost_status="priced" if intent.priced else "unpriced",
         error_code="process_died",
+        attempts=(),
         operation=intent.operation,
-        fallback_used=False,
+        saved_usd=usd(0),
         alias_requested=intent.alias_requested,
         purpose=intent.purpose,
-        guardrail_blocked=False,
     )
 
 
 def event_usage(usage: Usage) -> EventUsage:
-        attempts=(),
     given, made = usage.total_input, usage.total_output
     return EventUsage(given, made, given + made + usage.embedding, usage.embedding, usage)
-        saved_usd=usd(0),
 
 
 def event_cost(cost: Cost, price_version: str) -> EventCost:
@@ -590,7 +597,8 @@ class Exchange(Struct, kw_only=True, eq=False):
     `alias_requested` is set where `request` names the alias that a downgrade put in its place.
     `cut` says who ended the call before its answer did; whoever cancels the task sets it first. `patience` cancels it
     too, where a vendor does not answer in time.
-    `sized` is what `prompt_size.size` says of the request, where its tokens are counted by that.
+    `sized` is what `prompt_size.size` says of the request, where its tokens are counted by that. `expected` is what was
+    reserved for it, where that is by its tokens alone.
     `text_bytes` is the size of the answer's text, for an estimate where the vendor reported no usage; `prompt` what it
     told of the prompt before the answer was cut.
     `rates` is what the answer says of limits. `charged` is what the row says that the call cost; `row` is the event
@@ -636,6 +644,7 @@ class Exchange(Struct, kw_only=True, eq=False):
     pace: Pace | None = None
     first_token: float = 0.0
     provider_seconds: float = 0.0
+    expected: Expected | None = None
     model_resolved: str | None = None
     vendor_request_id: str | None = None
     finish_reason: str | None = None

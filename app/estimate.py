@@ -6,7 +6,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from app.config import Alias
-from app.core import Exchange, Usage, dearest_nanos, estimate
+from app.core import Exchange, Usage, dearest, estimate
 from app.prompt_size import BLOB_TOKENS, BYTES_PER_TOKEN, marks_cache, size
 
 FEWEST_BYTES, MOST_BYTES = 1.5, 6.0
@@ -67,18 +67,22 @@ class Estimates:
         usage = estimate(
             request.operation, exchange.input_tokens_estimate, exchange.output_tokens_estimate, request.units
         )
+        plain = usage
         estimated = usage.input + usage.output + usage.embedding  # an estimate knows no other classes
         if usage.input:
             usage = self._split(usage, exchange.call.body, alias)
         tenant_id, at = exchange.tenant.id, exchange.call.received_at
-        nanos = dearest_nanos(usage, alias.reach, tenant_id, at)
+        expected = dearest(usage, alias.reach, tenant_id, at)
+        if usage is plain:
+            exchange.expected = expected
+        nanos = expected.cost.total_nanos
         tokens = estimated if request.units is None else request.input_tokens
         if alias.cascade is not None:  # the doubtful answer is paid for too,
-            nanos += dearest_nanos(usage, alias.cascade.targets, tenant_id, at)
+            nanos += dearest(usage, alias.cascade.targets, tenant_id, at).cost.total_nanos
             tokens += estimated
         if alias.hedge is not None:  # and so is the prompt of whoever is outrun
             prompt = replace(usage, output=0)
-            nanos += dearest_nanos(prompt, alias.targets, tenant_id, at)
+            nanos += dearest(prompt, alias.targets, tenant_id, at).cost.total_nanos
             tokens += prompt.total
         return max(tokens, exchange.call.tokens_hint), nanos
 

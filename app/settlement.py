@@ -146,11 +146,13 @@ def charged(exchange: Exchange, usage: Usage) -> Cost:
 def intent_of(exchange: Exchange) -> Intent:
     """What a row is made of if this process dies before the call ends."""
     call, request, tenant, target = exchange.call, exchange.request, exchange.tenant, exchange.target
-    expected = estimate(
-        request.operation, exchange.input_tokens_estimate, exchange.output_tokens_estimate, request.units
-    )
-    reserved = charged(exchange, expected)
+    config, expected = call.config, exchange.expected
     input_tokens, output_tokens = exchange.input_tokens_estimate, exchange.output_tokens_estimate
+    if expected is not None and expected.target is target:
+        reserved = expected.cost
+    else:
+        usage = estimate(request.operation, input_tokens, output_tokens, request.units)
+        reserved = charge(usage, target, tenant.id, None, call.received_at)
     for used, cost in exchange.beside:
         reserved += cost
         input_tokens, output_tokens = input_tokens + used.total_input, output_tokens + used.total_output

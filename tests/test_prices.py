@@ -85,7 +85,7 @@ def price(
 ) -> Price:
     hours, minutes = clock.split(":")
     at = MIDNIGHT + int(hours) * 3600 + int(minutes) * 60
-    return target.price_for(tenant, input_tokens, tier, at)
+    return target.price_for(tenant, Usage(input=input_tokens), tier, at)
 
 
 # --- what a price depends on ---

@@ -9,7 +9,7 @@ from datetime import date
 import msgspec
 from msgspec import Struct
 
-from app.config.tariff import Price, Tariff
+from app.config.tariff import Price, Tariff, Used
 from app.config.written import (
     PRIORITIES,
     CacheMode,
@@ -152,10 +152,10 @@ class Target(Struct, frozen=True):
     capabilities: frozenset[Need] | None = None
     context_tokens: int | None = None
 
-    def price_for(self, tenant_id: str | None, input_tokens: int, service_tier: str | None, at: float) -> Price:
+    def price_for(self, tenant_id: str | None, used: Used, service_tier: str | None, at: float) -> Price:
         """The price of one call; `at` is when it arrived, unix seconds."""
         tariff = self.tenant_tariffs.get(tenant_id, self.tariff) if self.tenant_tariffs else self.tariff
-        return self.price if tariff is None else tariff.price(input_tokens, service_tier, at)
+        return self.price if tariff is None else tariff.price(used, service_tier, at)
 
 
 class Timeouts(Struct, frozen=True, gc=False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import msgspec
 from msgspec import Struct
@@ -44,14 +45,22 @@ def _round(numerator: int, denominator: int) -> int:
     return whole + (2 * rest > denominator or (2 * rest == denominator and whole & 1))
 
 
+class Used(Protocol):
+    """What a call has used, as far as its price goes by that."""
+
+    @property
+    def total_input(self) -> int: ...
+
+
 class Rate(Struct, frozen=True):
     """A price, and what all tokens of a call cost whose input is above so many tokens; the largest step first."""
 
     price: Price
     long_context: tuple[tuple[int, Price], ...] = ()
 
-    def at(self, input_tokens: int) -> Price:
+    def of(self, used: Used) -> Price:
         """The price of a call with that much input."""
+        input_tokens = used.total_input
         for above, price in self.long_context:
             if input_tokens > above:
                 return price
@@ -87,15 +96,15 @@ class Tariff(Struct, frozen=True):
         """Whether every call has the same price."""
         return not (self.rate.long_context or self.windows or self.service_tiers)
 
-    def price(self, input_tokens: int, service_tier: str | None, at: float) -> Price:
+    def price(self, used: Used, service_tier: str | None, at: float) -> Price:
         """`at` is when the call arrived, unix seconds. A tier that is not listed costs what calls cost without one."""
-        rate = self.service_tiers.get(service_tier) if service_tier else None
-        if rate is None and not self.windows:
-            rate = self.rate
-        elif rate is None:
+        rate = self.rate
+        if service_tier in self.service_tiers:
+            rate = self.service_tiers[service_tier]
+        elif self.windows:
             second = at % DAY_SECONDS
-            rate = next((window.rate for window in self.windows if window.holds(second)), self.rate)
-        return rate.at(input_tokens)
+            rate = next((window.rate for window in self.windows if window.holds(second)), rate)
+        return rate.of(used) if rate.long_context else rate.price
 
     def less(self, hundredths_of_percent: int) -> Tariff:
         return Tariff(
