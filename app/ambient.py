@@ -20,28 +20,23 @@ NEVER = float("inf")
 class Ambient:
     """The world outside the process, as far as it is not I/O."""
 
-    def now(self) -> float:
-        """Unix time in seconds."""
-        return time.time()
-
-    def monotonic(self) -> float:
-        """Seconds of a clock that never jumps, for durations."""
-        return time.perf_counter()
-
-    def random(self) -> float:
-        """Uniform in [0, 1)."""
-        return random.random()
+    now = staticmethod(time.time)
+    """Unix time in seconds."""
+    monotonic = staticmethod(time.perf_counter)
+    """Seconds of a clock that never jumps, for durations."""
+    random = staticmethod(random.random)
+    """Uniform in [0, 1)."""
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
 
     def event_id(self, now: float) -> str:
         """A UUIDv7 (RFC 9562): 48 bits of unix milliseconds, then chance; sorts by time."""
-        value = int(now * 1000) << 80 | random.getrandbits(80)
-        value = value & ~(0xF << 76) | 0x7 << 76
-        value = value & ~(0x3 << 62) | 0x2 << 62
-        text = f"{value:032x}"
-        return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+        at, chance = int(now * 1000), random.getrandbits(74)
+        return (
+            f"{at >> 16:08x}-{at & 0xFFFF:04x}-7{chance >> 62:03x}-"
+            f"{0x8000 | chance >> 48 & 0x3FFF:04x}-{chance & 0xFFFF_FFFF_FFFF:012x}"
+        )
 
     def trace_id(self) -> str:
         """128 random bits, never zero, as 32 hexadecimal digits (W3C trace context)."""
@@ -150,10 +145,12 @@ def timestamp(now: float) -> str:
     """Unix seconds as RFC 3339 in UTC with microseconds: `2026-06-07T14:32:01.123456Z`."""
     global _second  # the last second's text: every call asks twice, and formatting it costs more than the rest
     micros = int(now * 1_000_000)
-    whole, fraction = divmod(micros, 1_000_000)
-    if _second[0] != whole:
-        _second = whole, datetime.fromtimestamp(whole, UTC).strftime("%Y-%m-%dT%H:%M:%S")
-    return f"{_second[1]}.{fraction:06d}Z"
+    whole = micros // 1_000_000
+    second, text = _second
+    if second != whole:
+        text = datetime.fromtimestamp(whole, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+        _second = whole, text
+    return f"{text}.{micros - whole * 1_000_000:06d}Z"
 
 
 def same(left: bytes, right: bytes) -> bool:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections import Counter as Tally
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from itertools import repeat
+from operator import sub
 from typing import Any, Literal
 
 from msgspec import Raw, Struct, field
@@ -140,6 +143,8 @@ def charge(usage: Usage, target: Target, tenant_id: str | None, service_tier: st
     return cost(usage, target.price_for(tenant_id, usage, service_tier, at), target.priced)
 
 
+class Expected(Struct, frozen=True, gc=False):
+    """What a call costs at `target`, before anybody has counted."""
 
     target: Target
     cost: Cost
@@ -147,8 +152,6 @@ def charge(usage: Usage, target: Target, tenant_id: str | None, service_tier: st
 
 def dearest(usage: Usage, targets: Sequence[Target], tenant_id: str | None, at: float) -> Expected:
     """What `usage` costs a tenant at the dearest of `targets`."""
-class Expected(Struct, frozen=True, gc=False):
-    """What a call costs at `target`, before anybody has counted."""
     if len(targets) == 1:
         target = targets[0]
     elif usage.plain:
@@ -177,11 +180,11 @@ NOTHING = Raw(b"0")
 
 def usd(nanos: int) -> Raw:
     """Nano-dollars as a JSON number in dollars with at most nine decimals, without passing through a float."""
+    if 0 < nanos < 1_000_000_000:  # nearly every amount
+        return Raw((b"0.%09d" % nanos).rstrip(b"0"))
     if nanos == 0:
         return NOTHING
     sign, nanos = (b"-", -nanos) if nanos < 0 else (b"", nanos)
-    if 0 < nanos < 1_000_000_000:  # nearly every amount
-        return Raw((b"0.%09d" % nanos).rstrip(b"0"))
     whole, rest = divmod(nanos, 1_000_000_000)
     if not rest:
         return Raw(b"%b%d" % (sign, whole))
@@ -257,12 +260,12 @@ class LedgerEvent(
 ):
     """One call, whatever became of it. The guide's fields first, with its names and nesting; ours after them.
 
-    A row with `adjusts` is no call: it corrects the cost of the call with that `event_id`, and has no tokens. Its
-    `cost_status` is `repriced` where the call had been charged at the ceiling, `unpriced`. `alias_requested` is what
-    the client asked for where a budget that was nearly used up put `model_alias`, a cheaper one, in its place. `rule`
     What has a default is not written where it says nothing else, here and in its parts: a third of a row's bytes was
     names of members that were null.
 
+    A row with `adjusts` is no call: it corrects the cost of the call with that `event_id`, and has no tokens. Its
+    `cost_status` is `repriced` where the call had been charged at the ceiling, `unpriced`. `alias_requested` is what
+    the client asked for where a budget that was nearly used up put `model_alias`, a cheaper one, in its place. `rule`
     names the one of the alias's rules that the call went by.
     """
 
@@ -358,26 +361,26 @@ def interrupted(intent: Intent) -> LedgerEvent:
         model_resolved=intent.model,
         provider=intent.provider,
         region=intent.region,
+        cache_hit=False,
         usage=event_usage(usage),
         cost_usd=event_cost(Cost(intent.input_nanos, intent.output_nanos, intent.priced), intent.price_version),
         latency_ms=EventLatency(0.0, 0.0, 0.0, 0.0),
-        cache_hit=False,
         status="interrupted",
         fallback_chain=intent.chain,
+        fallback_used=False,
         rate_limit_tier=intent.tier,
         prompt_version=intent.prompt_version,
+        guardrail_blocked=False,
         key_id=intent.key_id,
-        fallback_used=False,
         environment=intent.environment,
         config_version=intent.config_version,
-        guardrail_blocked=False,
         stream=intent.stream,
+        attempts=(),
         usage_source="estimated",
         cost_status="priced" if intent.priced else "unpriced",
-        error_code="process_died",
-        attempts=(),
-        operation=intent.operation,
         saved_usd=usd(0),
+        error_code="process_died",
+        operation=intent.operation,
         alias_requested=intent.alias_requested,
         purpose=intent.purpose,
     )
@@ -545,37 +548,42 @@ GAP_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 """Upper bounds of the classes that waits between a stream's chunks are counted in."""
 
 
+MOST_LEFT = 64
+"""Chunks whose times are kept as they are: to sum up many at once takes a third of what each by itself takes."""
+
+
 class Pace(Struct, eq=False):
     """How a stream's chunks followed each other: from one's leaving for the client to the next one's. Seconds.
 
-    `first` and `last` are when the first and the last one left; before the first, `last` is when it was waited for.
-    `gaps` counts by GAP_SECONDS, with one more class for what is above.
+    `left` is when the last ones left, those before them are in the sums; `sum_up` comes before these are read. `gaps`
+    counts by GAP_SECONDS, with one more class for what is above.
     """
 
-    last: float
-    first: float | None = None
+    left: list[float] = []
+    chunks: int = 0
     longest_gap: float = 0.0
+    gaps_seconds: float = 0.0
     gaps: list[int] = field(default_factory=lambda: [0] * (len(GAP_SECONDS) + 1))
 
     def chunk(self, now: float) -> None:
         """One has left."""
-        if self.first is None:
-            self.first = now
-        else:
-            gap = now - self.last
-            if gap > self.longest_gap:
-                self.longest_gap = gap
-            self.gaps[bisect_left(GAP_SECONDS, gap)] += 1
-        self.last = now
+        self.left.append(now)
+        if len(self.left) == MOST_LEFT:
+            self.sum_up()
 
-    @property
-    def chunks(self) -> int:
-        return 0 if self.first is None else 1 + sum(self.gaps)
-
-    @property
-    def gaps_seconds(self) -> float:
-        """All of them together."""
-        return 0.0 if self.first is None else self.last - self.first
+    def sum_up(self) -> None:
+        """Takes what is in `left` into the sums, but for the last one, from which the next gap begins."""
+        left = self.left
+        if not left:
+            return
+        gaps = list(map(sub, left[1:], left))
+        self.chunks += len(gaps) + (not self.chunks)
+        if gaps:
+            self.longest_gap = max(self.longest_gap, *gaps)
+            self.gaps_seconds += left[-1] - left[0]
+            for place, count in Tally(map(bisect_left, repeat(GAP_SECONDS), gaps)).items():
+                self.gaps[place] += count
+            self.left = left[-1:]
 
 
 FIRST_ATTEMPT = 16
@@ -627,6 +635,7 @@ class Exchange(Struct, kw_only=True, eq=False):
     rates: Rates | None = None
     content_type: bytes = b"application/json"
     sized: tuple[int, int] | None = None
+    expected: Expected | None = None
     input_tokens_estimate: int = 0
     output_tokens_estimate: int = 0
     target: Target | None = None
@@ -644,7 +653,6 @@ class Exchange(Struct, kw_only=True, eq=False):
     pace: Pace | None = None
     first_token: float = 0.0
     provider_seconds: float = 0.0
-    expected: Expected | None = None
     model_resolved: str | None = None
     vendor_request_id: str | None = None
     finish_reason: str | None = None

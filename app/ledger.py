@@ -56,11 +56,13 @@ class Line(Struct, frozen=True, gc=False):
     end: int
 
 
+_SEEDS = {kind: crc32(kind + b" ") for kind in (b"I", b"E", b"S", b"P")}
+
+
 def encode_line(kind: bytes, payload: bytes) -> bytes:
-    return b"%08x %08x %b %b\n" % (len(payload), crc32(payload, crc32(kind + b" ")), kind, payload)
+    return b"%08x %08x %b %b\n" % (len(payload), crc32(payload, _SEEDS[kind]), kind, payload)
 
 
-_EVENT_SEED = crc32(b"E ")
 _SEAL = encode_line(b"S", b"")
 
 
@@ -150,16 +152,19 @@ class _Segment:
         """All of `data`, or nothing of it and an `OSError`."""
         if self.torn:
             data = b"\n" + data
-        written = 0
+        size, written = len(data), os.write(self.fd, data)
+        if written < size:
+            self._write_rest(data, written)
+        self.size += size
+        self.torn = False
+
+    def _write_rest(self, data: bytes, written: int) -> None:
         try:
             while written < len(data):
-                written += os.write(self.fd, data[written:] if written else data)
+                written += os.write(self.fd, data[written:])
         except OSError:
-            if written:
-                self._withdraw(written)
+            self._withdraw(written)
             raise
-        self.size += written
-        self.torn = False
 
     def _withdraw(self, written: int) -> None:
         try:
@@ -243,7 +248,7 @@ class Spool:
         It may be tried again. Left alone, the call becomes an `interrupted` row after this process has ended.
         """
         payload = self._encode(event)
-        size = self._write(b"%08x %08x E %b\n" % (len(payload), crc32(payload, _EVENT_SEED), payload))
+        size = self._write(encode_line(b"E", payload))
         self._intents.pop(event.event_id, None)
         self.rows += 1
         if size >= self._rotate_at:

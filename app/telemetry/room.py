@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, generate_latest
@@ -220,12 +221,11 @@ class Telemetry:
         if cells is None:
             cells = self._cells[key] = self._make_cells(*key)
         cells.count(event, exchange.pace)
-        before = None
         for attempt in event.attempts:
             self._attempts[attempt.provider, attempt.target, attempt.outcome] += 1
-            if attempt.target == before:
+        for before, attempt in pairwise(event.attempts):
+            if attempt.target == before.target:
                 self._retries[attempt.provider, attempt.target] += 1
-            before = attempt.target
         if event.cost_status == "unpriced":
             self._unpriced.labels(event.provider).inc()
         if event.limit_tripped:
