@@ -51,9 +51,10 @@ def test_a_tenth_more_work_is_noticed(tmp_path: Path) -> None:
     assert "instructions a call, +1" in said
 
 
-def test_a_long_prompt_takes_no_more_steps_than_a_short_one() -> None:
-    assert KEPT["large"].instructions <= KEPT["unary"].instructions * 1.02
-    assert KEPT["large"].compiled_calls <= KEPT["unary"].compiled_calls * 1.02
+def test_a_long_prompt_takes_few_more_steps_than_a_short_one() -> None:
+    """Those of `prompt_size`, which goes from one occurrence of a byte to the next, so often and no oftener."""
+    assert KEPT["large"].instructions <= KEPT["unary"].instructions + 1_000
+    assert KEPT["large"].compiled_calls <= KEPT["unary"].compiled_calls + 100
 
 
 @pytest.mark.parametrize(("of_kept", "found"), [(1.09, 0), (1.11, 1), (0.91, 0), (0.89, 1)])
