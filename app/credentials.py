@@ -10,15 +10,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import httpx
 import msgspec
 from msgspec import Struct
 
 from app.ambient import Ambient
 from app.config import Account, AwsChain, Credential, Secret, ServiceAccount
 from app.errors import VendorMisconfigured, VendorUnreachable
+
+if TYPE_CHECKING:
+    import httpx
 
 log = logging.getLogger("gateway")
 
@@ -60,6 +62,8 @@ _refusal = msgspec.json.Decoder(_Refusal)
 
 def client() -> httpx.AsyncClient:
     """Where a token is asked for is fixed by the configuration, so no redirect leads elsewhere."""
+    import httpx
+
     return httpx.AsyncClient(follow_redirects=False, timeout=FETCH_SECONDS)
 
 
@@ -128,6 +132,8 @@ class Credentials:
 
     async def _google(self, account: ServiceAccount) -> tuple[Credential, float]:
         """An access token, and how many seconds it lives."""
+        import httpx
+
         now = int(self._ambient.now())
         claims = {"iss": account.email, "scope": GOOGLE_SCOPE, "aud": account.token_url}
         claims |= {"iat": now, "exp": now + ASSERTION_SECONDS}

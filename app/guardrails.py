@@ -10,9 +10,8 @@ import asyncio
 import logging
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import httpx
 import msgspec
 from msgspec import Struct
 
@@ -22,6 +21,9 @@ from app.core import Call, Exchange
 from app.errors import GuardrailBlocked, GuardrailUnavailable, InvalidRequest, VendorBroke
 from app.sse import DONE, FrameSplitter, data_of
 from app.wire import Request
+
+if TYPE_CHECKING:
+    import httpx
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +98,8 @@ class Guardrails:
 
     async def _verdict(self, guardrail: Guardrail, question: dict[str, Any], call: Call) -> _Verdict | None:
         """None where there is no answer that can be read in time."""
+        import httpx
+
         name = guardrail.name
         if self._rests_until.get(name, 0.0) > self._ambient.monotonic():
             return None
@@ -135,6 +139,8 @@ class Guardrails:
 
 def client() -> httpx.AsyncClient:
     """The address is the configuration's, so no redirect leads elsewhere. Each check has its own deadline."""
+    import httpx
+
     return httpx.AsyncClient(follow_redirects=False, timeout=None)
 
 

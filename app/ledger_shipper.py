@@ -31,6 +31,7 @@ from pathlib import Path
 
 import msgspec
 
+from app import heap
 from app.ambient import Ambient
 from app.archive import Archive, ArchiveError
 from app.core import interrupted
@@ -325,6 +326,8 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     parser.add_argument("--drain-seconds", type=float, default=10.0, help="how long to go on after standard input ends")
     parser.add_argument("--keep-free-bytes", type=int, default=0, help="with less free disk nothing waits for the lake")
     options = parser.parse_args(arguments)
+    heap.share_one()
+    heap.give_back_large()
     ambient = Ambient()
     try:
         archive = Archive(environ.get("DATABASE_URL", ""), ambient)

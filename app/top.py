@@ -7,13 +7,16 @@ import asyncio
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
 
-import httpx
 import msgspec
 from msgspec import Struct, field
 from prometheus_client.parser import text_string_to_metric_families
 
 from app.ambient import Ambient
+
+if TYPE_CHECKING:
+    import httpx
 
 ASK_SECONDS = 2.0
 """A replica that has not answered by then is shown as away."""
@@ -182,6 +185,7 @@ def _targets(statuses: Iterable[Mapping[str, object]]) -> list[tuple[str, str]]:
 
 async def look(client: httpx.AsyncClient, urls: Iterable[str], ambient: Ambient) -> dict[str, Seen]:
     """One look at every replica at once; one that is away has no status."""
+    import httpx
 
     async def at(url: str) -> Seen:
         try:
@@ -213,6 +217,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not urls or not arguments.admin_token:
         sys.stderr.write("Name the replicas' admin ports (--admin-url or ADMIN_URLS) and GATEWAY_ADMIN_TOKEN.\n")
         return 1
+    import httpx
+
     try:
         from app import top_screen
     except ImportError:

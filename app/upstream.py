@@ -1,4 +1,4 @@
-"""The dialogue with vendors: one request in, one streamed answer out. The only I/O of the vendor side; home of httpx.
+"""The dialogue with vendors: one request in, one streamed answer out. The only I/O of the vendor side.
 
 Two engines pass the same tests: `Http1`, the default, and `Httpx`, the reference, which also serves where a proxy is
 set in the environment. Neither follows redirects; both build their headers from `Outgoing` alone.
@@ -9,13 +9,11 @@ from __future__ import annotations
 import os
 import ssl
 from collections.abc import Callable, Mapping
-from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Protocol
 
-import httpx
+import certifi
 
 from app.ambient import Ambient
-from app.errors import VendorBroke, VendorError, VendorUnreachable
 from app.http1 import Http1
 from app.providers.translator import Outgoing
 
@@ -60,97 +58,17 @@ Upstream = Engine
 
 def engine(ambient: Ambient) -> Engine:
     """The engine for this environment."""
-    tls = httpx.create_ssl_context()
+    tls = _trusting()
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        from app.upstream_httpx import Httpx
+
         return Httpx(tls)
     return Http1(tls, ambient)
 
 
-class Httpx:
-    """The reference engine.
-
-    Its limits: a call cancelled during the TLS handshake leaves its connection to the garbage collector, and bytes
-    that a vendor sends beyond its answer are taken for the next one.
-    """
-
-    def __init__(self, tls: ssl.SSLContext) -> None:
-        self._client = httpx.AsyncClient(
-            verify=tls,
-            timeout=None,
-            follow_redirects=False,
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=512, keepalive_expiry=55.0),
-        )
-
-    async def open(self, outgoing: Outgoing, connect_seconds: float) -> _HttpxAnswer:
-        request = self._client.build_request(
-            outgoing.method,
-            outgoing.url,
-            headers=dict(outgoing.headers) | {"accept-encoding": "identity"},
-            content=outgoing.body,
-            timeout=httpx.Timeout(None, connect=connect_seconds),
-        )
-        del request.headers["user-agent"]
-        try:
-            return _HttpxAnswer(await self._client.send(request, stream=True))
-        except httpx.TransportError as error:
-            raise _mapped(error) from error
-        except UnicodeError as error:
-            raise VendorUnreachable("no connection (UnicodeError)") from error
-
-    async def close(self) -> None:
-        await self._client.aclose()
-
-
-class _HttpxAnswer:
-    def __init__(self, response: httpx.Response) -> None:
-        self.status = response.status_code
-        self.headers = response.headers
-        self._response = response
-        self._chunks = response.aiter_raw()
-
-    async def chunk(self) -> bytes | None:
-        try:
-            return await anext(self._chunks, None)
-        except httpx.TransportError as error:
-            raise VendorBroke("the vendor cut its answer") from error
-
-    async def pour(self, take: Callable[[bytes], bool]) -> bool:
-        while (part := await self.chunk()) is not None:
-            if not take(part):
-                return True
-        return False
-
-    async def read(self, max_bytes: int) -> bytes:
-        parts = []
-        size = 0
-        while (part := await self.chunk()) is not None:
-            size += len(part)
-            if size > max_bytes:
-                raise VendorBroke("the vendor's answer is too large")
-            parts.append(part)
-        return b"".join(parts)
-
-    async def close(self, ended: bool = False) -> None:
-        await self._response.aclose()
-
-
-FAILURES: dict[type[httpx.TransportError], type[VendorError]] = {
-    httpx.ConnectError: VendorUnreachable,
-    httpx.ConnectTimeout: VendorUnreachable,
-    httpx.PoolTimeout: VendorUnreachable,
-    httpx.ProxyError: VendorUnreachable,
-    httpx.UnsupportedProtocol: VendorUnreachable,
-    httpx.ReadTimeout: VendorBroke,
-    httpx.WriteTimeout: VendorBroke,
-    httpx.ReadError: VendorBroke,
-    httpx.WriteError: VendorBroke,
-    httpx.CloseError: VendorBroke,
-    httpx.LocalProtocolError: VendorBroke,
-    httpx.RemoteProtocolError: VendorBroke,
-}
-"""What each of httpx's failures means before the answer's head."""
-
-
-def _mapped(error: httpx.TransportError) -> VendorError:
-    return FAILURES[type(error)](f"the vendor's connection failed ({type(error).__name__})")
+def _trusting() -> ssl.SSLContext:
+    """Whom httpx trusts too: the certificates that the environment names, else Mozilla's."""
+    file, folder = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
+    if not file and folder:
+        return ssl.create_default_context(capath=folder)
+    return ssl.create_default_context(cafile=file or certifi.where())

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import httpx
 import msgspec
 from msgspec import Struct
 
@@ -18,6 +18,9 @@ from app.ambient import Ambient, timestamp
 from app.config import Config, Secret
 from app.limits.scopes import Limit
 from app.redis_pipe import RedisAway, RedisPipe, RedisRefused
+
+if TYPE_CHECKING:
+    import httpx
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +38,8 @@ _EARLIER_SECONDS = 3600
 
 def client() -> httpx.AsyncClient:
     """The address is the configuration's, so no redirect leads elsewhere."""
+    import httpx
+
     return httpx.AsyncClient(follow_redirects=False, timeout=SEND_SECONDS)
 
 
@@ -132,6 +137,8 @@ class Warnings:
 
     async def _post(self, webhook: Secret, text: str) -> tuple[str | None, float]:
         """What went wrong, never with the address, and the seconds that the receiver asks us to wait."""
+        import httpx
+
         if self._client is None:
             self._client = self._open_client()
         try:

@@ -19,13 +19,13 @@ from app.providers import PROVIDERS
 ROOT = Path(__file__).parents[1]
 
 LAYERS = (
-    ("errors", "ambient", "audit", "redaction", "sse", "sql", "prompt_size"),
+    ("errors", "ambient", "heap", "audit", "redaction", "sse", "sql", "prompt_size"),
     ("wire", "vendors", "config", "core"),
     ("providers", "dialects"),
     (
         "auth", "cache", "control", "cooldowns", "limits", "redis_pipe", "redis_cluster", "ledger", "credentials",
-        "upstream", "http1", "telemetry", "warnings", "content", "paces", "allowance", "modes", "overload",
-        "guardrails", "shipping",
+        "upstream", "upstream_httpx", "http1", "telemetry", "warnings", "content", "paces", "allowance", "modes",
+        "overload", "guardrails", "shipping",
     ),
     (
         "routing", "estimate", "settlement", "relay", "confidence", "recall", "answer_headers", "dialogue", "shadows",
@@ -60,6 +60,7 @@ WITHIN_A_LAYER = {
     ("warnings", "redis_pipe"): "who warns is decided in Redis",
     ("warnings", "limits"): "a warning is of a limit",
     ("upstream", "http1"): "the default engine of the upstream",
+    ("upstream", "upstream_httpx"): "the engine where a proxy is set",
     ("confidence", "relay"): "a finish reason has one name",
     ("dialogue", "confidence"): "what is to be doubted",
     ("dialogue", "routing"): "what to try next",
@@ -128,7 +129,8 @@ HOMES = {
     "yaml": {"config"},
     "redis": {"redis_pipe", "redis_cluster"},
     "hiredis": {"redis_pipe"},
-    "httpx": {"upstream", "auth", "credentials", "warnings", "guardrails", "top"},
+    "httpx": {"upstream_httpx", "auth", "credentials", "warnings", "guardrails", "top", "asgi"},
+    "certifi": {"upstream"},
     "httptools": {"http1", "server", "visits"},
     "opentelemetry": {"telemetry"},
     "numpy": {"cache"},
@@ -287,12 +289,43 @@ def _is_name(node: ast.AST, name: str) -> bool:
     return isinstance(node, ast.Name) and node.id == name
 
 
-def test_a_replica_without_issuers_does_without_cryptography() -> None:
-    code = (
-        "import sys, app.cli, app.asgi; print(*{'jwt', 'cryptography.hazmat', 'pyarrow', 'numpy'} & sys.modules.keys())"
-    )
+@pytest.mark.parametrize(
+    ("process", "heavy"),
+    [
+        (
+            # What only some configurations, or other commands, ask for. httpx brings rich, pygments and click with it.
+            "app.cli, app.asgi",
+            "httpx rich pygments click jwt cryptography.hazmat botocore pyarrow numpy onnxruntime tokenizers requests "
+            "opentelemetry.exporter genai_prices phonenumbers app.lake app.upstream_httpx",
+        ),
+        (
+            "app.ledger_shipper",
+            "httpx httptools rich click litestar opentelemetry prometheus_client redis hiredis uvloop jwt pyarrow "
+            "app.gateway app.dialects app.telemetry",
+        ),
+    ],
+    ids=["serve", "shipper"],
+)
+def test_a_process_does_without_packages_that_it_may_never_need(process: str, heavy: str) -> None:
+    code = f"import sys, {process}; print(*sorted(set({heavy.split()}) & sys.modules.keys()))"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
     assert ran.stdout.decode().strip() == ""
+
+
+def test_httpx_is_loaded_with_a_configuration_that_names_somebody_to_ask() -> None:
+    code = """if True:
+        import sys
+        from types import SimpleNamespace as Of
+        from app.asgi import load_what_it_asks_for
+        config = Of(targets={}, aliases={}, tenants={}, issuers={}, settings=Of(warnings_webhook=None))
+        load_what_it_asks_for(config)
+        before = "httpx" in sys.modules
+        config.tenants["acme"] = Of(guardrails=("pii",))
+        load_what_it_asks_for(config)
+        print(before, "httpx" in sys.modules)
+    """
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    assert ran.stdout.decode().split() == ["False", "True"]
 
 
 @pytest.mark.parametrize("module", [module for module in ALL if room(module) != "providers"])

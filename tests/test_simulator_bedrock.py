@@ -23,7 +23,8 @@ from app.errors import VendorBroke, VendorError, VendorFailed, VendorThrottled
 from app.http1 import Http1
 from app.providers.bedrock import BEDROCK
 from app.providers.translator import Outgoing
-from app.upstream import Engine, Httpx
+from app.upstream import Engine
+from app.upstream_httpx import Httpx
 from loadtest.simulator.inprocess import running
 from tests import recordings
 from tests.recordings import Exchange

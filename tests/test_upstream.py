@@ -21,7 +21,8 @@ from app.ambient import Ambient
 from app.errors import VendorBroke, VendorError, VendorUnreachable
 from app.http1 import HEAD_BYTES, IDLE_SECONDS, LINGER_SECONDS, Http1
 from app.providers.translator import Outgoing
-from app.upstream import FAILURES, Engine, Httpx, engine
+from app.upstream import Engine, engine
+from app.upstream_httpx import FAILURES, Httpx
 from tests.vendors import Behaviour, Peer, accepting_nobody, until, vendor
 
 CONNECT_SECONDS = 5.0

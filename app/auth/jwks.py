@@ -6,14 +6,16 @@ import asyncio
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import httpx
 import msgspec
 from msgspec import Struct
 
 from app.ambient import Ambient
 from app.config import Config, Issuer
+
+if TYPE_CHECKING:
+    import httpx
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +113,8 @@ class KeySets:
         return self._sets.setdefault(issuer.jwks, _Set())
 
     async def _read(self, issuer: Issuer, held: _Set) -> None:
+        import httpx
+
         try:
             content = await self._content(issuer.jwks)
             keys = held.keys if content == held.content else await asyncio.to_thread(public_keys, content)
@@ -150,6 +154,8 @@ def _every_seconds(issuer: Issuer) -> float:
 
 def client() -> httpx.AsyncClient:
     """The client that URLs are asked with: no redirects, certificates checked, proxies as the environment says."""
+    import httpx
+
     return httpx.AsyncClient(follow_redirects=False, timeout=FETCH_SECONDS)
 
 
