@@ -7,13 +7,13 @@ for no call waits for it. As it is redacted in a child process, its searches nev
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import sys
 
 import msgspec
 from msgspec import Struct
 
+from app import children
 from app.ambient import Ambient
 from app.config import WrittenContent
 from app.core import Exchange
@@ -118,14 +118,4 @@ class Content:
     async def stop(self) -> None:
         """Closes its standard input: it writes what it has, and exits; past the limit it is ended."""
         self._stopping = True
-        process = self._process
-        if process is None or process.returncode is not None:
-            return
-        process.stdin.close()
-        try:
-            async with asyncio.timeout(STOP_SECONDS):
-                await process.wait()
-        except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+        await children.end(self._process, STOP_SECONDS)

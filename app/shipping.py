@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from app import children
 from app.ambient import Ambient
 
 log = logging.getLogger("gateway")
@@ -94,13 +95,4 @@ class Shipper:
     async def stop(self) -> None:
         """Closes its standard input: it ships what it can and exits; past the limit it is ended."""
         self._stopping = True
-        process = self._process
-        if process is None or process.returncode is not None:
-            return
-        process.stdin.close()
-        try:
-            async with asyncio.timeout(SHIP_SECONDS + 1):
-                await process.wait()
-        except TimeoutError:
-            process.kill()
-            await process.wait()
+        await children.end(self._process, SHIP_SECONDS + 1)

@@ -25,7 +25,7 @@ LAYERS = (
     (
         "auth", "cache", "control", "cooldowns", "limits", "redis_pipe", "redis_cluster", "ledger", "credentials",
         "upstream", "upstream_httpx", "http1", "telemetry", "warnings", "content", "paces", "allowance", "modes",
-        "overload", "guardrails", "shipping",
+        "overload", "guardrails", "children", "shipping",
     ),
     (
         "routing", "estimate", "settlement", "relay", "confidence", "recall", "answer_headers", "dialogue", "shadows",
@@ -119,6 +119,8 @@ WITHIN_A_LAYER = {
     ("cli", "price_commands"): "`gateway prices`",
     ("cli", "ledger_commands"): "`gateway ledger`, `gateway spool`",
     ("ledger_commands", "money_commands"): "months are read alike",
+    ("shipping", "children"): "how a child is ended",
+    ("content", "children"): "how a child is ended",
 }
 
 HOMES = {
