@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
-import sys
 from collections.abc import Awaitable, Callable
 from datetime import date, timedelta
 from pathlib import Path
@@ -19,10 +17,10 @@ from app.cache_door import read
 from app.config import utc_day
 from app.control import tell
 from app.errors import InvalidRequest
-from app.money_commands import day
 from app.operator import audit, operator
 from app.redis_cluster import reached
 from app.redis_pipe import RedisAway, RedisPipe, RedisRefused
+from app.terminal import WHICH_POSTGRES, WHICH_REDIS, Command, database_option, day, fail, redis_option
 
 REACH_SECONDS = 3.0
 DATABASE_SECONDS = 60.0
@@ -30,7 +28,7 @@ MAX_DAYS = 366
 WORST = 20
 
 
-def add(command: Callable[[str, object, str], argparse.ArgumentParser]) -> None:
+def add(command: Command) -> None:
     parser = command("cache", _stats, "Answers from before: what is kept, what it did, what is invalid.")
     actions = parser.add_subparsers(required=True, metavar="ACTION")
 
@@ -39,7 +37,7 @@ def add(command: Callable[[str, object, str], argparse.ArgumentParser]) -> None:
         made.set_defaults(run=run)
         made.add_argument("--tenant", help="whose (show needs it; everybody's)")
         made.add_argument("--json", action="store_true", help="for machines")
-        made.add_argument("--redis-url", default=os.environ.get("REDIS_URL"), help="REDIS_URL by default")
+        redis_option(made)
         return made
 
     action("stats", _stats, "Entries and bytes of each tenant.")
@@ -55,12 +53,12 @@ def add(command: Callable[[str, object, str], argparse.ArgumentParser]) -> None:
     report.add_argument("--from", dest="first", type=day, help="first day, YYYY-MM-DD (a week ago, UTC)")
     report.add_argument("--to", dest="last", type=day, help="last day, included (today)")
     report.add_argument("--out", type=Path, help="write an HTML page here")
-    report.add_argument("--database-url", default=os.environ.get("DATABASE_URL"), help="DATABASE_URL by default")
+    database_option(report)
 
 
 def _with_redis(arguments: argparse.Namespace, work: Callable[[RedisPipe], Awaitable[int]]) -> int:
     if not arguments.redis_url:
-        return _fail("Which Redis? Set REDIS_URL, or give --redis-url.")
+        return fail(WHICH_REDIS)
 
     async def run() -> int:
         async with reached(arguments.redis_url, Ambient(), REACH_SECONDS) as pipe:
@@ -69,7 +67,7 @@ def _with_redis(arguments: argparse.Namespace, work: Callable[[RedisPipe], Await
     try:
         return asyncio.run(run())
     except (RedisAway, RedisRefused) as error:
-        return _fail(f"Redis could not be reached: {error}.")
+        return fail(f"Redis could not be reached: {error}.")
 
 
 def _stats(arguments: argparse.Namespace) -> int:
@@ -90,7 +88,7 @@ def _stats(arguments: argparse.Namespace) -> int:
 
 def _show(arguments: argparse.Namespace) -> int:
     if arguments.tenant is None:
-        return _fail("Whose? Give --tenant.")
+        return fail("Whose? Give --tenant.")
 
     async def work(pipe: RedisPipe) -> int:
         now = Ambient().now()
@@ -113,18 +111,18 @@ def _show(arguments: argparse.Namespace) -> int:
 
 def _invalidate(arguments: argparse.Namespace) -> int:
     if not arguments.redis_url:
-        return _fail("Which Redis? Set REDIS_URL, or give --redis-url.")
+        return fail(WHICH_REDIS)
     asked = {name: getattr(arguments, name) for name in ("tenant", "alias", "revision", "tag", "id")}
     try:
         scope, id = read(msgspec.json.encode(asked))
     except InvalidRequest as error:
-        return _fail(error.message)
+        return fail(error.message)
     ambient = Ambient()
     name, value, until, epoch = instruction(scope, id, ambient)
     try:
         asyncio.run(tell(arguments.redis_url, ambient, INVALIDATED, name, value, operator(), until))
     except (RedisAway, RedisRefused) as error:
-        return _fail(f"Redis could not be reached, so nothing was invalidated: {error}.")
+        return fail(f"Redis could not be reached, so nothing was invalidated: {error}.")
     what = msgspec.to_builtins(scope)
     audit(ambient, "cache.invalidate", **what, id=epoch)
     print(msgspec.json.encode({"invalidated": what, "id": epoch}).decode() if arguments.json else _said(scope))
@@ -141,12 +139,12 @@ def _report(arguments: argparse.Namespace) -> int:
     from app.reports import cache
 
     if not arguments.database_url:
-        return _fail("Which PostgreSQL? Set DATABASE_URL, or give --database-url.")
+        return fail(WHICH_POSTGRES)
     ambient = Ambient()
     last = arguments.last or utc_day(ambient)
     first = arguments.first or last - timedelta(days=6)
     if not 0 <= (last - first).days < MAX_DAYS:
-        return _fail(f"--from and --to span 1 to {MAX_DAYS} days, in that order.")
+        return fail(f"--from and --to span 1 to {MAX_DAYS} days, in that order.")
 
     async def work(pipe: RedisPipe) -> int:
         archive = Archive(arguments.database_url, ambient, DATABASE_SECONDS)
@@ -167,7 +165,7 @@ def _report(arguments: argparse.Namespace) -> int:
     try:
         return _with_redis(arguments, work)
     except (ArchiveError, OSError) as error:
-        return _fail(str(error))
+        return fail(str(error))
 
 
 async def _judged(pipe: RedisPipe, names: list[str], first: date, last: date) -> tuple[list[object], list[object]]:
@@ -182,8 +180,3 @@ async def _judged(pipe: RedisPipe, names: list[str], first: date, last: date) ->
             judged += [Judged(on, name, alias, figures) for alias, figures in sorted(found.items())]
         worst += [Wrong(name, *each) for each in await shelf.worst(pipe, name, WORST)]
     return judged, sorted(worst, key=lambda each: -each.times)[:WORST]
-
-
-def _fail(sentence: str) -> int:
-    sys.stderr.write(sentence.rstrip() + "\n")
-    return 1

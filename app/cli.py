@@ -23,10 +23,10 @@ from app import (
     price_commands,
     top,
 )
-from app.ambient import Ambient, timestamp
-from app.config import NAME, ConfigError, Secret, load, price_tables
-from app.money_commands import port
+from app.ambient import Ambient
+from app.config import NAME, ConfigError, Secret, load, price_tables, utc_day
 from app.operator import audit, operator
+from app.terminal import WHICH_POSTGRES, database_option, day, fail, port, redis_option
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,16 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except ConfigError as error:
-        return _fail(f"The configuration is not valid:\n{error}")
+        return fail(f"The configuration is not valid:\n{error}")
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         return 0
-
-
-def _fail(sentence: str) -> int:
-    sys.stderr.write(sentence.rstrip() + "\n")
-    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,9 +83,9 @@ def _parser() -> argparse.ArgumentParser:
 
     usage = command("usage", _usage, "A tenant's day, from the ledger in PostgreSQL.")
     usage.add_argument("--tenant", required=True, help="whose")
-    usage.add_argument("--day", help="YYYY-MM-DD (UTC; today by default)")
+    usage.add_argument("--day", type=day, help="YYYY-MM-DD (UTC; today by default)")
     usage.add_argument("--json", action="store_true", help="for machines")
-    usage.add_argument("--database-url", default=os.environ.get("DATABASE_URL"), help="DATABASE_URL by default")
+    database_option(usage)
 
     lint = command("lint-apps", _lint_apps, "Find direct vendor calls in an app's source: hosts, SDK addresses, keys.")
     lint.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="a folder or file of the app")
@@ -98,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
     preship = command("preship", _preship, "Run the six gates of a release; 1 when a blocking one is missed.")
     _gate_options(preship)
-    preship.add_argument("--database-url", default=os.environ.get("DATABASE_URL"), help="DATABASE_URL by default")
+    database_option(preship)
     preship.add_argument(
         "--apps", type=Path, action="append", default=[], help="an app's source, for lint-apps; repeatable"
     )
@@ -152,17 +147,17 @@ def _keys_options(parser: argparse.ArgumentParser) -> None:
     new.add_argument(
         "--role", choices=("call", "usage"), action="append", help="call models, or read usage; repeatable (call)"
     )
-    new.add_argument("--expires", type=date.fromisoformat, help="last valid day, YYYY-MM-DD (UTC)")
+    new.add_argument("--expires", type=day, help="last valid day, YYYY-MM-DD (UTC)")
 
     rotate = action("rotate", _keys_rotate, "Make a key that takes another's place; the old one stays for a while.")
     rotate.add_argument("key", help="the old key's id: its 12 characters after sk-gw-")
     rotate.add_argument("--overlap-days", type=int, default=7, help="how long the old key stays valid (7)")
-    rotate.add_argument("--expires", type=date.fromisoformat, help="the new key's last valid day, YYYY-MM-DD (UTC)")
+    rotate.add_argument("--expires", type=day, help="the new key's last valid day, YYYY-MM-DD (UTC)")
 
     revoke = action("revoke", _keys_revoke, "Revoke a key for good: in the file, and on every replica within 2 s.")
     revoke.add_argument("key", help="its id: the 12 characters after sk-gw-")
     revoke.add_argument("--reason", default="", help="a word for the audit line")
-    revoke.add_argument("--redis-url", default=os.environ.get("REDIS_URL"), help="REDIS_URL by default")
+    redis_option(revoke)
 
     lists = action("list", _keys_list, "Ids, services, tenants and states. The keys themselves are stored nowhere.")
     lists.add_argument("--json", action="store_true", help="for machines")
@@ -181,7 +176,7 @@ def _up(arguments: argparse.Namespace) -> int:
     try:
         from loadtest import stack
     except ImportError as error:
-        return _fail(f"`gateway up` needs the development dependencies ({error.name} is missing): run `make up`.")
+        return fail(f"`gateway up` needs the development dependencies ({error.name} is missing): run `make up`.")
     return stack.up(arguments)
 
 
@@ -189,7 +184,7 @@ def _down(arguments: argparse.Namespace) -> int:
     try:
         from loadtest import stack
     except ImportError as error:
-        return _fail(f"`gateway down` needs the development dependencies ({error.name} is missing): run `make up`.")
+        return fail(f"`gateway down` needs the development dependencies ({error.name} is missing): run `make up`.")
     return stack.down(arguments)
 
 
@@ -197,7 +192,7 @@ def _lint_apps(arguments: argparse.Namespace) -> int:
     from app.lint_apps import direct_calls
 
     if missing := [str(path) for path in arguments.paths if not path.exists()]:
-        return _fail(f"There is no {', '.join(missing)}.")
+        return fail(f"There is no {', '.join(missing)}.")
     found = [call for path in arguments.paths for call in direct_calls(path)]
     if arguments.json:
         print(msgspec.json.encode(found).decode())
@@ -210,7 +205,7 @@ def _drill(arguments: argparse.Namespace) -> int:
     try:
         from loadtest.gate import drill
     except ImportError as error:
-        return _fail(f"`gateway drill` needs the development dependencies ({error.name} is missing): run `make up`.")
+        return fail(f"`gateway drill` needs the development dependencies ({error.name} is missing): run `make up`.")
     return drill(arguments)
 
 
@@ -218,7 +213,7 @@ def _preship(arguments: argparse.Namespace) -> int:
     try:
         from loadtest.gate import preship
     except ImportError as error:
-        return _fail(f"`gateway preship` needs the development dependencies ({error.name} is missing): run `make up`.")
+        return fail(f"`gateway preship` needs the development dependencies ({error.name} is missing): run `make up`.")
     return preship(arguments)
 
 
@@ -264,7 +259,7 @@ def _check(arguments: argparse.Namespace) -> int:
         if not target.priced
     )
     if unpriced:
-        return _fail(
+        return fail(
             f"Without a price, and so charged at the ceiling: {', '.join(unpriced)}. Add them to a price table in "
             f"{arguments.config / 'prices'}; `gateway prices sync` writes one."
         )
@@ -273,13 +268,13 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _keys_new(arguments: argparse.Namespace) -> int:
     if not NAME.fullmatch(arguments.service):
-        return _fail(f"--service must match {NAME.pattern}.")
+        return fail(f"--service must match {NAME.pattern}.")
     ambient = Ambient()
     try:
         roles = arguments.role or ("call",)
         made = keys.new(arguments.config, ambient, arguments.service, arguments.tenant, arguments.expires, roles)
     except OSError as error:
-        return _fail(_unwritable(arguments.config, error))
+        return fail(_unwritable(arguments.config, error))
     _show_key(made, arguments.config)
     audit(ambient, "key.make", key=made.id, service=arguments.service, tenants=arguments.tenant, roles=roles)
     return 0
@@ -288,13 +283,13 @@ def _keys_new(arguments: argparse.Namespace) -> int:
 def _keys_rotate(arguments: argparse.Namespace) -> int:
     ambient = Ambient()
     if not 0 <= arguments.overlap_days <= 366:
-        return _fail("--overlap-days is from 0 to 366; `gateway keys revoke` ends a key at once.")
+        return fail("--overlap-days is from 0 to 366; `gateway keys revoke` ends a key at once.")
     try:
         made = keys.rotate(arguments.config, ambient, arguments.key, arguments.overlap_days, arguments.expires)
     except keys.UnknownKey as error:
-        return _fail(str(error))
+        return fail(str(error))
     except OSError as error:
-        return _fail(_unwritable(arguments.config, error))
+        return fail(_unwritable(arguments.config, error))
     _show_key(made, arguments.config)
     audit(ambient, "key.rotate", key=made.id, replaces=arguments.key, overlap_days=arguments.overlap_days)
     return 0
@@ -311,17 +306,17 @@ def _keys_revoke(arguments: argparse.Namespace) -> int:
     try:
         keys.revoke(arguments.config, ambient, arguments.key)
     except keys.UnknownKey as error:
-        return _fail(str(error))
+        return fail(str(error))
     except OSError as error:
-        return _fail(_unwritable(arguments.config, error))
+        return fail(_unwritable(arguments.config, error))
     audit(ambient, "key.revoke", key=arguments.key, reason=arguments.reason)
     slower = f"{arguments.key} is revoked in {arguments.config / keys.FILE}; replicas take it within 5 s of having it. "
     if not arguments.redis_url:
-        return _fail(slower + "To reach them within 2 s, set REDIS_URL or give --redis-url, and run this again.")
+        return fail(slower + "To reach them within 2 s, set REDIS_URL or give --redis-url, and run this again.")
     try:
         asyncio.run(tell(arguments.redis_url, ambient, REVOKED, arguments.key, arguments.reason, operator()))
     except (RedisAway, RedisRefused) as error:
-        return _fail(slower + f"Redis could not be told ({error}).")
+        return fail(slower + f"Redis could not be told ({error}).")
     print(f"{arguments.key} is revoked: every replica refuses it within 2 s.")
     return 0
 
@@ -358,16 +353,12 @@ def _usage(arguments: argparse.Namespace) -> int:
     from app.reports import day as reports
 
     if not arguments.database_url:
-        return _fail("Which PostgreSQL? Set DATABASE_URL, or give --database-url.")
-    day = arguments.day or timestamp(Ambient().now())[:10]
-    try:
-        on = date.fromisoformat(day)
-    except ValueError:
-        return _fail(f"{day!r} is not a day: YYYY-MM-DD.")
+        return fail(WHICH_POSTGRES)
+    on = arguments.day or utc_day(Ambient())
     try:
         report = asyncio.run(reports.usage(arguments.database_url, arguments.tenant, on))
     except ArchiveError as error:
-        return _fail(str(error))
+        return fail(str(error))
     print(report.json() if arguments.json else report.text())
     return 0
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from app import content_writer
 from app.ambient import Ambient
 from app.operator import audit
+from app.terminal import Command, fail
 
 
-def add(command: Callable[..., argparse.ArgumentParser]) -> None:
+def add(command: Command) -> None:
     content = command("content", _list, "Prompts and answers that are kept for tenants who asked for it.")
     actions = content.add_subparsers(required=True, metavar="ACTION")
 
@@ -28,6 +27,8 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> int:
+    if not arguments.folder.is_dir():
+        return _no_folder(arguments.folder)
     for tenant in sorted(path for path in arguments.folder.glob("*") if path.is_dir()):
         files = sorted(tenant.glob("*.jsonl"))
         if files:
@@ -37,11 +38,17 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _delete(arguments: argparse.Namespace) -> int:
+    if not arguments.folder.is_dir():
+        return _no_folder(arguments.folder)
     try:
         files = content_writer.delete(arguments.folder, arguments.tenant)
     except (OSError, ValueError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
+        return fail(str(error))
     audit(Ambient(), "content.delete", tenant=arguments.tenant, files=files)
     print(f"Deleted {files} files of {arguments.tenant}.")
     return 0
+
+
+def _no_folder(folder: Path) -> int:
+    """A misspelt folder is not one that keeps nothing: nobody shall believe that it was deleted."""
+    return fail(f"{folder} is no folder; --folder names gateway.content.folder of the replicas here.")

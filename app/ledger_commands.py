@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import sys
 from collections import Counter
-from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from app.ambient import Ambient
 from app.ledger import backlog
 from app.ledger_schema import ledger_schema
-from app.money_commands import day, months
+from app.terminal import Command, database_option, day, fail, months, with_archive
 
 if TYPE_CHECKING:
     from app.archive import Archive
-
-BATCH_DEADLINE_SECONDS = 600.0
-"""How long one statement may take: dropping or moving months of rows waits for locks and disks."""
-
-Command = Callable[[str, object, str], argparse.ArgumentParser]
 
 
 def add(command: Command) -> None:
@@ -38,7 +30,7 @@ def add(command: Command) -> None:
     maintain.set_defaults(run=_maintain)
     maintain.add_argument("--retention-months", type=months, help="drop months before so many (keeps all)")
     maintain.add_argument("--json", action="store_true", help="for machines")
-    _database(maintain)
+    database_option(maintain)
     schema = actions.add_parser("schema", help="Print cost-ledger-v1.json, the JSON schema of an event.")
     schema.set_defaults(run=_schema)
     fill = actions.add_parser("fill-lake", help="Make the lake's files of some days from PostgreSQL.")
@@ -48,7 +40,7 @@ def add(command: Command) -> None:
     fill.add_argument("--lake", default=os.environ.get("LEDGER_LAKE_URL"), help="LEDGER_LAKE_URL by default")
     form = os.environ.get("LEDGER_LAKE_FORMAT", "parquet")
     fill.add_argument("--format", choices=("parquet", "jsonl"), default=form, help="LEDGER_LAKE_FORMAT by default")
-    _database(fill)
+    database_option(fill)
 
     spool = command("spool", _list, "What waits on a replica's disk, and what could not become a row.")
     actions = spool.add_subparsers(required=True, metavar="ACTION")
@@ -56,38 +48,10 @@ def add(command: Command) -> None:
     listing.set_defaults(run=_list)
     replay = actions.add_parser("replay", help="Try dead letters again; what becomes a row leaves its file.")
     replay.set_defaults(run=_replay)
-    _database(replay)
+    database_option(replay)
     for action in (listing, replay):
         action.add_argument("--spool-dir", type=Path, default=Path(".gateway/spool"), help="the ledger's local disk")
         action.add_argument("--json", action="store_true", help="for machines")
-
-
-def _database(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--database-url", default=os.environ.get("DATABASE_URL"), help="DATABASE_URL by default")
-
-
-def _fail(sentence: str) -> int:
-    sys.stderr.write(sentence.rstrip() + "\n")
-    return 1
-
-
-def _with_archive(arguments: argparse.Namespace, work: Callable[[Archive], Awaitable[int]]) -> int:
-    from app.archive import Archive, ArchiveError
-
-    if not arguments.database_url:
-        return _fail("Which PostgreSQL? Set DATABASE_URL, or give --database-url.")
-
-    async def run() -> int:
-        archive = Archive(arguments.database_url, Ambient(), BATCH_DEADLINE_SECONDS)
-        try:
-            return await work(archive)
-        finally:
-            await archive.close()
-
-    try:
-        return asyncio.run(run())
-    except ArchiveError as error:
-        return _fail(str(error))
 
 
 def _schema(arguments: argparse.Namespace) -> int:
@@ -107,9 +71,9 @@ def _maintain(arguments: argparse.Namespace) -> int:
             print(f"Partitions are made ahead; {months_kept}; dropped: {', '.join(done.dropped) or 'none'}.")
             if done.default_rows:
                 print(f"{done.default_rows:,} rows are in no month's partition: their clocks were wrong.")
-        return _fail(done.warning) if done.warning else 0
+        return fail(done.warning) if done.warning else 0
 
-    return _with_archive(arguments, work)
+    return with_archive(arguments, work)
 
 
 def _fill_lake(arguments: argparse.Namespace) -> int:
@@ -117,13 +81,13 @@ def _fill_lake(arguments: argparse.Namespace) -> int:
 
     last = arguments.last or arguments.first
     if not arguments.lake:
-        return _fail("Which lake? Set LEDGER_LAKE_URL, or give --lake.")
+        return fail("Which lake? Set LEDGER_LAKE_URL, or give --lake.")
     if last < arguments.first:
-        return _fail("--to is before --from.")
+        return fail("--to is before --from.")
     try:
         lake = Lake(arguments.lake, arguments.format)
     except LakeError as error:
-        return _fail(str(error))
+        return fail(str(error))
 
     async def work(archive: Archive) -> int:
         on = arguments.first
@@ -134,9 +98,9 @@ def _fill_lake(arguments: argparse.Namespace) -> int:
         return 0
 
     try:
-        return _with_archive(arguments, work)
+        return with_archive(arguments, work)
     except LakeError as error:
-        return _fail(str(error))
+        return fail(str(error))
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -166,7 +130,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _no_folder(folder: Path) -> int:
-    return _fail(f"{folder} is no folder; --spool-dir names the replica's spool.")
+    return fail(f"{folder} is no folder; --spool-dir names the replica's spool.")
 
 
 def _reasons(path: Path) -> list[str]:
@@ -195,4 +159,4 @@ def _replay(arguments: argparse.Namespace) -> int:
                 sys.stderr.write(f"{one.file}, {reason}\n")
         return 1 if any(one.left for one in done) else 0
 
-    return _with_archive(arguments, work)
+    return with_archive(arguments, work)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import re
-import sys
-from collections.abc import Callable
 
 import msgspec
 
@@ -17,20 +14,21 @@ from app.control import Entry, tell, told
 from app.modes import EVERYBODY, MODE, TENANT_MODE
 from app.operator import audit, operator
 from app.redis_pipe import RedisAway, RedisRefused
+from app.terminal import WHICH_REDIS, Command, fail, redis_option
 
 MODES = {"normal": None, "cache-only": "cache_only", "read-only": "read_only"}
 MAX_SECONDS = 31 * 86_400
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
-def add(command: Callable[[str, object, str], argparse.ArgumentParser]) -> None:
+def add(command: Command) -> None:
     mode = command("mode", run, "Incident modes: cache-only, read-only, normal again; without a word, what is on.")
     mode.add_argument("mode", choices=MODES, nargs="?", help="what every replica does within 2 s")
     mode.add_argument("--tenant", help="for this tenant alone; the stricter of its mode and everybody's counts")
     mode.add_argument("--for", type=seconds, dest="seconds", metavar="TIME", help="then normal again: 90s, 30m, 2h, 1d")
     mode.add_argument("--reason", default="", help="a word for the audit line")
     mode.add_argument("--json", action="store_true", help="for machines")
-    mode.add_argument("--redis-url", default=os.environ.get("REDIS_URL"), help="REDIS_URL by default")
+    redis_option(mode)
 
 
 def seconds(text: str) -> int:
@@ -44,17 +42,17 @@ def seconds(text: str) -> int:
 def run(arguments: argparse.Namespace) -> int:
     ambient = Ambient()
     if not arguments.redis_url:
-        return _fail(f"Which Redis? Set REDIS_URL, or give --redis-url. {_WITHOUT}")
+        return fail(f"{WHICH_REDIS} {_WITHOUT}")
     if arguments.tenant is not None and not NAME.fullmatch(arguments.tenant):
-        return _fail(f"--tenant must match {NAME.pattern}.")
+        return fail(f"--tenant must match {NAME.pattern}.")
     if arguments.seconds and MODES.get(arguments.mode) is None:
-        return _fail("--for is for cache-only and read-only: normal has no end.")
+        return fail("--for is for cache-only and read-only: normal has no end.")
     try:
         if arguments.mode is not None:
             _tell(arguments, ambient)
         held = asyncio.run(told(arguments.redis_url, ambient, MODE, TENANT_MODE))
     except (RedisAway, RedisRefused) as error:
-        return _fail(f"Redis could not be reached ({error}). {_WITHOUT}")
+        return fail(f"Redis could not be reached ({error}). {_WITHOUT}")
     everybody = held[MODE].get(EVERYBODY)
     if arguments.json:
         print(msgspec.json.encode({"everybody": everybody, "tenants": held[TENANT_MODE]}).decode())
@@ -83,8 +81,3 @@ def _said(entry: Entry | None) -> str:
         return "normal"
     until = "" if entry.until is None else f" until {timestamp(entry.until)[:19]}Z"
     return f"{entry.value.replace('_', '-')}{until}, by {entry.by} at {entry.at[:19]}Z"
-
-
-def _fail(sentence: str) -> int:
-    sys.stderr.write(sentence + "\n")
-    return 1

@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import sys
-from collections.abc import Awaitable, Callable
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec import Raw, Struct
 
-from app.ambient import Ambient
 from app.config import Secret
 from app.reports.invoices import READERS, UnreadableInvoice, read
 from app.reports.reconcile import ALARM_RATIO, span
+from app.terminal import WHICH_POSTGRES, Command, database_option, day, fail, months, port, with_archive
 
 if TYPE_CHECKING:
     from app.archive import Archive
     from app.reports.export import Selection
 
-BATCH_DEADLINE_SECONDS = 600.0
-"""How long one statement of a batch command may take: a day of some ten million rows is summed in that time."""
-
 DRIFT = 3
 """The exit code of a reconciliation above its threshold."""
-
-Command = Callable[[str, object, str], argparse.ArgumentParser]
 
 
 def add(command: Command) -> None:
@@ -40,7 +32,7 @@ def add(command: Command) -> None:
         "--reports", type=Path, default=Path("reports/cost"), help="the last day's {tenant}/daily.json (reports/cost)"
     )
     rollup.add_argument("--json", action="store_true", help="for machines")
-    _database(rollup)
+    database_option(rollup)
 
     export = command("export", _export, "Write the ledger, its daily sums, FOCUS or the fine-tuning hand-off.")
     what = "every row, sums by day, FinOps' columns, or calls for training with a summary"
@@ -54,7 +46,7 @@ def add(command: Command) -> None:
     export.add_argument("--billing-account", default="llm-gateway", help="FOCUS: who is billed (llm-gateway)")
     export.add_argument("--without-cache-hits", action="store_true", help="fine-tuning: leave out what the cache said")
     export.add_argument("--eval-baseline", type=Path, help="fine-tuning: a JSON file for the summary, as it is")
-    _database(export)
+    database_option(export)
 
     _add_reconcile(command)
     _add_jobs(command)
@@ -74,7 +66,7 @@ def _add_reconcile(command: Command) -> None:
     reconcile.add_argument("--format", choices=("text", "json", "html"), default="text", help="(text)")
     reconcile.add_argument("--out", type=Path, default=Path("-"), help="the report's file; - is standard output (-)")
     reconcile.add_argument("--keep", action="store_true", help="note it in PostgreSQL, where the alert looks")
-    _database(reconcile)
+    database_option(reconcile)
 
 
 def _add_jobs(command: Command) -> None:
@@ -86,65 +78,12 @@ def _add_jobs(command: Command) -> None:
     jobs.add_argument("--reports", type=Path, help="a folder for {tenant}/daily.json")
     jobs.add_argument("--retention-months", type=months, help="drop older months of the ledger (keeps all)")
     jobs.add_argument("--invoices", type=Path, help="a folder with a folder of exports for each vendor, read weekly")
-    _database(jobs)
-
-
-def _database(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--database-url", default=os.environ.get("DATABASE_URL"), help="DATABASE_URL by default")
-
-
-def day(text: str) -> date:
-    try:
-        return date.fromisoformat(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a day: YYYY-MM-DD.") from None
-
-
-def port(text: str) -> int:
-    """A TCP port, 0 for any that is free: what is above would silently be another one."""
-    if not text.isdecimal() or int(text) > 65_535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535.")
-    return int(text)
-
-
-def months(text: str) -> int:
-    """A number of whole months, for `--retention-months`."""
-    if not text.isdecimal() or not 1 <= int(text) <= 1200:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of months, 1 to 1200.")
-    return int(text)
-
-
-def _fail(sentence: str) -> int:
-    sys.stderr.write(sentence.rstrip() + "\n")
-    return 1
+    database_option(jobs)
 
 
 def _say(sentence: str) -> None:
     """Progress: on standard error, so that standard output holds results only."""
     sys.stderr.write(sentence + "\n")
-
-
-def _with_archive(arguments: argparse.Namespace, work: Callable[[Archive], Awaitable[int]]) -> int:
-    """Runs `work` on an archive; the exit code is its own, or 1 after a sentence."""
-    from app.archive import Archive, ArchiveError
-    from app.reports.tables import PyarrowMissing
-
-    if not arguments.database_url:
-        return _fail("Which PostgreSQL? Set DATABASE_URL, or give --database-url.")
-
-    async def run() -> int:
-        archive = Archive(arguments.database_url, Ambient(), BATCH_DEADLINE_SECONDS)
-        try:
-            return await work(archive)
-        finally:
-            await archive.close()
-
-    try:
-        return asyncio.run(run())
-    except (ArchiveError, PyarrowMissing) as error:
-        return _fail(str(error))
-    except OSError as error:
-        return _fail(f"{error.filename or 'The file'} cannot be read or written: {error.strerror or error}.")
 
 
 def _rollup(arguments: argparse.Namespace) -> int:
@@ -171,7 +110,7 @@ def _rollup(arguments: argparse.Namespace) -> int:
             print(f"{len(days):,} days summed from {rows:,} rows; {len(files):,} reports in {arguments.reports}.")
         return 0
 
-    return _with_archive(arguments, work)
+    return with_archive(arguments, work)
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -186,7 +125,7 @@ def _export(arguments: argparse.Namespace) -> int:
         environment=arguments.environment,
     )
     if selection.last < selection.first:
-        return _fail("--to is before --from.")
+        return fail("--to is before --from.")
     if arguments.what == "fine-tuning":
         return _handoff(arguments, selection)
 
@@ -203,7 +142,7 @@ def _export(arguments: argparse.Namespace) -> int:
         _say(f"{rows:,} rows.")
         return 0
 
-    return _with_archive(arguments, work)
+    return with_archive(arguments, work)
 
 
 def _handoff(arguments: argparse.Namespace, selection: Selection) -> int:
@@ -211,15 +150,15 @@ def _handoff(arguments: argparse.Namespace, selection: Selection) -> int:
     from app.reports.tables import Destination, write
 
     if str(arguments.out) == "-":
-        return _fail("The hand-off is two files: give --out FILE; its summary is written to FILE.summary.json.")
+        return fail("The hand-off is two files: give --out FILE; its summary is written to FILE.summary.json.")
     baseline = None
     if arguments.eval_baseline:
         try:
             baseline = Raw(msgspec.json.encode(msgspec.json.decode(arguments.eval_baseline.read_bytes())))
         except OSError as error:
-            return _fail(f"{arguments.eval_baseline} cannot be read ({error.strerror}).")
+            return fail(f"{arguments.eval_baseline} cannot be read ({error.strerror}).")
         except msgspec.DecodeError as error:
-            return _fail(f"{arguments.eval_baseline} is not JSON: {error}.")
+            return fail(f"{arguments.eval_baseline} is not JSON: {error}.")
     cache_hits = not arguments.without_cache_hits
 
     async def work(archive: Archive) -> int:
@@ -234,7 +173,7 @@ def _handoff(arguments: argparse.Namespace, selection: Selection) -> int:
         print(text.decode())
         return 0
 
-    return _with_archive(arguments, work)
+    return with_archive(arguments, work)
 
 
 class _Names(Struct, frozen=True, forbid_unknown_fields=True):
@@ -252,13 +191,13 @@ def _reconcile(arguments: argparse.Namespace) -> int:
         names = msgspec.json.decode(arguments.map.read_bytes(), type=_Names) if arguments.map else _Names()
         lines = [line for file in arguments.invoice for line in read(arguments.vendor, file.read_bytes())]
     except OSError as error:
-        return _fail(f"{error.filename} cannot be read ({error.strerror}).")
+        return fail(f"{error.filename} cannot be read ({error.strerror}).")
     except msgspec.DecodeError as error:
-        return _fail(f"{arguments.map} is not a map of names: {error}.")
+        return fail(f"{arguments.map} is not a map of names: {error}.")
     except UnreadableInvoice as error:
-        return _fail(str(error))
+        return fail(str(error))
     if not lines:
-        return _fail("The invoice has no lines.")
+        return fail("The invoice has no lines.")
     first, last = span(lines)
     days = (arguments.first or first, arguments.last or last)
 
@@ -283,16 +222,16 @@ def _reconcile(arguments: argparse.Namespace) -> int:
             await drift_report.keep(archive, found)
         return DRIFT if found.alarm else 0
 
-    return _with_archive(arguments, work)
+    return with_archive(arguments, work)
 
 
 def _jobs(arguments: argparse.Namespace) -> int:
     from app.jobs import JobsOptions, serve
 
     if not arguments.database_url:
-        return _fail("Which PostgreSQL? Set DATABASE_URL, or give --database-url.")
+        return fail(WHICH_POSTGRES)
     if arguments.rollup_seconds <= 0:
-        return _fail("--rollup-seconds must be above 0.")
+        return fail("--rollup-seconds must be above 0.")
     token = os.environ.get("GATEWAY_ADMIN_TOKEN")
     return serve(
         JobsOptions(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
-import os
 import sys
 from collections.abc import Callable
-from datetime import date, timedelta
+from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -29,8 +28,12 @@ from app.config import (
 )
 from app.core import usd as dollars
 from app.price_sync import SyncError, Wanted, sync
+from app.terminal import database_option, day, fail, with_archive
 
-BATCH_DEADLINE_SECONDS = 600.0
+if TYPE_CHECKING:
+    from app.archive import Archive
+    from app.rerate import Rerated
+
 STALE = timedelta(days=7)
 """A price that nobody has checked for longer is said to be old: vendors announce changes a few weeks ahead."""
 
@@ -44,21 +47,19 @@ def add(prices: argparse.ArgumentParser, config_options: Callable[[argparse.Argu
     new = actions.add_parser("sync", help="Write a new price table from genai-prices, and show what changes.")
     new.set_defaults(run=sync_prices)
     config_options(new)
-    new.add_argument("--day", type=date.fromisoformat, help="from when it is in force, YYYY-MM-DD (today, UTC)")
+    new.add_argument("--day", type=day, help="from when it is in force, YYYY-MM-DD (today, UTC)")
     new.add_argument("--dry-run", action="store_true", help="only show what would change")
     again = actions.add_parser(
         "rerate", help="Charge calls of the past anew; the differences become rows of their own."
     )
     again.set_defaults(run=rerate_calls)
     config_options(again)
-    again.add_argument(
-        "--from", dest="first", type=date.fromisoformat, required=True, help="first day, YYYY-MM-DD (UTC)"
-    )
-    again.add_argument("--to", dest="last", type=date.fromisoformat, required=True, help="last day, included")
-    again.add_argument("--table", type=date.fromisoformat, help="the price table's day (the one in force)")
+    again.add_argument("--from", dest="first", type=day, required=True, help="first day, YYYY-MM-DD (UTC)")
+    again.add_argument("--to", dest="last", type=day, required=True, help="last day, included")
+    again.add_argument("--table", type=day, help="the price table's day (the one in force)")
     again.add_argument("--dry-run", action="store_true", help="only say what it would come to")
     again.add_argument("--json", action="store_true", help="for machines")
-    again.add_argument("--database-url", default=os.environ.get("DATABASE_URL"), help="DATABASE_URL by default")
+    database_option(again)
 
 
 def list_prices(arguments: argparse.Namespace) -> int:
@@ -125,12 +126,12 @@ def _set(value: object) -> object:
 def sync_prices(arguments: argparse.Namespace) -> int:
     """A new dated table from the library's data. Rows carry a table's name: one that exists is never written over."""
     today = utc_day(Ambient())
-    day = arguments.day or today
+    starts = arguments.day or today
     config: Path = arguments.config
-    path = config / "prices" / f"{day.isoformat()}.yaml"
+    path = config / "prices" / f"{starts.isoformat()}.yaml"
     tables = price_tables(config)
     if not arguments.dry_run and path.exists():
-        return _fail(f"{path} exists, and rows may carry its name: give a later day with --day, or correct it by hand.")
+        return fail(f"{path} exists, and rows may carry its name: give a later day with --day, or correct it by hand.")
     old = read_price_table(tables[-1]) if tables else PriceTable("", {})
     configured = load(config, arguments.environment, arguments.overlay, require_secrets=False)
     wanted = [
@@ -138,9 +139,9 @@ def sync_prices(arguments: argparse.Namespace) -> int:
         for target in configured.targets.values()
     ]
     try:
-        synced = sync(old, wanted, min(day, today))
+        synced = sync(old, wanted, min(starts, today))
     except SyncError as error:
-        return _fail(str(error))
+        return fail(str(error))
     for title, lines in (
         ("Changed, USD per million tokens:", synced.changes),
         ("Kept, for the library does not know them; check them yourself:", synced.kept),
@@ -153,63 +154,52 @@ def sync_prices(arguments: argparse.Namespace) -> int:
     if not arguments.dry_run:
         path.write_text(write_price_table(synced.table))
         try:
-            load(config, arguments.environment, arguments.overlay, require_secrets=False, day=day)
+            load(config, arguments.environment, arguments.overlay, require_secrets=False, day=starts)
         except ConfigError:
             path.unlink()
             raise
-        print(f"Written: {path}, in force from {day.isoformat()} 00:00 UTC.")
+        print(f"Written: {path}, in force from {starts.isoformat()} 00:00 UTC.")
     return 0
 
 
 def rerate_calls(arguments: argparse.Namespace) -> int:
     """Adjustments for the calls of some days, by the prices of one table."""
-    from app.archive import Archive, ArchiveError
-    from app.rerate import Rerated, rerate
+    from app.rerate import rerate
 
-    if not arguments.database_url:
-        return _fail("Which PostgreSQL? Set DATABASE_URL, or give --database-url.")
     if arguments.last < arguments.first:
-        return _fail("--to is before --from.")
-    day = arguments.table or utc_day(Ambient())
+        return fail("--to is before --from.")
+    priced_on = arguments.table or utc_day(Ambient())
     if arguments.table and arguments.table.isoformat() not in {table.stem for table in price_tables(arguments.config)}:
-        return _fail(f"{arguments.config / 'prices'} has no table of {arguments.table.isoformat()}.")
-    config = load(arguments.config, arguments.environment, arguments.overlay, require_secrets=False, day=day)
+        return fail(f"{arguments.config / 'prices'} has no table of {arguments.table.isoformat()}.")
+    config = load(arguments.config, arguments.environment, arguments.overlay, require_secrets=False, day=priced_on)
 
     def progress(so_far: Rerated) -> None:
         sys.stderr.write(f"{so_far.calls:,} calls looked at, {so_far.adjusted:,} differ\n")
 
-    async def work() -> Rerated:
-        archive = Archive(arguments.database_url, Ambient(), BATCH_DEADLINE_SECONDS)
-        try:
-            await archive.prepare()
-            return await rerate(
-                archive, config, arguments.first, arguments.last, write=not arguments.dry_run, progress=progress
-            )
-        finally:
-            await archive.close()
+    async def work(archive: Archive) -> int:
+        await archive.prepare()
+        done = await rerate(
+            archive, config, arguments.first, arguments.last, write=not arguments.dry_run, progress=progress
+        )
+        return _say_rerated(done, config.price_version, arguments)
 
-    try:
-        result = asyncio.run(work())
-    except ArchiveError as error:
-        return _fail(str(error))
+    return with_archive(arguments, work)
+
+
+def _say_rerated(result: Rerated, price_version: str, arguments: argparse.Namespace) -> int:
     differences = {tenant or "": nanos for tenant, nanos in sorted(result.difference_nanos.items(), key=str)}
     if arguments.json:
         by_tenant = {tenant: dollars(nanos) for tenant, nanos in differences.items()}
-        report = {"price_table_version": config.price_version, "calls": result.calls, "adjusted": result.adjusted,
+        report = {"price_table_version": price_version, "calls": result.calls, "adjusted": result.adjusted,
                   "without_price": result.unpriced, "unknown_target": result.unknown,
                   "difference_usd": by_tenant}  # fmt: skip
         print(msgspec.json.encode(report).decode())
         return 0
     verb = "would differ" if arguments.dry_run else "differ, and have an adjustment"
-    print(f"{result.calls:,} calls at the prices of {config.price_version}: {result.adjusted:,} {verb}.")
+    print(f"{result.calls:,} calls at the prices of {price_version}: {result.adjusted:,} {verb}.")
     if result.unpriced or result.unknown:
         left = f"{result.unpriced:,} without a price, {result.unknown:,} whose target is not configured"
         print(f"Left as they were: {left}.")
     for tenant, nanos in differences.items():
         print(f"  {tenant or '(no tenant)'}: {bytes(dollars(nanos)).decode()} USD")
     return 0
-
-
-def _fail(sentence: str) -> int:
-    sys.stderr.write(sentence.rstrip() + "\n")
-    return 1

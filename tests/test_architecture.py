@@ -39,6 +39,7 @@ LAYERS = (
     (
         "asgi", "vitals", "cli", "cache_commands", "operator", "lint_apps", "jobs", "explain",
         "ledger_commands", "mode_commands", "content_commands", "top", "top_screen", "money_commands", "price_commands",
+        "terminal",
     ),
 )  # fmt: skip
 """The rooms from the ground up: a file imports only from layers before its own."""
@@ -109,7 +110,6 @@ WITHIN_A_LAYER = {
     ("top_screen", "top"): "what it shows",
     ("cli", "lint_apps"): "`gateway lint-apps`",
     ("cli", "cache_commands"): "`gateway cache`",
-    ("cache_commands", "money_commands"): "days are read alike",
     ("cache_commands", "operator"): "who did what",
     ("cli", "mode_commands"): "`gateway mode`",
     ("cli", "operator"): "who did it",
@@ -118,7 +118,13 @@ WITHIN_A_LAYER = {
     ("money_commands", "jobs"): "`gateway jobs`",
     ("cli", "price_commands"): "`gateway prices`",
     ("cli", "ledger_commands"): "`gateway ledger`, `gateway spool`",
-    ("ledger_commands", "money_commands"): "months are read alike",
+    ("cli", "terminal"): "what commands share",
+    ("cache_commands", "terminal"): "what commands share",
+    ("content_commands", "terminal"): "what commands share",
+    ("ledger_commands", "terminal"): "what commands share",
+    ("mode_commands", "terminal"): "what commands share",
+    ("money_commands", "terminal"): "what commands share",
+    ("price_commands", "terminal"): "what commands share",
     ("shipping", "children"): "how a child is ended",
     ("content", "children"): "how a child is ended",
 }
@@ -164,11 +170,9 @@ READS_ENVIRONMENT = {
     "asgi": "composition root",
     "cli": "command line",
     "operator": "command line",
-    "mode_commands": "command line",
-    "cache_commands": "command line",
+    "terminal": "command line",
     "top": "command line",
     "money_commands": "command line",
-    "price_commands": "command line",
     "ledger_commands": "command line",
     "ledger_shipper": "composition root of its own process",
     "config/source": "the default of `load`",

@@ -58,8 +58,8 @@ def header_tables() -> tuple[set[str], set[str]]:
 
 def test_request_headers_of_the_readme_are_those_that_are_read() -> None:
     sources = "".join(Path(module.__file__).read_text() for module in (api, callers, wishes))
-    read = set(re.findall(r'headers\.get\(b"([a-z-]+)"', sources))
-    assert header_tables()[0] == read - {"content-length"}
+    read = set(re.findall(r'headers(?:\.get\(|\[)b"([a-z-]+)"', sources))
+    assert header_tables()[0] == read - {"content-length"} | {name.decode() for name in api._TOLD}
 
 
 def test_answer_headers_of_the_readme_are_those_that_are_sent(journey: Journey) -> None:
@@ -190,13 +190,14 @@ def gateway(*arguments: object, **environ: str) -> subprocess.CompletedProcess[s
         ("keys new --service a/b --tenant acme-corp", "--service must match"),
         ("usage --tenant acme-corp", "Set DATABASE_URL, or give --database-url."),
         ("usage --tenant acme-corp --database-url x://", "write postgresql://user:password@host:5432/database"),
-        ("usage --tenant acme-corp --day today --database-url postgresql://h/d", "'today' is not a day: YYYY-MM-DD."),
         ("usage --tenant acme-corp --database-url postgresql://u:hush@127.0.0.1:1/d", "PostgreSQL at 127.0.0.1:1"),
         ("keys revoke nobodyskey00", "no key 'nobodyskey00'; `gateway keys list` shows the ids of all."),
         ("mode --redis-url nowhere", "REDIS_URL is no address of a Redis"),
         ("cache stats --redis-url redis://", "Redis could not be reached"),
         ("cache invalidate --tenant acme-corp --redis-url nowhere", "REDIS_URL is no address of a Redis"),
         ("spool list --spool-dir nowhere", "nowhere is no folder; --spool-dir names the replica's spool."),
+        ("content list --folder nowhere", "nowhere is no folder; --folder names gateway.content.folder"),
+        ("content delete --folder nowhere --tenant acme-corp", "nowhere is no folder"),
         ("spool replay --spool-dir nowhere --database-url postgresql://h/d", "nowhere is no folder"),
     ],
 )
@@ -219,6 +220,8 @@ def test_what_cannot_be_done_is_said_in_a_sentence(
         ("jobs --port -1", "'-1' is not a port"),
         ("check --explain acme-corp support-fast --at yesterday", "'yesterday' is not a time: 2026-11-28T22:30+01:00"),
         ("mode cache-only --for ever", "'ever' is not a time up to 31d: 90s, 30m, 2h, 1d"),
+        ("usage --tenant acme-corp --day today", "'today' is not a day: YYYY-MM-DD."),
+        ("prices rerate --from 2026-11 --to 2026-11-30", "'2026-11' is not a day: YYYY-MM-DD."),
         ("rollup --day 2026-13-01", "'2026-13-01' is not a day: YYYY-MM-DD."),
     ],
 )
