@@ -814,7 +814,8 @@ def test_a_caller_who_hangs_up_during_the_reservation_leaves_nothing_reserved(se
         call = asyncio.create_task(caller.reserve(100, 100))
         for _ in range(turns):
             await asyncio.sleep(0)
-        call.cancel()
+        if not call.cancel():  # Redis was quicker
+            caller.limits.give_back(call.result())
         await asyncio.gather(call, return_exceptions=True)
 
     on(server, a_tenant(**EVERYTHING), scenario, away=OPEN, tpm=10_000)

@@ -151,7 +151,18 @@ class Limits:
                     self._complain("reserve", error)
                 break
             if status == _TAKEN:
-                return self._held(call, tenant, scope, tokens, nanos, left, now_ms, fetch is not None)
+                fetched: bytes | bool | None = None
+                if fetch is not None:
+                    fetched = left.pop()
+                    if isinstance(fetched, int):
+                        fetched = fetched == 1
+                    else:  # an answer from before, for one request and nothing else
+                        tokens = nanos = 0
+                if scope.budgets:
+                    self._hear(scope, left)
+                if scope.running and not isinstance(fetched, bytes):
+                    self._begin(scope, call_id)
+                return Held(call_id, tenant.id, tokens, True, rates(scope, left, now_ms), fetched, nanos, scope)
             if status == _REFUSED:
                 half = len(left) // 2
                 if half < len(scope.limits):
@@ -227,31 +238,6 @@ class Limits:
             raise VendorKeyFull(full.message, retry_after_seconds=full.retry_after_seconds)
         return Held(attempt_id, "", tokens, True, None, None, 0, scope)
 
-    def _held(
-        self,
-        call: Call,
-        tenant: Tenant,
-        scope: Scope,
-        tokens: int,
-        nanos: int,
-        left: list[Any],
-        now_ms: int,
-        fetches: bool,
-    ) -> Held:
-        """What a script has taken; with an answer from before, where there was one, instead of tokens and money."""
-        fetched: bytes | bool | None = None
-        if fetches:
-            fetched = left.pop()
-            if isinstance(fetched, int):
-                fetched = fetched == 1
-            else:
-                tokens = nanos = 0
-        if scope.budgets:
-            self._hear(scope, left)
-        if scope.running and not isinstance(fetched, bytes):
-            self._begin(scope, call.event_id)
-        return Held(call.event_id, tenant.id, tokens, True, rates(scope, left, now_ms), fetched, nanos, scope)
-
     def give_back(self, reservation: Reservation) -> None:
         """Undoes a reservation, the request included. Never waits, never raises."""
         if isinstance(reservation, Held) and reservation.scope is not None:
@@ -311,9 +297,8 @@ class Limits:
 
     def _put(self, scope: Scope, call_id: str, requests: int, tokens: int, nanos: int) -> None:
         self._send(scope.record, scope.settle(call_id, requests, tokens, nanos))
-        if scope.apart:
-            for other in scope.apart:
-                self._send(other.record, other.settle(call_id, requests, tokens, nanos))
+        for other in scope.apart:
+            self._send(other.record, other.settle(call_id, requests, tokens, nanos))
 
     def _undo(self, scope: Scope, call_id: str) -> None:
         """Undoes what one script took, the request included; where that is nothing, nothing happens."""

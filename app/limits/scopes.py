@@ -281,13 +281,12 @@ def _tightest(shown: tuple[Placed, ...], left: list[int], now_ms: int) -> tuple[
     tightest: Limit | None = None
     least = MOST
     for place, limit in shown:
-        remaining = left[place]
-        if remaining < least:  # MOST is left of one that is open while Redis is away
-            least, tightest = remaining, limit
+        if left[place] < least:  # MOST is left of one that is open while Redis is away
+            least, tightest = left[place], limit
     if tightest is None:
         return None, None, 0.0
     ends = tightest.ends or now_ms // 1000 + WINDOW_SECONDS
-    return tightest.value, max(0, least), ends - now_ms / 1000
+    return tightest.value, least if least > 0 else 0, ends - now_ms / 1000
 
 
 def refusal(
