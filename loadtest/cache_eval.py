@@ -26,7 +26,7 @@ from msgspec import Struct
 from redis import Redis
 
 from app.cache.embedder import local
-from app.cache.guards import Facts, read
+from app.cache.guards import Facts, Written, read, written
 from app.cache.learner import REFIT, Observation, fit
 from app.cache.learning import LOOK_SECONDS, MISSES
 from app.cache.verifier import NEIGHBOURS, Model, Neighbour, Verdict, weigh
@@ -96,7 +96,7 @@ class InProcess:
         self._mode, self._max_wrong, self._threshold = mode, max_wrong, threshold
         self._draw = random.Random(seed)
         self._vectors: Any = None
-        self._kept: list[tuple[str, Facts]] = []
+        self._kept: list[tuple[str, Written]] = []
         self._observed: list[Observation] = []
         self._new = 0
         self.model: Model | None = None
@@ -157,7 +157,7 @@ class InProcess:
                 grown[:count] = self._vectors
             self._vectors = grown
         self._vectors[count] = vector
-        self._kept.append((label, facts))
+        self._kept.append((label, written(facts)))
 
 
 class Run(Struct, frozen=True):

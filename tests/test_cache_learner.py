@@ -7,7 +7,7 @@ import random
 import msgspec
 import pytest
 
-from app.cache.guards import read
+from app.cache.guards import Written, read, written
 from app.cache.learner import REFIT, Observation, fit
 from app.cache.verifier import FEATURES, Model, Neighbour, weigh
 from loadtest.cache_eval import InProcess, summary
@@ -71,22 +71,27 @@ def test_errors_that_come_more_often_than_expected_raise_the_threshold() -> None
 
 def test_neighbours_of_one_group_outvote_a_nearer_one_of_another() -> None:
     facts = read("how do I pay my bill")
-    neighbours = [Neighbour("a", 0.90, "x", facts)] + [Neighbour(str(n), 0.89, "y", facts) for n in range(4)]
+    said = written(facts)
+    neighbours = [Neighbour("a", 0.90, "x", said)] + [Neighbour(str(n), 0.89, "y", said) for n in range(4)]
     verdict = weigh(facts, neighbours)
     assert verdict.group == "y"
     assert [neighbour.id for neighbour in verdict.candidates] == ["0", "1", "2", "3"]
     assert len(verdict.features) == len(FEATURES)
 
 
+def of(text: str) -> Written:
+    return written(read(text))
+
+
 def test_a_guard_vetoes_unless_the_group_was_asked_just_so_before() -> None:
-    asked, three, two = read("I waited 2 weeks"), read("I waited 3 weeks"), read("waited for 2 weeks")
+    asked, three, two = read("I waited 2 weeks"), of("I waited 3 weeks"), of("waited for 2 weeks")
     vetoed = weigh(asked, [Neighbour("a", 0.99, "x", three)])
     assert (vetoed.veto, vetoed.features) == ("numbers", ())
     assert weigh(asked, [Neighbour("a", 0.99, "x", three), Neighbour("b", 0.9, "x", two)]).veto is None
 
 
 def test_another_word_vetoes_until_the_group_was_asked_with_it() -> None:
-    asked, oslo, rome = read("weather in rome now"), read("weather in oslo now"), read("rome weather")
+    asked, oslo, rome = read("weather in rome now"), of("weather in oslo now"), of("rome weather")
     assert weigh(asked, [Neighbour("a", 0.99, "x", oslo)]).veto == "substitution"
     assert weigh(asked, [Neighbour("a", 0.99, "x", oslo), Neighbour("b", 0.9, "x", rome)]).veto is None
 

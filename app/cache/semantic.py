@@ -19,7 +19,7 @@ from msgspec import Struct
 from app.ambient import Ambient
 from app.cache.bounded import Bounded
 from app.cache.entry import Entry
-from app.cache.guards import LONGEST_TEXT, Facts, read
+from app.cache.guards import LONGEST_TEXT, Facts, Written, read, written
 from app.cache.judge import Answer, Judge, answer, digest
 from app.cache.learner import Observation
 from app.cache.learning import Learning, Tally
@@ -67,7 +67,7 @@ class _Attributes(Struct, frozen=True, array_like=True):
 
     group: str
     answer: str
-    facts: Facts
+    said: Written
 
 
 _attributes = msgspec.json.Decoder(_Attributes)
@@ -311,12 +311,12 @@ class Questions:
                 tally.shadowed(found.right)
         await self._pipe.execute(
             "EVALSHA", self._remember, 2, notes.vector_set, _questions(ask.tenant_id), notes.vector,
-            key.rpartition(":")[2], _encode(_Attributes(found.group, found.digest, notes.facts)),
+            key.rpartition(":")[2], _encode(_Attributes(found.group, found.digest, written(notes.facts))),
             max(1, ask.tenant.max_bytes // QUESTIONS_SHARE // QUESTION_BYTES), int(ask.policy.ttl_seconds * 1000),
         )  # fmt: skip
 
         for other in found.merged:
-            attributes = _encode(_Attributes(found.group, other.answer, other.facts))
+            attributes = _encode(_Attributes(found.group, other.answer, other.said))
             self._pipe.send("VSETATTR", notes.vector_set, other.id, attributes)
 
     async def _checked(self, ask: Ask, seen: Seen, entry: Entry) -> None:
@@ -447,7 +447,7 @@ def _neighbours(found: list[Any]) -> list[Neighbour]:
                 found[n].decode(),
                 2.0 * float(found[n + 1]) - 1.0,
                 attributes.group,
-                attributes.facts,
+                attributes.said,
                 attributes.answer,
             )
         )

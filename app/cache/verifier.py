@@ -8,12 +8,11 @@ How near the nearest question is says little beside how well the neighbours agre
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from math import exp, log
 
 from msgspec import Struct
 
-from app.cache.guards import Facts, differs, substituted
+from app.cache.guards import Facts, Written, differs, substituted
 
 NEIGHBOURS = 16
 VOTE_STEEPNESS = 20.0
@@ -28,13 +27,13 @@ FEATURES = (
 
 class Neighbour(Struct, frozen=True):
     """A question that was answered before: `id` the digest of its entry, `group` that of its answer's group, `answer`
-    of its own answer.
+    of its own answer; `said` has its facts.
     """
 
     id: str
     similarity: float
     group: str
-    facts: Facts
+    said: Written
     answer: str = ""
 
 
@@ -104,14 +103,16 @@ def vetoed(facts: Facts, group: Sequence[Neighbour]) -> str | None:
     """
     reason = None
     for neighbour in group:
-        reason = differs(facts, neighbour.facts)
+        reason = differs(facts, neighbour.said.facts)
         if reason is None:
             break
     else:
         return reason
     for neighbour in group:
-        pair = substituted(facts, neighbour.facts)
-        if pair is not None and not any(pair[0] in other.facts.content for other in group):
+        if neighbour.said.content.count(" ") + 1 != len(facts.content):
+            continue  # as most do, without reading the rest
+        pair = substituted(facts, neighbour.said.facts)
+        if pair is not None and not any(pair[0] in other.said.content.split() for other in group):
             return "substitution"
     return None
 
@@ -136,12 +137,11 @@ def _features(
             other_share = max(other_share, part)
             other_first = max(other_first, first[name])
     asked = frozenset(facts.content or facts.words)
-    here = asked.intersection(chain.from_iterable([neighbour.facts.words for neighbour in mine]))
-    elsewhere = asked.intersection(chain.from_iterable([neighbour.facts.words for neighbour in others]))
+    here, elsewhere = _among(asked, mine), _among(asked, others)
     size = len(asked) or 1
     overlap = _overlap(asked, mine[:5])
     covered = len(here) / size
-    own = mine[0].facts
+    own_words, own_content = mine[0].said.words.split(), frozenset(mine[0].said.content.split())
     lead = first[group] - other_first
     count, of = len(mine), len(neighbours)
     nearest, farthest = neighbours[0].similarity, neighbours[-1].similarity
@@ -165,11 +165,11 @@ def _features(
         covered,
         covered - len(elsewhere) / size,
         float(len(asked) - len(here)),
-        float(len(frozenset(own.content).difference(facts.words))),
+        float(len(own_content.difference(facts.words))),
         len(elsewhere - here) / size,
         log(1 + len(facts.words)),
-        len(facts.words) / max(1, len(own.words)),
-        float(len(asked.intersection(own.content))),
+        len(facts.words) / max(1, len(own_words)),
+        float(len(asked & own_content)),
         len(votes) / of,
         farthest,
         nearest - farthest,
@@ -179,11 +179,17 @@ def _features(
     )
 
 
+def _among(asked: frozenset[str], neighbours: Sequence[Neighbour]) -> frozenset[str]:
+    """Those of the words that one of the neighbours has too."""
+    text = f" {' '.join([neighbour.said.words for neighbour in neighbours])} "
+    return frozenset([word for word in asked if f" {word} " in text])
+
+
 def _overlap(asked: frozenset[str], neighbours: Sequence[Neighbour]) -> float:
     """The largest share of the words of both that both have."""
     most = 0.0
     for neighbour in neighbours:
-        theirs = {*(neighbour.facts.content or neighbour.facts.words)}
+        theirs = {*(neighbour.said.content or neighbour.said.words).split()}
         both = len(theirs)
         theirs &= asked
         most = max(most, len(theirs) / (len(asked) + both - len(theirs) or 1))
