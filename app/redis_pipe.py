@@ -1,5 +1,5 @@
-"""One Redis connection for all calls: commands that meet in one turn of the event loop leave as one pipeline, since
-uvloop writes what a turn has brought to a socket at its end.
+"""One Redis connection for all calls. A command goes out at once where nothing waits for an answer; where something
+does, those that meet in one turn of the event loop leave as one pipeline at its end.
 
 No call waits for a Redis that is away: the oldest unanswered command has `timeout_ms`; then the connection is dropped,
 everything unanswered fails, and until a probe has succeeded every command fails at once.
@@ -102,16 +102,27 @@ class _Line(asyncio.Protocol):
         self._timeout_seconds = pipe.timeout_ms / 1000
         self.loop = asyncio.get_running_loop()
         self._reader = Reader(replyError=RedisRefused, notEnoughData=_INCOMPLETE)
+        self._unsent: list[bytes] = []
         self._watch: asyncio.TimerHandle | None = None
         self._overdue: Waiting | None = None
 
     def write(
         self, command: bytes, future: asyncio.Future[Any] | None, on_error: OnError | None, turns: int = 0
     ) -> None:
-        self._transport.write(command)
+        if not self.waiting:
+            self._transport.write(command)
+        else:
+            if not self._unsent:
+                self.loop.call_soon(self._flush)
+            self._unsent.append(command)
         self.waiting.append(Waiting(self.loop.time(), command, future, on_error, turns))
         if self._watch is None:
             self._watch = self.loop.call_later(self._timeout_seconds, self._look)
+
+    def _flush(self) -> None:
+        if not self.gone.is_set():
+            self._transport.write(b"".join(self._unsent))
+        self._unsent.clear()
 
     def _look(self) -> None:
         """The one timer of a connection: runs while something waits, and looks at the oldest."""
