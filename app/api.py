@@ -277,7 +277,7 @@ class FrontDoor:
 def _send(exchange: Exchange, visit: Visit, kept: Kept | None, frames: bytes) -> bool:
     """Sends frames of a stream. Whether there is room for more: else the client has to read first."""
     visit.write(frames)
-    if b"data:" in frames:  # a keep-alive has no number that an error could follow
+    if frames.find(b"data:") != -1:  # a keep-alive has no number that an error could follow
         exchange.sent = frames
     if kept is not None:
         kept.add(frames)

@@ -30,11 +30,13 @@ def test_base64_counts_by_its_parts_and_not_by_its_length(part: str, times: int)
 @pytest.mark.parametrize("before", [0, HOPS - 9, 3 * HOPS])
 @pytest.mark.parametrize("part", PARTS)
 def test_base64_is_found_in_a_long_text_whatever_stands_before_it(part: str, before: int) -> None:
-    body = json.dumps([";" * before, "data " * before, {"data": "_"}, "x" * LONG_BYTES, PARTS[part]]).encode()
+    body = json.dumps([";" * before, ":" * before, {"data": "_"}, "x" * LONG_BYTES, PARTS[part]]).encode()
+    spaced = body.replace(b'"data":', b'"data" :')
     assert size(body) == (len(body) - len(BLOB), 1)
+    assert size(spaced) == (len(spaced) - len(BLOB), 1)
 
 
-@pytest.mark.parametrize("before", ["", "_" * HOPS, "_control"])
+@pytest.mark.parametrize("before", ["", "_" * HOPS, '"_control"'])
 @pytest.mark.parametrize("long", ["", "x" * LONG_BYTES])
 def test_a_cache_mark_is_seen_wherever_it_stands(before: str, long: str) -> None:
     text = [before, long, {"text": "x"}]

@@ -56,7 +56,8 @@ def _is_list(written: Raw | None) -> bool:
 def members(body: bytes) -> dict[str, Raw]:
     """The members of a JSON object as the client wrote them. Raises InvalidRequest."""
     try:
-        body.decode()
+        if not body.isascii():
+            body.decode()
         return _members.decode(body)
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"The body is not UTF-8 at byte {error.start}.") from None

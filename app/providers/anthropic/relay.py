@@ -150,7 +150,7 @@ def _is_plain(frames: bytes) -> bool:
         frames.startswith(_DELTA)
         and frames.endswith(b"}\n\n")
         and frames.count(b"\n\n") == frames.count(b"}\n\n" + _DELTA) + 1
-        and b"\r" not in frames
+        and frames.find(b"\r") == -1
     )
 
 
