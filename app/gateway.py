@@ -367,13 +367,13 @@ class Gateway:
                     self._note_stream(exchange, stream, relay_started)  # what was relayed is charged
                 raise
             if self.ambient.monotonic() >= deadline - TIMER_SECONDS:
-                error: GatewayError = sum_up([], True)
+                error: GatewayError = sum_up([], True, begun=True)
             else:
-                error = sum_up([VendorTimeout("the vendor fell silent in mid-stream")], False)
+                error = sum_up([VendorTimeout("the vendor fell silent in mid-stream")], False, begun=True)
         except VendorError as fault:
             self.telemetry.vendor_error(exchange.target.provider.name, fault)
             self.dialogue.failed(exchange, exchange.target, None, fault)
-            error = sum_up([fault], False)
+            error = sum_up([fault], False, begun=True)
         except (LedgerUnavailable, GuardrailBlocked, GuardrailUnavailable) as fault:
             error = fault
         except BaseException:  # a defect, or a reader that went away: what was relayed is charged

@@ -254,7 +254,7 @@ class Recall:
                     yield ready
                     return
                 if flight.landed:
-                    error = flight.error or sum_up([VendorBroke("the leader's stream was cut")], False)
+                    error = flight.error or sum_up([VendorBroke("the leader's stream was cut")], False, True)
                     break
                 if ready:
                     yield ready
@@ -266,7 +266,7 @@ class Recall:
             if not patience.over():
                 raise
             late = self.ambient.monotonic() >= deadline - TIMER_SECONDS
-            error, ready = sum_up([] if late else [VendorTimeout("the vendor fell silent")], late), b""
+            error, ready = sum_up([] if late else [VendorTimeout("the vendor fell silent")], late, True), b""
         except LedgerUnavailable as fault:
             error, ready = fault, b""
         patience.lift()

@@ -229,12 +229,15 @@ def detour(alias: Alias, refused: VendorRefused, asked: Collection[str]) -> tupl
     return kind, tuple(target for target in others if target.name not in asked)
 
 
-def sum_up(errors: list[VendorError], deadline_passed: bool) -> GatewayError:
-    """One error for the client from all that the chain met. Vendors' messages stay in the log."""
+def sum_up(errors: list[VendorError], deadline_passed: bool, begun: bool = False) -> GatewayError:
+    """One error for the client from all that the chain met. Vendors' messages stay in the log.
+
+    Where a stream had `begun`, nothing was retried, and its client has a part of the answer.
+    """
     if deadline_passed:
+        what = "The answer was not complete at" if begun else "No target answered before"
         return DeadlineExceeded(
-            "No target answered before the deadline. Try a shorter request, or ask for a longer deadline.",
-            should_retry=False,
+            f"{what} the deadline. Try a shorter request, or ask for a longer deadline.", should_retry=False
         )
     if errors and all(isinstance(error, VendorCannot) for error in errors):
         return UnsupportedParameter(errors[0].message, param=errors[0].param)
@@ -245,7 +248,9 @@ def sum_up(errors: list[VendorError], deadline_passed: bool) -> GatewayError:
         )
     asked = [error.retry_after_seconds for error in errors if error.retry_after_seconds]
     return UpstreamUnavailable(
-        "No target could answer; the gateway has retried and fallen back already. Try again later.",
+        "The vendor's stream broke off: the answer is not complete. Send the request again."
+        if begun
+        else "No target could answer; the gateway has retried and fallen back already. Try again later.",
         retry_after_seconds=max(1.0, *asked) if asked else 1.0,
         should_retry=False,
     )

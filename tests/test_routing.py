@@ -212,6 +212,15 @@ def test_the_client_should_not_add_retries_of_its_own(deadline_passed: bool) -> 
     assert sum_up([VendorFailed("x")], deadline_passed).should_retry is False
 
 
+@pytest.mark.parametrize("late", [True, False])
+def test_who_has_a_part_of_the_answer_is_not_told_that_nobody_answered(late: bool) -> None:
+    whole, part = sum_up([VendorBroke("x")], late), sum_up([VendorBroke("x")], late, begun=True)
+    assert type(whole) is type(part)
+    assert "No target" in whole.message
+    assert "not complete" in part.message
+    assert "fallen back" not in part.message
+
+
 def test_a_vendor_s_words_do_not_reach_the_client() -> None:
     assert "secret" not in sum_up([VendorFailed("secret")], False).message
 
