@@ -390,12 +390,12 @@ def app(door: FrontDoor, more: Sequence[HTTPRouteHandler] = ()) -> ASGIApp:
         alias = allow(config, tenant, request.path_params["name"])
         return Response(words_for(request.headers).model(alias.name), media_type=MediaType.JSON, headers=told)
 
-    @get(["/health", "/health/live"], media_type=MediaType.TEXT, sync_to_thread=False)
+    @get(["/health", "/health/live", "/health/liveliness"], media_type=MediaType.TEXT, sync_to_thread=False)
     def health() -> str:
         """Alive: touches no dependency."""
         return "ok"
 
-    @get("/health/ready", media_type=MediaType.TEXT, sync_to_thread=False)
+    @get(["/health/ready", "/health/readiness"], media_type=MediaType.TEXT, sync_to_thread=False)
     def ready() -> Response[str]:
         """False while draining. A replica without a valid configuration does not start."""
         if door.draining:

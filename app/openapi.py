@@ -113,7 +113,9 @@ GETS: dict[str, tuple[str, str, list[Schema], bool]] = {
     "/status": ("How the gateway is", "application/json", [], False),
     "/health": ("Alive", "text/plain", [], False),
     "/health/live": ("Alive", "text/plain", [], False),
+    "/health/liveliness": ("Alive, by LiteLLM's name", "text/plain", [], False),
     "/health/ready": ("Taking calls", "text/plain", [], False),
+    "/health/readiness": ("Taking calls, by LiteLLM's name", "text/plain", [], False),
 }  # fmt: skip
 """By path: what it is, its type, its parameters, and whether it asks for a credential."""
 PAGES = {

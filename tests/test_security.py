@@ -41,7 +41,9 @@ from tests.test_front_door import Client, Source, headers
 OPEN = {
     ("main", "GET", "/health"): "says only that the process lives",
     ("main", "GET", "/health/live"): "the same",
+    ("main", "GET", "/health/liveliness"): "the same",
     ("main", "GET", "/health/ready"): "Traefik asks it",
+    ("main", "GET", "/health/readiness"): "the same",
     ("main", "GET", "/status"): "mode and health, without names",
     ("main", "GET", "/schema"): "says what the routes are",
     ("main", "GET", "/usage/usage.css"): "a style sheet",
