@@ -48,7 +48,7 @@ def headers_of(exchange: Exchange, content_type: bytes, now: float) -> list[tupl
 def _answered_by(
     version: str, model: str, provider: str, attempts: int, fallback: bool
 ) -> tuple[tuple[bytes, bytes], ...]:
-    """Who has answered. Kept, since most answers are said to be by one of a few."""
+    """Who has answered. Kept, since most are said to be by one of a few; a model is a `word`, so it is short."""
     return (
         (b"x-gateway-config-version", version.encode()),
         (b"x-gateway-model-resolved", model.encode("latin-1", "replace")),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from functools import lru_cache
 
 import msgspec
 
@@ -549,15 +548,11 @@ def _to_be_judged(translator: Translator, exchange: Exchange, cascade: Cascade, 
     return translator.outgoing(request, target)
 
 
-_known_word = lru_cache(512)(word)
-"""For what vendors say again and again: models, reasons, tiers."""
-
-
 def note_answer(exchange: Exchange, answer: Answer) -> None:
-    exchange.model_resolved = _known_word(answer.model)
-    exchange.finish_reason = _known_word(answer.finish_reason)
+    exchange.model_resolved = word(answer.model)
+    exchange.finish_reason = word(answer.finish_reason)
     exchange.done = True
-    exchange.service_tier = _known_word(answer.service_tier)
+    exchange.service_tier = word(answer.service_tier)
     exchange.usage = answer.usage
     exchange.text_bytes = answer.text_bytes
     exchange.content_type = answer.content_type
