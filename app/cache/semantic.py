@@ -54,8 +54,6 @@ TASKS = 64
 """Answers that wait or are being learned from; from what comes beyond nothing is learned."""
 LATER_SECONDS = 0.01
 """From an answer until it is learned from: the caller's next call often comes on its heels, and goes first."""
-AT_ONCE = 4
-"""Answers that are begun with in one turn of the event loop: about 1 ms for which calls wait."""
 _LOG_SECONDS = 60.0
 
 _encode = msgspec.json.encode
@@ -263,12 +261,13 @@ class Questions:
             asyncio.get_running_loop().call_later(LATER_SECONDS, self._begin)
 
     def _begin(self) -> None:
-        for _ in range(min(AT_ONCE, len(self._later))):
-            task = asyncio.ensure_future(self._later.popleft())
-            self._tasks.add(task)
-            task.add_done_callback(self._ended)
-        if self._later:
-            asyncio.get_running_loop().call_soon(self._begin)
+        """With one in a turn of the event loop: calls go on in between."""
+        if not self._later:
+            return
+        task = asyncio.ensure_future(self._later.popleft())
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        asyncio.get_running_loop().call_soon(self._begin)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
