@@ -322,7 +322,10 @@ class Gateway:
         flight: Flight | None = None if exchange.memory is None else exchange.memory.flight
 
         def passes(chunk: bytes) -> bool:
-            """What comes while the relay waits leaves at once, without a step of its task, but for the end."""
+            """What comes while the relay waits leaves at once, without a step of its task.
+
+            False at the end, and where the client has to read first: whoever sends frames waits for that.
+            """
             ready = stream.passing(chunk)
             if ready is None:
                 return False
@@ -335,6 +338,7 @@ class Gateway:
             pace.chunk(now)
             return send(ready)
 
+        full = False
         try:
             while True:
                 ready, done = stream.take()
@@ -350,7 +354,7 @@ class Gateway:
                     self._end_stream(exchange, stream, relay_started)
                     yield ready
                     return
-                if ready:
+                if ready or full:
                     yield ready
                 now = self.ambient.monotonic()
                 if ready:
@@ -359,7 +363,7 @@ class Gateway:
                 if send is None or guards:
                     await stream.more(answer)
                 else:
-                    await stream.pour(answer, passes)
+                    full = await stream.pour(answer, passes)
                 patience.lift()
         except asyncio.CancelledError:  # hang-up, drain or our own patience
             if not patience.over():

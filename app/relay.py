@@ -72,10 +72,15 @@ class Stream:
         else:
             self._take(self.reader.feed(chunk))
 
-    async def pour(self, answer: VendorAnswer, take: Callable[[bytes], bool]) -> None:
-        """Gives `take` what comes, the moment it comes, until that wants no more; it reads it by `passing`."""
-        if not await answer.pour(take):
+    async def pour(self, answer: VendorAnswer, take: Callable[[bytes], bool]) -> bool:
+        """Gives `take` what comes, the moment it comes, until that wants no more; it reads it by `passing`.
+
+        False where the vendor's bytes ended before.
+        """
+        sated = await answer.pour(take)
+        if not sated:
             self._end()
+        return sated
 
     def passing(self, chunk: bytes) -> bytes | None:
         """Reads bytes of the vendor's: what may be sent at once. None at the stream's end, and where it is broken.

@@ -246,6 +246,24 @@ def test_a_stream_whose_client_never_reads_ends_as_a_timeout(rooms: Door, reads:
     assert at.row()["status"] == "timeout"
 
 
+class Counted(ScriptedAnswer):
+    """Counts how often it was asked for its next part."""
+
+    asked = 0
+
+    async def chunk(self) -> bytes | None:
+        self.asked += 1
+        return await super().chunk()
+
+
+@pytest.mark.usefixtures("short_stall")
+@pytest.mark.parametrize("reads", [2, 9])
+def test_of_a_vendor_no_more_is_read_than_the_client_reads(rooms: Door, reads: int) -> None:
+    answer, client = Counted(*STREAM[:1] * 50, UNENDED), Client(request(stream=True), headers(), reads)
+    visit(rooms(answer), client, longest_seconds=0.1)
+    assert (answer.asked, client.body) == (reads - 1, STREAM[0] * (reads - 1))
+
+
 @pytest.mark.usefixtures("short_stall")
 def test_a_client_that_never_reads_has_until_after_the_longest_deadline(rooms: Door) -> None:
     started = time.monotonic()
