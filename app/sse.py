@@ -25,7 +25,7 @@ class FrameSplitter:
 
     def feed(self, chunk: bytes) -> list[bytes]:
         data = self.rest + chunk if self.rest else chunk
-        if b"\r" in data:
+        if data.find(b"\r") != -1:
             return self._feed_any(data)
         *frames, self.rest = data.split(b"\n\n")
         return [frame + b"\n\n" for frame in frames]
@@ -45,7 +45,7 @@ class FrameSplitter:
 
 def data_of(frame: bytes) -> bytes:
     """The frame's data: its `data:` lines joined by newlines; empty for comments and keep-alives."""
-    if frame.startswith(b"data: ") and frame.find(b"\n") == len(frame) - 2 and b"\r" not in frame:
+    if frame.startswith(b"data: ") and frame.find(b"\n") == len(frame) - 2 and frame.find(b"\r") == -1:
         return frame[6:-2]
     parts = []
     for line in frame.splitlines():

@@ -19,7 +19,7 @@ import uvloop
 
 from app.ambient import Ambient
 from app.errors import VendorBroke, VendorError, VendorUnreachable
-from app.http1 import HEAD_BYTES, IDLE_SECONDS, LINGER_SECONDS, Http1
+from app.http1 import HEAD_BYTES, IDLE_SECONDS, LARGE_BYTES, LINGER_SECONDS, Http1
 from app.providers.translator import Outgoing
 from app.upstream import Engine, engine
 from app.upstream_httpx import FAILURES, Httpx
@@ -253,15 +253,17 @@ def test_an_answer_above_the_limit_is_broken(run: Run) -> None:
     run(scenario)
 
 
-def test_a_large_request_and_a_large_answer_pass(run: Run) -> None:
+@pytest.mark.parametrize("encrypted", [False, True])
+@pytest.mark.parametrize("size", [LARGE_BYTES - 1, LARGE_BYTES, 8_000_000])
+def test_a_large_request_and_a_large_answer_pass(run: Run, size: int, encrypted: bool) -> None:
     async def scenario(upstream: Engine) -> None:
         async def behaviour(peer: Peer) -> None:
             _, body = await peer.request()
             await peer.send(OK, b"content-length: %d\r\n\r\n" % len(body), body)
             await peer.gone()
 
-        body = os.urandom(8_000_000)
-        async with vendor(behaviour) as at:
+        body = os.urandom(size)
+        async with vendor(behaviour, tls=serving("localhost") if encrypted else None, name="localhost") as at:
             got = await upstream.open(at.outgoing(body), CONNECT_SECONDS)
             assert await got.read(len(body)) == body
             await got.close()

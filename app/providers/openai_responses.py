@@ -275,7 +275,7 @@ def _is_plain(frames: bytes) -> bool:
         and frames.endswith(b"}\n\n")
         and frames.count(b"}\n\nevent: response.") == count - 1
         and frames.count(b".delta\ndata: {") == count
-        and b"\r" not in frames
+        and frames.find(b"\r") == -1
     )
 
 
