@@ -26,7 +26,7 @@ from app import (
 from app.ambient import Ambient
 from app.config import NAME, ConfigError, Secret, load, price_tables, utc_day
 from app.operator import audit, operator
-from app.terminal import WHICH_POSTGRES, database_option, day, fail, port, redis_option
+from app.terminal import WHICH_POSTGRES, address, count, database_option, day, fail, port, redis_option
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     up = command("up", _up, "Start the whole stack on this machine: Traefik, replicas, Redis, PostgreSQL, simulator.")
     up.add_argument("--port", type=port, default=4000, help="Traefik's TLS port (4000)")
     up.add_argument("--state-dir", type=Path, default=Path(".gateway"), help="data, logs, certificates (.gateway)")
-    up.add_argument("--replicas", type=int, default=2, help="gateway replicas (2)")
+    up.add_argument("--replicas", type=count, default=2, help="gateway replicas (2)")
     _config_options(up, overlays=False)
     up.add_argument("--ready-file", type=Path, help="write the ready page as JSON here")
     up.add_argument("--detach", action="store_true", help="return when ready; `gateway down` stops it")
@@ -116,13 +116,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _gate_options(parser: argparse.ArgumentParser) -> None:
     """What `preship` and its drill have to know of the gateway that they call."""
-    parser.add_argument("--target", metavar="URL", help="the gateway to call (a stack of its own)")
+    parser.add_argument("--target", type=address, metavar="URL", help="the gateway to call (a stack of its own)")
     parser.add_argument("--key", default=os.environ.get("HELLO_SHIP_GATEWAY_KEY"), help="HELLO_SHIP_GATEWAY_KEY")
     parser.add_argument("--tenant", default="smoke-test", help="on whose behalf the calls are (smoke-test)")
     parser.add_argument("--ca-file", type=Path, help="what the target's certificate is verified with")
-    parser.add_argument("--simulator-url", metavar="URL", help="where the target's vendors are simulated")
+    parser.add_argument("--simulator-url", type=address, metavar="URL", help="where the target's vendors are simulated")
     parser.add_argument(
         "--admin-url",
+        type=address,
         action="append",
         default=[],
         metavar="URL",

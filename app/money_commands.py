@@ -14,7 +14,7 @@ from msgspec import Raw, Struct
 from app.config import Secret
 from app.reports.invoices import READERS, UnreadableInvoice, read
 from app.reports.reconcile import ALARM_RATIO, span
-from app.terminal import WHICH_POSTGRES, Command, database_option, day, fail, months, port, with_archive
+from app.terminal import WHICH_POSTGRES, Command, database_option, day, fail, interval, months, port, with_archive
 
 if TYPE_CHECKING:
     from app.archive import Archive
@@ -74,7 +74,7 @@ def _add_jobs(command: Command) -> None:
     jobs.add_argument("--once", action="store_true", help="run what is due and exit, as a CronJob does")
     jobs.add_argument("--host", default="127.0.0.1", help="the address of that port (127.0.0.1)")
     jobs.add_argument("--port", type=port, default=9091, help="metrics and status, with GATEWAY_ADMIN_TOKEN (9091)")
-    jobs.add_argument("--rollup-seconds", type=float, default=900.0, help="how often days are summed (900)")
+    jobs.add_argument("--rollup-seconds", type=interval, default=900.0, help="how often days are summed (900)")
     jobs.add_argument("--reports", type=Path, help="a folder for {tenant}/daily.json")
     jobs.add_argument("--retention-months", type=months, help="drop older months of the ledger (keeps all)")
     jobs.add_argument("--invoices", type=Path, help="a folder with a folder of exports for each vendor, read weekly")
@@ -230,8 +230,6 @@ def _jobs(arguments: argparse.Namespace) -> int:
 
     if not arguments.database_url:
         return fail(WHICH_POSTGRES)
-    if arguments.rollup_seconds <= 0:
-        return fail("--rollup-seconds must be above 0.")
     token = os.environ.get("GATEWAY_ADMIN_TOKEN")
     return serve(
         JobsOptions(

@@ -60,6 +60,31 @@ def port(text: str) -> int:
     return int(text)
 
 
+def count(text: str) -> int:
+    """At least one of something."""
+    if not text.isdecimal() or not 1 <= int(text) <= 1000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, 1 to 1000.")
+    return int(text)
+
+
+def interval(text: str) -> float:
+    """Seconds between two looks: none at all would be no pause."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.1 <= seconds <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time in seconds, 0.1 to 86400.")
+    return seconds
+
+
+def address(text: str) -> str:
+    """An address of HTTP, without a slash at its end."""
+    if not text.startswith(("http://", "https://")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an address: https://gateway.example")
+    return text.rstrip("/")
+
+
 def with_archive(arguments: argparse.Namespace, work: Callable[[Archive], Awaitable[int]]) -> int:
     """Runs `work` on an archive; the exit code is its own, or 1 after a sentence."""
     from app.archive import Archive, ArchiveError

@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -14,6 +14,7 @@ from msgspec import Struct, field
 from prometheus_client.parser import text_string_to_metric_families
 
 from app.ambient import Ambient
+from app.terminal import Command, address, fail, interval
 
 if TYPE_CHECKING:
     import httpx
@@ -200,13 +201,13 @@ async def look(client: httpx.AsyncClient, urls: Iterable[str], ambient: Ambient)
     return dict(zip(urls, await asyncio.gather(*map(at, urls)), strict=True))
 
 
-def add(command: Callable[..., argparse.ArgumentParser]) -> None:
+def add(command: Command) -> None:
     top = command("top", run, "A live view of the replicas: calls, p95, 429, hits, fallbacks, spend, targets.")
     urls = os.environ.get("ADMIN_URLS", "").split()
     help = "a replica's admin port; repeatable (ADMIN_URLS)"
-    top.add_argument("--admin-url", action="append", metavar="URL", default=[], help=help)
+    top.add_argument("--admin-url", type=address, action="append", metavar="URL", default=[], help=help)
     top.add_argument("--admin-token", default=os.environ.get("GATEWAY_ADMIN_TOKEN"), help="GATEWAY_ADMIN_TOKEN")
-    top.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="how often replicas are asked (2)")
+    top.add_argument("--every", type=interval, default=2.0, metavar="SECONDS", help="how often replicas are asked (2)")
     top.add_argument("--once", action="store_true", help="show one view of --every seconds, and exit")
     top.add_argument("--json", action="store_true", help="with --once: the view as JSON")
     top.set_defaults(environ_urls=urls)
@@ -215,15 +216,13 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     urls = [url.rstrip("/") for url in arguments.admin_url or arguments.environ_urls]
     if not urls or not arguments.admin_token:
-        sys.stderr.write("Name the replicas' admin ports (--admin-url or ADMIN_URLS) and GATEWAY_ADMIN_TOKEN.\n")
-        return 1
+        return fail("Name the replicas' admin ports (--admin-url or ADMIN_URLS) and GATEWAY_ADMIN_TOKEN.")
     import httpx
 
     try:
         from app import top_screen
     except ImportError:
-        sys.stderr.write("`gateway top` needs a terminal library: pip install llm-gateway[top]\n")
-        return 1
+        return fail("`gateway top` needs a terminal library: pip install llm-gateway[top]")
 
     async def watch() -> int:
         ambient = Ambient()

@@ -125,6 +125,7 @@ WITHIN_A_LAYER = {
     ("mode_commands", "terminal"): "what commands share",
     ("money_commands", "terminal"): "what commands share",
     ("price_commands", "terminal"): "what commands share",
+    ("top", "terminal"): "what commands share",
     ("shipping", "children"): "how a child is ended",
     ("content", "children"): "how a child is ended",
 }

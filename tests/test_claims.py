@@ -222,6 +222,10 @@ def test_what_cannot_be_done_is_said_in_a_sentence(
         ("mode cache-only --for ever", "'ever' is not a time up to 31d: 90s, 30m, 2h, 1d"),
         ("usage --tenant acme-corp --day today", "'today' is not a day: YYYY-MM-DD."),
         ("prices rerate --from 2026-11 --to 2026-11-30", "'2026-11' is not a day: YYYY-MM-DD."),
+        ("up --replicas 0", "'0' is not a number, 1 to 1000."),
+        ("top --every 0", "'0' is not a time in seconds, 0.1 to 86400."),
+        ("jobs --rollup-seconds nan", "'nan' is not a time in seconds"),
+        ("preship --target gateway.example", "'gateway.example' is not an address: https://gateway.example"),
         ("rollup --day 2026-13-01", "'2026-13-01' is not a day: YYYY-MM-DD."),
     ],
 )
