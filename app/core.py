@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections import Counter as Tally
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from itertools import repeat
-from operator import sub
 from typing import Any, Literal
 
 from msgspec import Raw, Struct, field
@@ -548,42 +545,37 @@ GAP_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 """Upper bounds of the classes that waits between a stream's chunks are counted in."""
 
 
-MOST_LEFT = 64
-"""Chunks whose times are kept as they are: to sum up many at once takes half of what each by itself takes."""
-
-
 class Pace(Struct, eq=False):
     """How a stream's chunks followed each other: from one's leaving for the client to the next one's. Seconds.
 
-    `left` is when the last ones left, those before them are in the sums; `sum_up` comes before these are read. `gaps`
-    counts by GAP_SECONDS, with one more class for what is above.
+    `first` and `last` are when the first and the last one left; before the first, `last` is when it was waited for.
+    `gaps` counts by GAP_SECONDS, with one more class for what is above.
     """
 
-    left: list[float] = []
-    chunks: int = 0
+    last: float
+    first: float | None = None
     longest_gap: float = 0.0
-    gaps_seconds: float = 0.0
     gaps: list[int] = field(default_factory=lambda: [0] * (len(GAP_SECONDS) + 1))
 
     def chunk(self, now: float) -> None:
         """One has left."""
-        self.left.append(now)
-        if len(self.left) == MOST_LEFT:
-            self.sum_up()
+        if self.first is None:
+            self.first = now
+        else:
+            gap = now - self.last
+            if gap > self.longest_gap:
+                self.longest_gap = gap
+            self.gaps[bisect_left(GAP_SECONDS, gap)] += 1
+        self.last = now
 
-    def sum_up(self) -> None:
-        """Takes what is in `left` into the sums, but for the last one, from which the next gap begins."""
-        left = self.left
-        if not left:
-            return
-        gaps = list(map(sub, left[1:], left))
-        self.chunks += len(gaps) + (not self.chunks)
-        if gaps:
-            self.longest_gap = max(self.longest_gap, *gaps)
-            self.gaps_seconds += left[-1] - left[0]
-            for place, count in Tally(map(bisect_left, repeat(GAP_SECONDS), gaps)).items():
-                self.gaps[place] += count
-            self.left = left[-1:]
+    @property
+    def chunks(self) -> int:
+        return 0 if self.first is None else 1 + sum(self.gaps)
+
+    @property
+    def gaps_seconds(self) -> float:
+        """All of them together."""
+        return 0.0 if self.first is None else self.last - self.first
 
 
 FIRST_ATTEMPT = 16

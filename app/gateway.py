@@ -317,7 +317,7 @@ class Gateway:
         deadline, idle = exchange.call.started + alias.timeouts.total, alias.timeouts.idle
         monotonic = self.ambient.monotonic
         relay_started = monotonic()
-        exchange.pace = pace = Pace()
+        exchange.pace = pace = Pace(relay_started)
         patience, send = exchange.patience, exchange.send
         flight: Flight | None = None if exchange.memory is None else exchange.memory.flight
 

@@ -82,5 +82,4 @@ class Cells:
         elif latency.cache_lookup:
             self.cached["miss"] += 1
         if pace is not None:
-            pace.sum_up()
             timings.interchunk.merge(pace.gaps, pace.gaps_seconds)
