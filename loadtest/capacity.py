@@ -21,6 +21,7 @@ import shutil
 import sys
 import tempfile
 import time
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,32 +42,37 @@ DAY_SECONDS = 86_400
 BUSY = 0.6
 """Of a core, at most: above it waits grow faster than the load, and one replica in three may be lost."""
 CHUNK_INTERVAL_MS = 100.0
-FITTED = (60, 1_000)
-"""Calls a second that constants are taken at: what grows between them is a call's, what is left is standing."""
-CHECKED = (300, 0)
+SYNC_SECONDS = 0.01
+"""How often the spool is synced at most (`gateway.spool.fsync_ms`): calls in between share what a wake costs."""
+FITTED = (30, 600)
+"""Calls a second that constants are taken at, beside none at all."""
+CHECKED = (150, 0)
 """Calls a second that the model is held against: between those, and beyond them, as many as are answered (0)."""
 STREAMING = (64, 256)
 """Streams at once, for what grows with their chunks."""
 SECONDS = 7.0
 STREAMS = 400
-MISSES_BY = 0.5
+MISSES_BY = 0.35
 SHIPPED_SECONDS = 120
 
 
 class Constants(Struct, frozen=True):
     """What one call costs. `_us` is CPU time of one core; a call's are without its chunks; bytes are of a 1 KB call.
 
-    `standing_us` are of each second in which there are calls at all: syncs of the spool, looks at Redis, the shipper's
-    rounds.
+    A wake is what calls that come together share: a sync of the spool, a turn of the event loop, a round trip. What
+    stands is of each second in which there are calls at all: looks at Redis, the shipper's rounds.
     """
 
     standing_us: float
+    wake_us: float
     call_us: float
     chunk_us: float
     ship_us: float
     redis_scripts: float
     redis_standing_us: float
+    redis_wake_us: float
     redis_us: float
+    postgres_standing_us: float
     postgres_us: float
     row_bytes: float
     wal_bytes: float
@@ -76,12 +82,15 @@ class Constants(Struct, frozen=True):
 
 MEANS = {
     "standing_us": "the replica's core with its shipper, a second",
+    "wake_us": "the replica's core, a wake",
     "call_us": "the replica's core, a call",
     "chunk_us": "the replica's core, a chunk of a stream",
     "ship_us": "the shipper, a row",
     "redis_scripts": "scripts in Redis, a call",
     "redis_standing_us": "Redis's core, a second",
+    "redis_wake_us": "Redis's core, a replica's wake",
     "redis_us": "Redis's core, a call",
+    "postgres_standing_us": "PostgreSQL, a second of each replica",
     "postgres_us": "PostgreSQL, a row",
     "row_bytes": "the ledger with its indexes, a row",
     "wal_bytes": "PostgreSQL's log, a row",
@@ -118,20 +127,37 @@ class Need(Struct, frozen=True):
     postgres_cores: float
 
 
+def wakes(calls: float) -> float:
+    """How often a replica wakes in a second of so many calls: alone for each while they are few."""
+    return calls / (1 + calls * SYNC_SECONDS)
+
+
+def busy(constants: Constants, traffic: Traffic, replicas: int) -> float:
+    """What of its core each of so many replicas needs, with its shipper."""
+    calls = traffic.calls / replicas
+    chunks = calls * traffic.streamed * traffic.chunks
+    work = calls * (constants.call_us + constants.ship_us) + chunks * constants.chunk_us
+    return (constants.standing_us + wakes(calls) * constants.wake_us + work) / 1e6
+
+
 def need(constants: Constants, traffic: Traffic, replicas: int = 0, masters: int = 0) -> Need:
     """`replicas` and `masters` where they are given, else as many as keep each of them below BUSY; two replicas at
     least, so that one may go.
     """
-    chunks = traffic.calls * traffic.streamed * traffic.chunks
-    work = (traffic.calls * (constants.call_us + constants.ship_us) + chunks * constants.chunk_us) / 1e6
-    standing, redis_standing = constants.standing_us / 1e6, constants.redis_standing_us / 1e6
-    replicas = replicas or max(2, math.ceil(work / (BUSY - standing)))
-    redis_work = traffic.calls * constants.redis_us / 1e6
+    if not replicas:
+        enough = 2
+        while busy(constants, traffic, enough) > BUSY:
+            enough *= 2
+        some = range(2, enough + 1)
+        replicas = some[bisect_left(some, True, key=lambda count: busy(constants, traffic, count) <= BUSY)]
+    woken = replicas * wakes(traffic.calls / replicas)
+    redis_work = (traffic.calls * constants.redis_us + woken * constants.redis_wake_us) / 1e6
+    redis_standing = constants.redis_standing_us / 1e6
     masters = masters or math.ceil(redis_work / (BUSY - redis_standing))
     open_streams = traffic.calls * traffic.streamed * traffic.stream_seconds
     rows_a_day = traffic.calls * traffic.average * DAY_SECONDS
     return Need(
-        replica_cores=work + replicas * standing,
+        replica_cores=replicas * busy(constants, traffic, replicas),
         replicas=replicas,
         open_streams=open_streams,
         stream_memory_bytes=open_streams * constants.stream_bytes,
@@ -141,7 +167,7 @@ def need(constants: Constants, traffic: Traffic, replicas: int = 0, masters: int
         rows_a_day=rows_a_day,
         row_bytes_a_day=rows_a_day * constants.row_bytes,
         wal_bytes=traffic.calls * constants.wal_bytes,
-        postgres_cores=traffic.calls * constants.postgres_us / 1e6,
+        postgres_cores=(traffic.calls * constants.postgres_us + replicas * constants.postgres_standing_us) / 1e6,
     )
 
 
@@ -208,6 +234,7 @@ class Spent(Struct, frozen=True):
     scripts: float
     wal_bytes: float
     rows: int
+    seconds: float
 
     def since(self, before: Spent) -> Spent:
         pairs = zip(msgspec.structs.astuple(self), msgspec.structs.astuple(before), strict=True)
@@ -240,6 +267,7 @@ class Meter:
             scripts=told.get("cmdstat_evalsha", {}).get("calls", 0),
             wal_bytes=float(wal[0]),
             rows=rows,
+            seconds=time.monotonic(),
         )
 
     def row_bytes(self) -> float:
@@ -249,6 +277,12 @@ class Meter:
         )
         with psycopg.connect(self._parts.postgres_url, autocommit=True) as connection:
             return float(connection.execute(query).fetchone()[0])
+
+    def idle(self, seconds: float) -> Spent:
+        """What is spent without calls."""
+        before = self.spent()
+        time.sleep(seconds)
+        return self.spent().since(before)
 
     def load(self, stream: bool, connections: int, seconds: float, per_second: float = 0.0) -> tuple[Spent, int]:
         """What so many calls spent, and how many they were. `per_second` 0: as fast as they are answered."""
@@ -296,29 +330,58 @@ def _body(stream: bool) -> bytes:
     return json.dumps(body | ({"stream": True} if stream else {})).encode()
 
 
+def fitted(of: Sequence[tuple[float, float]], idle: float) -> tuple[float, float]:
+    """What a wake and what a call costs, from two pairs of calls a second and CPU a second, beside what is `idle`."""
+    (few, low), (many, high) = of
+    determinant = wakes(few) * many - wakes(many) * few
+    wake = ((low - idle) * many - (high - idle) * few) / determinant
+    call = (wakes(few) * (high - idle) - wakes(many) * (low - idle)) / determinant
+    return max(0.0, wake), max(0.0, call)
+
+
 def measured(meter: Meter, idle_bytes: int) -> Constants:
     meter.load(False, 16, 1.0)  # warm
     stream_bytes = meter.open_streams(STREAMS)  # first: later ones live in what these have left
-    (low, few), (high, many) = (meter.load(False, 32, SECONDS, rate) for rate in FITTED)
+    idle = meter.idle(SECONDS)
+    loads = [meter.load(False, 32, SECONDS, rate) for rate in FITTED]
+    high, many = loads[-1]
 
-    def a_call(name: str) -> float:
-        return max(0.0, (getattr(high, name) - getattr(low, name)) / (many - few) * 1e6)
+    def each_second(name: str) -> list[tuple[float, float]]:
+        """Calls and CPU microseconds, without those of the idle time in which rows were waited for."""
+        still = getattr(idle, name) / idle.seconds
+        return [
+            (calls / SECONDS, (getattr(spent, name) - still * (spent.seconds - SECONDS)) / SECONDS * 1e6)
+            for spent, calls in loads
+        ]
 
-    def standing(name: str) -> float:
-        return max(0.0, getattr(low, name) * 1e6 - few * a_call(name)) / SECONDS
+    def a_line(name: str) -> tuple[float, float]:
+        """What stands while there are calls, and what a call adds: for those that work in rounds."""
+        (thin, less), (thick, more) = each_second(name)
+        slope = max(0.0, (more - less) / (thick - thin))
+        return max(0.0, less - thin * slope), slope
+
+    replica_idle, redis_idle = (getattr(idle, name) / idle.seconds * 1e6 for name in ("replica", "redis"))
+    wake_us, call_us = fitted(each_second("replica"), replica_idle)
+    redis_wake_us, redis_us = fitted(each_second("redis"), redis_idle)
+    shipper_us, ship_us = a_line("shipper")
+    postgres_standing_us, postgres_us = a_line("postgres")
 
     (thin, thin_streams), (thick, thick_streams) = (meter.load(True, count, SECONDS) for count in STREAMING)
     streams = thick_streams - thin_streams
-    a_stream = (thick.replica - thin.replica) / streams * 1e6
+    woken = (wakes(thick_streams / SECONDS) - wakes(thin_streams / SECONDS)) * SECONDS
+    a_stream = ((thick.replica - thin.replica) * 1e6 - woken * wake_us) / streams
     return Constants(
-        standing_us=standing("replica") + standing("shipper"),
-        call_us=a_call("replica"),
-        chunk_us=max(0.0, (a_stream - a_call("replica")) / STREAM_CHUNKS),
-        ship_us=a_call("shipper"),
+        standing_us=replica_idle + shipper_us,
+        wake_us=wake_us,
+        call_us=call_us,
+        chunk_us=max(0.0, (a_stream - call_us) / STREAM_CHUNKS),
+        ship_us=ship_us,
         redis_scripts=high.scripts / many,
-        redis_standing_us=standing("redis"),
-        redis_us=a_call("redis"),
-        postgres_us=a_call("postgres"),
+        redis_standing_us=redis_idle,
+        redis_wake_us=redis_wake_us,
+        redis_us=redis_us,
+        postgres_standing_us=postgres_standing_us,
+        postgres_us=postgres_us,
         row_bytes=meter.row_bytes(),
         wal_bytes=high.wal_bytes / high.rows,
         replica_bytes=float(idle_bytes),

@@ -18,20 +18,25 @@ from loadtest.capacity import (
     constants_of,
     constants_table,
     figure,
+    fitted,
     main,
     need,
+    wakes,
     worked_table,
 )
 
 PAGE = Path(__file__).parents[1] / "runbooks" / "capacity.md"
 COSTS = Constants(
     standing_us=20_000,
+    wake_us=2_000,
     call_us=500,
     chunk_us=20,
     ship_us=100,
     redis_scripts=2,
     redis_standing_us=10_000,
+    redis_wake_us=400,
     redis_us=40,
+    postgres_standing_us=10_000,
     postgres_us=150,
     row_bytes=2_000,
     wal_bytes=1_500,
@@ -42,15 +47,15 @@ COSTS = Constants(
 
 def test_a_traffic_is_worked_out_by_its_calls_and_chunks() -> None:
     found = need(COSTS, Traffic(1_000, streamed=0.5, chunks=100, stream_seconds=8, average=0.5), replicas=4, masters=1)
-    assert found.replica_cores == pytest.approx(1_000 * 600e-6 + 50_000 * 20e-6 + 4 * 0.02)
+    assert found.replica_cores == pytest.approx(1_000 * 600e-6 + 50_000 * 20e-6 + 4 * (0.02 + wakes(250) * 0.002))
     assert found.open_streams == 4_000
     assert found.stream_memory_bytes == 4_000 * 30_000
     assert found.redis_scripts == 2_000
-    assert found.redis_cores == pytest.approx(1_000 * 40e-6 + 0.01)
+    assert found.redis_cores == pytest.approx(1_000 * 40e-6 + 4 * wakes(250) * 400e-6 + 0.01)
     assert found.rows_a_day == 500 * 86_400
     assert found.row_bytes_a_day == 500 * 86_400 * 2_000
     assert found.wal_bytes == 1_500_000
-    assert found.postgres_cores == pytest.approx(0.15)
+    assert found.postgres_cores == pytest.approx(0.15 + 4 * 0.01)
 
 
 @given(st.floats(1, 1e6), st.floats(0, 1), st.integers(0, 2_000))
@@ -66,9 +71,21 @@ def test_no_replica_and_no_master_is_busier_than_it_may_be(calls: float, streame
 @given(st.floats(1, 1e5))
 def test_twice_the_calls_need_twice_the_work(calls: float) -> None:
     one, two = (need(COSTS, Traffic(calls * times), replicas=2, masters=1) for times in (1, 2))
-    standing = 2 * COSTS.standing_us / 1e6
-    assert two.replica_cores - standing == pytest.approx(2 * (one.replica_cores - standing))
+    fixed = [2 * (COSTS.standing_us + wakes(calls * times / 2) * COSTS.wake_us) / 1e6 for times in (1, 2)]
+    assert two.replica_cores - fixed[1] == pytest.approx(2 * (one.replica_cores - fixed[0]))
     assert two.row_bytes_a_day == pytest.approx(2 * one.row_bytes_a_day)
+
+
+def test_few_calls_wake_a_replica_each_and_many_share_its_wakes() -> None:
+    assert wakes(1) == pytest.approx(1, rel=0.01)
+    assert wakes(100) == 50
+    assert wakes(100_000) == pytest.approx(100, rel=0.01)
+
+
+@given(st.floats(0, 5_000), st.floats(0, 500), st.floats(0, 50_000))
+def test_what_a_wake_and_a_call_cost_is_found_from_two_sizes(wake: float, call: float, idle: float) -> None:
+    sizes = [(calls, idle + wakes(calls) * wake + calls * call) for calls in (30, 600)]
+    assert fitted(sizes, idle) == pytest.approx((wake, call), abs=0.01)
 
 
 @pytest.mark.parametrize(
