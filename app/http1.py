@@ -196,6 +196,8 @@ class _Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             answer.fail("the vendor's answer is not HTTP")
+        if self._head and answer.status:
+            self._head.clear()  # trailers, which are left out, however many there are
         if take is None or not answer.passed(take):
             answer.fed()
 
@@ -221,7 +223,8 @@ class _Connection(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         status, answer = self._parser.get_status_code(), self.answer
         if status >= 200 and not answer.status:  # not 100 Continue, 103 Early Hints: the answer is yet to come
-            answer.status, answer.headers = status, _Headers(self._head.copy())  # trailers are left out
+            answer.status, answer.headers = status, _Headers(self._head.copy())
+            self._head.clear()
 
     def on_body(self, body: bytes) -> None:
         answer = self.answer

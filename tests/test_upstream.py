@@ -231,6 +231,26 @@ def test_what_the_taker_raises_is_raised_where_it_is_waited_for(run: Run) -> Non
     run(scenario)
 
 
+def test_a_trailer_is_a_header_of_no_answer(run: Run) -> None:
+    async def behaviour(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(OK, b"transfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nx-late: 1\r\n\r\n")
+        await peer.request()
+        await peer.send(HELLO)
+        await peer.gone()
+
+    async def scenario(upstream: Engine) -> None:
+        async with vendor(behaviour) as at:
+            for _ in range(2):
+                got = await upstream.open(at.outgoing(), CONNECT_SECONDS)
+                assert await got.read(5) == b"hello"
+                assert (got.headers.get("x-late"), got.headers.get("x-request-id")) == (None, "r-1")
+                await got.close()
+            assert len(at.peers) == 1
+
+    run(scenario)
+
+
 def test_a_redirect_is_an_answer_like_any_other(run: Run) -> None:
     async def scenario(upstream: Engine) -> None:
         answer = b"HTTP/1.1 307 Temporary Redirect\r\nlocation: /elsewhere\r\ncontent-length: 0\r\n\r\n"
