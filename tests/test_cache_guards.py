@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.cache.guards import differs, read, stem, substituted
+from app.cache.guards import differs, read, stem, substituted, written
 from loadtest.near_misses import near_misses, variations
 
 APART = [
@@ -119,3 +119,15 @@ def test_any_text_can_be_read_and_does_not_differ_from_itself(text: str) -> None
     facts = read(text)
     assert differs(facts, read(text)) is None
     assert substituted(facts, read(text)) is None
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=80) | WORDS)
+def test_facts_are_the_same_after_redis(text: str) -> None:
+    facts = read(text)
+    assert written(facts).facts == facts
+
+
+@pytest.mark.parametrize("one", [one for _, one, *_ in APART])
+def test_facts_of_every_kind_are_the_same_after_redis(one: str) -> None:
+    assert written(read(one)).facts == read(one)
