@@ -88,7 +88,7 @@ def measure(kept: Kept, keep: bool) -> Outcome:
         return Outcome([f"CPU time beside nginx's: not measured, {said}"])
     place = f"{interpreter.build()}; {ratios.machine()}; nginx {versions(['nginx'])['nginx']}"
     if keep:
-        found = ratios.measured(lambda one: one.is_near())
+        found = ratios.measured(lambda one: one.is_near(), ratios.KEEPING_SECONDS)
         if not found.is_near():
             return Outcome([f"CPU time of a call beside nginx's: {found.text()}: not kept, others run here"], lost=True)
         kept.ratios[place] = round(found.ratio, 2)
