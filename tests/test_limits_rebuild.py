@@ -267,6 +267,29 @@ def test_rows_that_come_later_are_added_once(frail: RedisServer) -> None:
     assert budgets(frail) == (950, 95, 725)
 
 
+def test_late_rows_of_one_rebuilding_are_not_put_into_a_redis_that_was_emptied_again(frail: RedisServer) -> None:
+    class Emptying(Ledger):
+        """Redis loses all while the late rows are summed, and nobody has rebuilt it yet."""
+
+        async def __call__(self, before: int, starts: Mapping[str, tuple[int, int]]) -> list[Spent] | None:
+            if self.asked:
+                frail.client.flushall()
+                frail.client.set(REBUILDING, 1)
+            return await super().__call__(before, starts)
+
+    ledger = Emptying(spent(900, 70, 700))
+
+    async def main() -> None:
+        async with limits_on(frail, current=configured(ACME), read_spent=ledger) as limits:
+            await rebuilt(limits, frail)
+            limits.budgets._late.appendleft(0.0)
+            await limits.budgets.run_once()
+
+    run(main())
+    assert len(ledger.asked) == 2
+    assert budgets(frail) == (0, 0, 0)
+
+
 @pytest.mark.parametrize("ahead_seconds", [-5, 5])
 def test_a_call_without_redis_is_charged_by_its_replica_or_by_the_ledger_and_never_by_both(
     frail: RedisServer, ahead_seconds: int

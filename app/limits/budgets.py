@@ -145,7 +145,7 @@ class Budgets:
         self._epoch = int(whole)
         if self._late and self._ambient.now() >= self._late[0]:
             self._late.popleft()
-            written += await self._restore_all(self._epoch) or 0
+            written += await self._restore_all(self._epoch, ended=True) or 0
         written += await self._pay()
         if self._doubted:  # seen meanwhile: not before they are looked at
             return written
@@ -175,7 +175,7 @@ class Budgets:
         """Charges a counter; what may not have been charged stays owed: twice is better than never."""
         amount = sum(amount for second, amount in amounts.items() if second >= self._epoch)
         before = sum(amounts.values()) - amount
-        mark = whole_mark(slot_of(key)) if self._pipe.apart else WHOLE
+        mark = self._mark_of(key)
         keys = key, f"{key}:{self._epoch}", mark
         try:
             charged = await self._pipe.execute(
@@ -193,6 +193,9 @@ class Budgets:
                 again = self._owed.setdefault(second, {})
                 again[key] = again.get(key, 0) + part
         return charged == 1
+
+    def _mark_of(self, key: str) -> str:
+        return whole_mark(slot_of(key)) if self._pipe.apart else WHOLE
 
     def _compact(self) -> None:
         if len(self._owed) <= 2 * KEPT_SECONDS:
@@ -241,8 +244,11 @@ class Budgets:
                 await asyncio.gather(*(self._pipe.execute("SET", whole_mark(slot), epoch) for slot in slots))
         await self._pipe.execute("SET", WHOLE, epoch)
 
-    async def _restore_all(self, epoch: int) -> int | None:
-        """None when the ledger cannot be read. What was restored before is put right, not added again."""
+    async def _restore_all(self, epoch: int, ended: bool = False) -> int | None:
+        """None when the ledger cannot be read. What was restored before is put right, not added again.
+
+        `ended`: the rebuilding is over, and this is for rows that came late, unless there was another since.
+        """
         config = self._current()
         quotas = dict(_owners(config))
         token_quota = _token_quota(config)
@@ -265,7 +271,17 @@ class Budgets:
             some = commands[start : start + _AT_ONCE]
             await asyncio.gather(
                 *(
-                    self._pipe.execute("EVALSHA", self._restore, 2, key, f"{key}:{epoch}", amount, keep_seconds(key))
+                    self._pipe.execute(
+                        "EVALSHA",
+                        self._restore,
+                        3,
+                        key,
+                        f"{key}:{epoch}",
+                        self._mark_of(key),
+                        amount,
+                        keep_seconds(key),
+                        epoch if ended else "",
+                    )
                     for key, amount in some
                 )
             )
