@@ -16,7 +16,7 @@ import pytest
 from app.config import Config, Quota, Tenant
 from app.core import Cost, Usage
 from app.limits import Limits
-from app.limits.budgets import EPOCH, LATE_SECONDS, REBUILDING, Spent
+from app.limits.budgets import EPOCH, HELD_SECONDS, LATE_SECONDS, REBUILDING, Spent
 from app.limits.scopes import WHOLE, period
 from app.reports.spent import SpentReader
 from tests.ledger_parts import Postgres, an_event, running_postgres
@@ -174,6 +174,22 @@ def test_a_replica_that_died_over_the_rebuilding_is_replaced(frail: RedisServer)
     run(main())
     assert (ledger.asked, Counters(frail).day_tokens) == ([epoch], 900)
     assert (frail.client.get(WHOLE), frail.client.exists(EPOCH)) == (str(epoch), 0)
+
+
+def test_a_replica_that_rebuilds_for_long_keeps_its_mark(frail: RedisServer) -> None:
+    class Slow(Ledger):
+        async def __call__(self, before: int, starts: Mapping[str, tuple[int, int]]) -> list[Spent] | None:
+            frail.client.expire(REBUILDING, HELD_SECONDS // 2)
+            await until(lambda: frail.client.ttl(REBUILDING) > HELD_SECONDS // 2)
+            return await super().__call__(before, starts)
+
+    async def main() -> None:
+        async with limits_on(frail, current=configured(ACME), read_spent=Slow(spent(900, 0, 0))) as limits:
+            await rebuilt(limits, frail)
+            await until(lambda: not frail.client.exists(REBUILDING))
+
+    run(main())
+    assert Counters(frail).day_tokens == 900
 
 
 def test_a_counter_that_an_operator_deletes_with_the_mark_is_counted_from_the_ledger(frail: RedisServer) -> None:

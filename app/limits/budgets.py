@@ -34,8 +34,8 @@ EPOCH = "rl:{_global}:epoch"
 REBUILDING = "rl:{_global}:rebuilding"
 CHECK_SECONDS = 1.0
 """How often a replica looks whether Redis still has its counters, and pays in what it owes."""
-REBUILD_SECONDS = 150
-"""A replica that dies over the rebuilding is replaced after that long."""
+HELD_SECONDS = 6
+"""A replica that dies over the rebuilding is replaced after that long; while it lives it renews its mark."""
 LATE_SECONDS = (15, 60, 300)
 """When the ledger is asked again after a rebuilding, for rows that came later; once more after the longest call."""
 KEPT_SECONDS = 600
@@ -216,8 +216,9 @@ class Budgets:
             return 0
         if self._said != _CANNOT:
             self._say(_LOST)
-        if not await self._pipe.execute("SET", REBUILDING, 1, "NX", "EX", REBUILD_SECONDS):
+        if not await self._pipe.execute("SET", REBUILDING, 1, "NX", "EX", HELD_SECONDS):
             return 0
+        holding = asyncio.create_task(self._hold())
         try:
             now = int((await self._pipe.execute("TIME"))[0])
             await self._pipe.execute("SET", EPOCH, now + 1, "NX")
@@ -233,8 +234,16 @@ class Budgets:
             self._late = deque(epoch + seconds for seconds in (*LATE_SECONDS, LATE_SECONDS[-1] + longest))
             return restored
         finally:
+            holding.cancel()
             with contextlib.suppress(RedisAway):
                 self._pipe.send("DEL", REBUILDING)
+
+    async def _hold(self) -> None:
+        """Where the mark lapsed all the same, and another replica rebuilds too, both come to the same counters."""
+        while True:
+            await self._ambient.sleep(HELD_SECONDS / 3)
+            with contextlib.suppress(RedisAway, RedisRefused):
+                await self._pipe.execute("EXPIRE", REBUILDING, HELD_SECONDS)
 
     async def _mark(self, epoch: int) -> None:
         """Says that all counters are whole, of a cluster last of all."""
