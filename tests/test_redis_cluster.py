@@ -338,6 +338,24 @@ def test_what_the_last_refuses_is_given_back_by_the_first(cluster: RedisCluster)
     assert not server.client.exists(fetch.lease)
 
 
+def test_a_refusal_names_the_last_owner_though_the_first_had_just_enough(cluster: RedisCluster) -> None:
+    not_just_before_midnight(15)
+    who = a_tenant("just-enough", rpm=9, tpm=100, daily_tokens=12)
+    key = key_elsewhere(cluster, "just-enough", rpm=1)
+
+    async def main() -> tuple[LimitError, float]:
+        async with limits_on(cluster) as limits:
+            caller = Caller(limits, who, key=key)
+            await caller.reserve(5)
+            refused = await caller.refusal(7)
+            return refused, limits.budgets_used()[0][2]
+
+    refused, used = run(main())
+    assert refused.limit == "key_rpm"
+    assert refused.rates.remaining_tokens == 7
+    assert used == pytest.approx(5 / 12)
+
+
 def test_an_answer_from_before_takes_one_request_of_each_owner_and_no_more(cluster: RedisCluster) -> None:
     not_just_before_midnight(15)
     who = a_tenant("answered", rpm=100, tpm=1000)

@@ -205,7 +205,8 @@ class Limits:
                 status, now_ms, *more = await self._ask(other, call_id, tokens, nanos)
                 if status == _REFUSED:
                     half = len(more) // 2
-                    return [status, now_ms, *left, *more[:half], *(0 for _ in left), *more[half:]]
+                    before = _before(scope, left, tokens, nanos)
+                    return [status, now_ms, *before, *more[:half], *(0 for _ in left), *more[half:]]
                 if status != _TAKEN:
                     return [status, now_ms]
                 took.append(other)
@@ -484,3 +485,12 @@ class Limits:
 
     def _whole(self) -> None:
         self._share.end(self._heard, int(self._ambient.now()))
+
+
+def _before(scope: Scope, left: list[int], tokens: int, nanos: int) -> list[int]:
+    """What the first of a scope's limits had left before a call took from them: it is given back."""
+    answered = tokens == ANSWERED
+    return [
+        remaining + (0 if answered and limit.kind != "rpm" else limit.amount(tokens, nanos))
+        for remaining, limit in zip(left, scope.limits, strict=False)
+    ]
