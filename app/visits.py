@@ -34,7 +34,9 @@ UNREAD_BYTES = 65_536
 Headers = Sequence[tuple[bytes, bytes]]
 Handler = Callable[["Visit"], Awaitable[None]]
 
-_STATUS_LINES = {status.value: b"HTTP/1.1 %d %b" % (status, status.phrase.encode()) for status in HTTPStatus}
+_PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus}
+_STATUS_LINES = {status: b"HTTP/1.1 %d %b" % (status, _PHRASES.get(status, b"")) for status in range(100, 600)}
+"""Of every status: a vendor's refusal may have one that has no name, as nginx's 499."""
 _BODILESS = (204, 304)
 
 
@@ -142,7 +144,7 @@ class Visit(Struct, eq=False):
         if self.gone:
             return
         self.started = True
-        self._connection.transport.write(b"%b\r\n%b" % (head, body))
+        self._connection.transport.write(b"%b\r\n%b" % (head, b"" if self.method == "HEAD" else body))
         self._end()
 
     def start(self, status: int, headers: Headers) -> None:

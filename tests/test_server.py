@@ -74,7 +74,7 @@ class Calls:
         self.hung_up.set()
 
     async def refuses(self, visit: Visit) -> None:
-        visit.whole(401, [LENGTH], BODY)
+        visit.whole(int(dict(visit.raw_headers).get(b"x-status", b"401")), [LENGTH], BODY)
 
     async def fails(self, visit: Visit) -> None:
         raise RuntimeError("a defect")
@@ -218,6 +218,10 @@ def test_a_header_with_a_line_break_is_not_sent(caller: Caller, value: str) -> N
     assert b"forged" not in got
 
 
+def test_a_status_without_a_name_is_sent_all_the_same(caller: Caller) -> None:
+    assert caller.say(request("/refuses", "x-status: 499")).startswith(b"HTTP/1.1 499 \r\n")
+
+
 def test_a_defect_is_answered_500_and_ends_the_connection(caller: Caller) -> None:
     caller.connection.sendall(request("/fails"))
     got = caller.rest()
@@ -300,6 +304,13 @@ def test_an_answer_to_head_has_no_body(caller: Caller) -> None:
     caller.connection.sendall(request("/echo", method="HEAD", body="") + request())
     got = caller.until(lambda got: BODY in got)
     assert b"HEAD" not in got
+
+
+def test_a_refusal_of_head_has_no_body(caller: Caller) -> None:
+    caller.connection.sendall(request("/refuses", method="HEAD", body="") + request("/stream"))
+    got = caller.until(lambda got: got.endswith(b"0\r\n\r\n"))
+    assert got.startswith(b"HTTP/1.1 401 ")
+    assert BODY not in got
 
 
 @pytest.mark.parametrize(
