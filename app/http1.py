@@ -190,8 +190,7 @@ class _Connection(asyncio.Protocol):
         if self.closed:
             return
         take = answer.take
-        if take is None:
-            answer.unread_bytes += len(data)
+        answer.unread_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
@@ -376,10 +375,13 @@ class _Answer(Struct, eq=False):
         """What has arrived is parsed, and taken at once. Whether that goes on."""
         body = self.body
         if body:
+            self.unread_bytes = 0
             try:
                 self.sated = not take(body.pop() if len(body) == 1 else self._given())
             except Exception as defect:  # it is the reader's, who is told of it where it waits
                 self.failure = defect
+        elif self.unread_bytes > HIGH_WATER_BYTES:  # the parser keeps a trailer that does not end
+            self.fail("the vendor's answer goes on without a body")
         if self.sated or self.complete or self.failure is not None:
             self.take = None
         return self.take is not None
@@ -416,4 +418,4 @@ class _Answer(Struct, eq=False):
 
 
 def _framed(headers: Mapping[str, str]) -> bool:
-    return "content-length" in headers or "chunked" in headers.get("transfer-encoding", "")
+    return "content-length" in headers or "chunked" in headers.get("transfer-encoding", "").lower()

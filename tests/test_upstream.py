@@ -668,6 +668,7 @@ BROKEN = {
     "cut before a body with a length": OK + b"content-length: 5\r\n\r\n",
     "cut in a chunk": OK + b"transfer-encoding: chunked\r\n\r\n5\r\nhel",
     "cut between chunks": OK + b"transfer-encoding: chunked\r\n\r\n5\r\nhello\r\n",
+    "cut between Chunks": OK + b"transfer-encoding: Chunked\r\n\r\n5\r\nhello\r\n",
     "cut before the last line": OK + b"transfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n",
     "garbage": b"\x15\x03\x01\x00\x02\x02\x16 what is this\r\n\r\n",
     "another protocol": b"SSH-2.0-OpenSSH_9.6\r\n",
@@ -681,6 +682,26 @@ BROKEN = {
 @pytest.mark.parametrize("answer", BROKEN.values(), ids=BROKEN)
 def test_a_broken_answer_is_a_vendor_error(run: Run, answer: bytes) -> None:
     raises(run, once(answer), VendorBroke)
+
+
+def test_an_endless_trailer_is_broken_while_the_answer_is_given_out(run_http1: Run) -> None:
+    async def behaviour(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(OK, b"transfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nx: ")
+        with contextlib.suppress(ConnectionError):
+            while True:
+                await peer.send(b"a" * 65_536)
+
+    async def scenario(upstream: Engine) -> None:
+        async with vendor(behaviour) as at:
+            got = await upstream.open(at.outgoing(), CONNECT_SECONDS)
+            given: list[bytes] = []
+            with pytest.raises(VendorBroke):
+                await got.pour(lambda part: given.append(part) is None)
+            assert given == [b"hello"]
+            await got.close()
+
+    run_http1(scenario)
 
 
 def test_endless_early_hints_are_broken(run_http1: Run) -> None:
