@@ -62,7 +62,8 @@ def load_what_it_asks_for(config: Config) -> None:
     configuration, no call waits for it.
     """
     accounts = any(target.provider.account for target in config.targets.values())
-    guarded = any(guarded.guardrails for guarded in (*config.aliases.values(), *config.tenants.values()))
+    owners = (*config.aliases.values(), *config.tenants.values(), *config.plans.values())
+    guarded = any(owner.guardrails for owner in owners)
     if config.issuers or config.settings.warnings_webhook or accounts or guarded:
         import httpx  # noqa: F401
 

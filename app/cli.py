@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Sequence
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
@@ -26,6 +25,7 @@ from app import (
 from app.ambient import Ambient
 from app.config import NAME, ConfigError, Secret, load, price_tables, utc_day
 from app.operator import audit, operator
+from app.release import VERSION
 from app.terminal import WHICH_POSTGRES, address, count, database_option, day, fail, port, redis_option
 
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gateway", description="The LLM gateway.")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {version('llm-gateway')}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: object, help: str) -> argparse.ArgumentParser:

@@ -6,13 +6,13 @@ them. A test holds the document to the route table.
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any
 
 from msgspec import Struct, field
 
 from app.config import NAME
 from app.errors import GatewayError, VendorError
+from app.release import VERSION
 
 Schema = dict[str, Any]
 _ANY = {"type": "object"}
@@ -143,7 +143,7 @@ def document() -> Schema:
         paths.setdefault(path, {})[method.lower()] = page | {"security": []}
     return {
         "openapi": "3.1.0",
-        "info": {"title": "LLM gateway", "version": version("llm-gateway")},
+        "info": {"title": "LLM gateway", "version": VERSION},
         "paths": paths,
         "security": [{"bearer": []}, {"key": []}],
         "components": {

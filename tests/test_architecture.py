@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +17,12 @@ import pytest
 from app import errors
 from app.errors import GatewayError
 from app.providers import PROVIDERS
+from app.release import VERSION
 
 ROOT = Path(__file__).parents[1]
 
 LAYERS = (
-    ("errors", "ambient", "heap", "audit", "redaction", "sse", "sql", "prompt_size"),
+    ("errors", "ambient", "heap", "release", "audit", "redaction", "sse", "sql", "prompt_size"),
     ("wire", "vendors", "config", "core"),
     ("providers", "dialects"),
     (
@@ -319,19 +322,40 @@ def test_a_process_does_without_packages_that_it_may_never_need(process: str, he
     assert ran.stdout.decode().strip() == ""
 
 
-def test_httpx_is_loaded_with_a_configuration_that_names_somebody_to_ask() -> None:
+def test_the_code_runs_where_it_is_no_installed_distribution(tmp_path: Path) -> None:
+    """As in the image, which has a copy of `app/` beside the packages of the lock."""
+    packages = tmp_path / "packages"
+    for folder in (packages, tmp_path / "gateway"):
+        folder.mkdir()
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if not path.name.startswith(("llm_gateway", "__editable__")):
+            (packages / path.name).symlink_to(path)
+    (tmp_path / "gateway" / "app").symlink_to(ROOT / "app")
+    code = "import sys, app.asgi, app.openapi, app.cli; app.openapi.document(); app.cli.main(['--version'])"
+    environ = {"PYTHONPATH": f"{tmp_path / 'gateway'}:{packages}", "PATH": os.environ["PATH"]}
+    command = [sys.executable, "-S", "-c", code]  # -S: without the environment's own packages
+    ran = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+    assert ran.stdout == f"gateway {VERSION}\n", ran.stderr
+
+
+def test_the_release_is_the_one_that_is_built() -> None:
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == VERSION
+
+
+@pytest.mark.parametrize("guarded", ["aliases", "tenants", "plans"])
+def test_httpx_is_loaded_with_a_configuration_that_names_somebody_to_ask(guarded: str) -> None:
     code = """if True:
         import sys
         from types import SimpleNamespace as Of
         from app.asgi import load_what_it_asks_for
-        config = Of(targets={}, aliases={}, tenants={}, issuers={}, settings=Of(warnings_webhook=None))
+        config = Of(targets={}, aliases={}, tenants={}, plans={}, issuers={}, settings=Of(warnings_webhook=None))
         load_what_it_asks_for(config)
         before = "httpx" in sys.modules
-        config.tenants["acme"] = Of(guardrails=("pii",))
+        getattr(config, sys.argv[1])["some"] = Of(guardrails=("pii",))
         load_what_it_asks_for(config)
         print(before, "httpx" in sys.modules)
     """
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    ran = subprocess.run([sys.executable, "-c", code, guarded], cwd=ROOT, capture_output=True, check=True)
     assert ran.stdout.decode().split() == ["False", "True"]
 
 

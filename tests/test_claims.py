@@ -9,7 +9,6 @@ import subprocess
 import sys
 import typing
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
@@ -22,6 +21,7 @@ from app.cache import wishes
 from app.cli import _parser, main
 from app.config import FILES, Written
 from app.errors import GatewayError, VendorError
+from app.release import VERSION
 from loadtest.services import SIMULATOR_LATENCY_MS
 from loadtest.simulator import faults
 from tests.journey import Journey, chat, events
@@ -238,11 +238,11 @@ def test_a_wrong_option_is_refused_with_the_form_that_it_has(
     assert sentence in capsys.readouterr().err
 
 
-def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_is_the_release(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
     assert ended.value.code == 0
-    assert capsys.readouterr().out == f"gateway {version('llm-gateway')}\n"
+    assert capsys.readouterr().out == f"gateway {VERSION}\n"
 
 
 def test_list_of_no_keys_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
