@@ -396,7 +396,7 @@ class Gateway:
             outcome=VendorBroke.fault if exchange.event is None and not isinstance(error, _OURS) else last.outcome,
             duration_ms=ms(self.ambient.monotonic() - exchange.call.started) - last.started_ms,
         )
-        tail = b"" if guards else stream.ready()
+        tail = b"" if guards or stream.done else stream.ready()  # its end may come in the turn in which we gave up
         if exchange.event is None:
             with contextlib.suppress(LedgerUnavailable):  # the client gets its error event all the same
                 self._end_stream(exchange, stream, relay_started)

@@ -16,7 +16,7 @@ KEPT_BYTES = 8_192
 
 
 class Stream:
-    """A vendor's stream between its chunks: what is ready to relay, and what it told so far."""
+    """A vendor's stream between its chunks: what is ready to relay, what it told so far, whether it is `done`."""
 
     def __init__(self, reader: StreamReader, start_buffer_bytes: int, *, withhold_usage: bool) -> None:
         self.reader = reader
@@ -25,7 +25,7 @@ class Stream:
         self._kept: list[bytes] = []
         self._kept_bytes = self._relayed_bytes = 0
         self._ready: list[bytes] = []
-        self._started = self._done = False
+        self._started = self.done = False
         self._fault: VendorError | None = None
 
     async def begin(self, answer: VendorAnswer) -> None:
@@ -42,18 +42,18 @@ class Stream:
                 raise VendorBroke("the vendor's stream ended before any content")
             if self._fault and not self._started:
                 raise self._fault
-            if self._done and not self._started:
+            if self.done and not self._started:
                 if self.reader.finish_reason != FILTERED:
                     raise VendorBroke("the vendor's stream is empty")
                 return  # the vendor's filter left nothing of it, and says so
 
     async def hold(self, answer: VendorAnswer, max_bytes: int) -> bool:
         """Reads on and keeps it all. False where it is larger than that before its end. Raises VendorError."""
-        while not self._done and self._relayed_bytes <= max_bytes:
+        while not self.done and self._relayed_bytes <= max_bytes:
             if self._fault is not None:
                 raise self._fault
             await self.more(answer)
-        return self._done
+        return self.done
 
     def rewrite(self, change: Callable[[bytes], bytes]) -> None:
         """Changes what has been taken and not sent."""
@@ -62,7 +62,7 @@ class Stream:
     @property
     def held(self) -> bytes | None:
         """The whole of a stream of which nothing was sent; None where its end is not there."""
-        return b"".join(self._ready) if self._done else None
+        return b"".join(self._ready) if self.done else None
 
     async def more(self, answer: VendorAnswer) -> None:
         """Waits for the next bytes and reads them."""
@@ -89,7 +89,7 @@ class Stream:
         """
         if not self.reader.plain(chunk):
             self._take(self.reader.feed(chunk))
-            return None if self._done or self._fault is not None else self.ready()
+            return None if self.done or self._fault is not None else self.ready()
         self._relayed_bytes += len(chunk)  # most chunks of most streams
         if self._kept_bytes < KEPT_BYTES:
             self._keep(chunk)
@@ -116,11 +116,11 @@ class Stream:
                     if self._kept_bytes < KEPT_BYTES:
                         self._keep(frame)
                 elif kind is Kind.DONE:
-                    self._done = True
+                    self.done = True
                 elif kind is Kind.USAGE and self._withhold_usage:
                     continue
                 ready.append(frame)
-                if self._done:
+                if self.done:
                     return
         except VendorError as fault:
             self._fault = fault
@@ -129,7 +129,7 @@ class Stream:
         """What may be sent now, and whether it ends the stream. Raises VendorError; `ready()` has what came before."""
         if self._fault is not None:
             raise self._fault
-        return self.ready(), self._done
+        return self.ready(), self.done
 
     def ready(self) -> bytes:
         """What has been taken and not sent."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import msgspec
 import pytest
 
 from app.ambient import Patience
-from app.config import Price, Rate, Tariff
+from app.config import Price, Rate, Tariff, Timeouts
 from app.core import Call, Cut, Exchange, Reply
 from app.dialogue import MAX_ERROR_BYTES
 from app.errors import RequestTooLarge, VendorBroke, VendorFailed
@@ -123,6 +124,46 @@ def test_a_defect_in_what_sends_the_reply_leaves_one_row_that_says_so(rooms: Mak
         asyncio.run(scenario())
     row = at.row()
     assert (row["status"], row["error_code"]) == ("error", "internal_error")
+
+
+class LateAnswer(ScriptedAnswer):
+    """Its end comes in the turn of the event loop in which it is given up, and after that."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(STREAM[0])
+        self._seconds = seconds
+
+    async def pour(self, take: Callable[[bytes], bool]) -> bool:
+        loop = asyncio.get_running_loop()
+        loop.call_later(self._seconds, take, b"".join(STREAM[1:]))
+        loop.call_soon(time.sleep, 2 * self._seconds)  # both timers are due when it has ended
+        await asyncio.Event().wait()
+        return True
+
+
+def test_a_stream_whose_end_comes_as_it_is_given_up_ends_once(rooms: Make) -> None:
+    idle = 0.05
+    at = rooms(LateAnswer(idle))
+    plain = config()
+    impatient = msgspec.structs.replace(plain.aliases[ALIAS], timeouts=Timeouts(1.0, 5.0, 5.0, idle, 5.0))
+    out: list[bytes] = []
+
+    async def scenario() -> None:
+        late = call(STREAMED, at.ambient, config=msgspec.structs.replace(plain, aliases={ALIAS: impatient}))
+        exchange = Exchange(call=late, patience=Patience())
+
+        async def depart(reply: Reply) -> None:
+            exchange.send = lambda part: out.append(part) is None
+            async for part in reply.frames:
+                out.append(part)
+
+        await at.gateway.serve(exchange, depart)
+
+    asyncio.run(scenario())
+    body = b"".join(out)
+    assert body.count(DONE) == 1
+    assert b'"code":"upstream_unavailable"' in body
+    assert at.row()["status"] == "error"
 
 
 def test_a_defect_settles_the_limits_once(rooms: Make) -> None:
