@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from app.ambient import Ambient
 from app.config import NAME, Tenant
-from app.core import Rates, Reservation
+from app.core import Fetch, Rates, Reservation
 from app.errors import BudgetExceeded, LimitError, RateLimitExceeded
 from app.limits import Limits
 from app.limits.scopes import LEASE_MS, RECORD_SECONDS, WHOLE, period
@@ -492,6 +492,21 @@ def test_a_limit_that_the_call_is_above_is_named_before_one_that_lasts(server: R
         return await caller.refusal(30, 10)
 
     assert on(server, a_tenant(tpm=20, monthly_nanos=10), scenario).limit == "tenant_tpm"
+
+
+def test_an_answer_from_before_is_refused_by_requests_alone(server: RedisServer) -> None:
+    """It would take no tokens: a budget that has not enough of them is not in its way."""
+    fetch = Fetch("sc:{acme-corp}:a:x:1", "sc:{acme-corp}:a:x:1:lease", "sc:{acme-corp}:_used")
+    server.client.set(fetch.entry, "an answer")
+
+    async def scenario(caller: Caller) -> LimitError:
+        await caller.reserve(10)
+        with pytest.raises(LimitError) as caught:
+            await caller.limits.reserve(caller.call(), caller.tenant, 95, 0, fetch)
+        return caught.value
+
+    refused = on(server, a_tenant(rpm=1, concurrency=1, daily_tokens=100), scenario)
+    assert (refused.limit, refused.should_retry) == ("tenant_rpm", None)
 
 
 def test_a_refusal_tells_how_the_limits_stand(server: RedisServer) -> None:

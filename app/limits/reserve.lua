@@ -11,8 +11,8 @@
 --       elsewhere, so one request is taken, and no more.
 -- Gives {1, now_ms, left, left, …}, when taken: what each limit has left now; with those three keys, then the
 --       entry, or as look.lua gives them 1 or 0 for its lease. With an entry one request was taken, and no more.
---       {0, now_ms, left, …, wait_ms, …} when refused, with nothing taken from what is left: of a `rpm` or `tpm` that
---       is in the way, the milliseconds until enough of its window has left, else 0;
+--       {0, now_ms, left, …, wait_ms, …} when refused, with nothing taken from what is left: -1 for a limit that is not
+--       in the way, of a `rpm` or `tpm` that is the milliseconds until enough of its window has left, else 0;
 --       {2, now_ms} when the names of keys are of another day than Redis's;
 --       {3, now_ms} when a daily or monthly counter is not there, nor the mark: what was used is not known.
 --
@@ -96,8 +96,12 @@ end
 if refused then
   answer[1] = 0
   for n = 2, last do
-    local kind, left, wait_ms = ARGV[2 * n + 4], answer[n + 1], 0
-    if amounts[n] > left and (kind == 'rpm' or kind == 'tpm') then
+    local kind, left, wait_ms = ARGV[2 * n + 4], answer[n + 1], -1
+    if amounts[n] <= left or (answered and kind ~= 'rpm') then
+      -- it has room, or is not asked for any
+    elseif kind ~= 'rpm' and kind ~= 'tpm' then
+      wait_ms = 0
+    else
       -- Until as much has left as this call lacks; the whole window where even that is too little.
       local fields, taken, lacks, free_at = call('HGETALL', KEYS[n]), {}, amounts[n] - left, second + 61
       for i = 1, #fields, 2 do

@@ -206,7 +206,7 @@ class Limits:
                 if status == _REFUSED:
                     half = len(more) // 2
                     before = _before(scope, left, tokens, nanos)
-                    return [status, now_ms, *before, *more[:half], *(0 for _ in left), *more[half:]]
+                    return [status, now_ms, *before, *more[:half], *(-1 for _ in left), *more[half:]]
                 if status != _TAKEN:
                     return [status, now_ms]
                 took.append(other)

@@ -294,13 +294,14 @@ def refusal(
 ) -> LimitError:
     """The error of the limit that is in the way for longest.
 
-    `waits_ms` is known for windows. `share`: what is left is this replica's share while Redis is away.
+    `waits_ms` is below 0 for what is not in the way, and known for windows. `share`: what is left is this replica's
+    share while Redis is away.
     """
     longest: tuple[float, LimitError] | None = None
     for limit, remaining, wait_ms in zip(scope.limits, left, waits_ms, strict=True):
-        amount = limit.amount(tokens, nanos)
-        if amount <= remaining:
+        if wait_ms < 0:
             continue
+        amount = limit.amount(tokens, nanos)
         if limit.kind in WINDOWS:
             wait_seconds = wait_ms / 1000
         elif limit.kind == "concurrency":

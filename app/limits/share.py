@@ -101,13 +101,17 @@ class Share:
         return share - window.sum
 
     def waits_ms(self, scope: Scope, left: list[int], tokens: int, nanos: int, second: int) -> list[int]:
-        """Of each window that is in the way, how long until its share has room."""
-        return [
-            self._windows[limit.key].wait_seconds(amount - remaining, second) * 1000
-            if limit.kind in WINDOWS and (amount := limit.amount(tokens, nanos)) > remaining
-            else 0
-            for limit, remaining in zip(scope.limits, left, strict=True)
-        ]
+        """As reserve.lua says it: of each window that is in the way, how long until its share has room."""
+        waits_ms = []
+        for limit, remaining in zip(scope.limits, left, strict=True):
+            amount = limit.amount(tokens, nanos)
+            if amount <= remaining:
+                waits_ms.append(-1)
+            elif limit.kind in WINDOWS:
+                waits_ms.append(self._windows[limit.key].wait_seconds(amount - remaining, second) * 1000)
+            else:
+                waits_ms.append(0)
+        return waits_ms
 
     def take(self, scope: Scope, tokens: int, nanos: int, second: int) -> None:
         for limit in scope.limits:
