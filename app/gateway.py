@@ -354,7 +354,7 @@ class Gateway:
                     self._end_stream(exchange, stream, relay_started)
                     yield ready
                     return
-                if ready or full:
+                if ready or full:  # also nothing, where the client has to read first: whoever sends it waits for that
                     yield ready
                 now = self.ambient.monotonic()
                 if ready:
