@@ -280,7 +280,7 @@ def test_damaged_facts_are_no_neighbour(server: RedisServer) -> None:
     async def scenario() -> None:
         async with replica(server) as one:
             await one.put(REFUND, "Within 30 days.")
-            (key,) = server.client.keys("*:v:*")
+            (key,) = server.client.keys("*:v2:*")
             server.client.execute_command("VSETATTR", key, of(REFUND).digest, "rubbish")
             assert (await one.questions.find(of(REFUND_TOO))).notes.verdict is None
 
@@ -293,7 +293,7 @@ def test_a_tenant_has_a_bounded_number_of_questions(server: RedisServer) -> None
             for text, label in made_up(60, 5):
                 await one.put(text, label, mode="shadow", max_bytes=1_500 * 4 * 10)
             assert server.client.zcard("sc:{acme-corp}:_questions") == 10
-            (key,) = server.client.keys("*:v:*")
+            (key,) = server.client.keys("*:v2:*")
             assert server.client.execute_command("VCARD", key) == 10
 
     run(scenario())
@@ -422,7 +422,7 @@ def test_questions_whose_answers_turn_out_to_be_one_become_one_group(server: Red
             async def groups(question: str, text: str) -> int:
                 await one.put(question, text, mode="shadow", judge="judging", judge_share=1.0)
                 await one.pipe.execute("PING")
-                (key,) = server.client.keys("*:v:*")
+                (key,) = server.client.keys("*:v2:*")
                 ids = server.client.execute_command("VRANDMEMBER", key, 9)
                 return len({json.loads(server.client.execute_command("VGETATTR", key, id))[0] for id in ids})
 
@@ -450,8 +450,8 @@ def test_a_vector_is_remembered_among_those_of_the_model_that_made_it(server: Re
     async def scenario() -> None:
         async with replica(server, vectors=Renamed()) as one:
             await one.put(REFUND, "Within 30 days.")
-            (key,) = server.client.keys("*:v:*")
-            assert ":v:old:" in key
+            (key,) = server.client.keys("*:v2:*")
+            assert ":v2:old:" in key
 
     run(scenario())
 
@@ -497,7 +497,7 @@ def test_an_answer_that_is_forgotten_while_its_group_is_read_is_compared_once(se
 
             for question, text in ((REFUND, "Within 30 days."), ("How do I get the refund for my order", "A month.")):
                 await one.put(question, text, mode="shadow")
-            (key,) = server.client.keys("*:v:*")
+            (key,) = server.client.keys("*:v2:*")
             for id in server.client.execute_command("VRANDMEMBER", key, 9):  # one group, whose entries say one thing
                 attributes = json.loads(server.client.execute_command("VGETATTR", key, id))
                 server.client.execute_command("VSETATTR", key, id, json.dumps(["one", id, *attributes[2:]]))
@@ -560,7 +560,7 @@ def test_what_waits_to_be_learned_from_ends_with_the_replica(server: RedisServer
             await one.questions.close()
             await one.questions.settled()
             await one.pipe.execute("PING")
-            assert server.client.keys("*:v:*") == []
+            assert server.client.keys("*:v2:*") == []
 
     run(scenario())
 
@@ -574,5 +574,26 @@ def test_a_look_that_is_cancelled_leaves_the_next_one_its_answer(server: RedisSe
             looking.cancel()
             assert text_of(await one.questions.find(of(REFUND_TOO))) == "Within 30 days."
             assert looking.cancelled()
+
+    run(scenario())
+
+
+def test_questions_of_another_form_do_not_hide_those_of_this_one(server: RedisServer) -> None:
+    """What lies beside a question reads so for as long as FORM is this one."""
+
+    async def scenario() -> None:
+        async with replica(server) as one:
+            await one.put("Is it 5 km", "Yes.")
+            (key,) = server.client.keys("*:v2:*")
+            (id,) = server.client.execute_command("VRANDMEMBER", key, 10)
+            group, digest, said = json.loads(server.client.execute_command("VGETATTR", key, id))
+            assert (group, said) == (digest, ["is it 5 km", "5 km", "5", "km", "", 0, ""])
+            for n in range(16):  # as they were: words as lists
+                old = json.dumps(["x", "x", [["is"], ["is"], [], [], [], 0, "en"]])
+                vector = await Words().embed("Is it 5 km", 1.0)
+                server.client.execute_command(
+                    "VADD", key.replace(":v2:", ":v:"), "FP32", vector, f"old{n}", "Q8", "SETATTR", old
+                )
+            assert text_of(await one.questions.find(of("is it 5 km?"))) == "Yes."
 
     run(scenario())

@@ -47,7 +47,7 @@ def own(journey: Journey, purpose: str, since: datetime) -> list[dict[str, Any]]
 def questions(journey: Journey, alias: str) -> int:
     """How many questions of the alias are remembered."""
     with Redis.from_url(journey.stack.redis_url) as client:
-        keys = client.scan_iter(match=f"sc:{{{journey.tenant}}}:{alias}:v:*")
+        keys = client.scan_iter(match=f"sc:{{{journey.tenant}}}:{alias}:v2:*")
         return sum(client.execute_command("VCARD", key) for key in keys)
 
 

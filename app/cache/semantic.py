@@ -55,6 +55,10 @@ TASKS = 64
 LATER_SECONDS = 0.01
 """From an answer until it is learned from: the caller's next call often comes on its heels, and goes first."""
 _LOG_SECONDS = 60.0
+FORM = "v2"
+"""What lies beside a question, by its form (`_Attributes`): another form needs another name. Questions of another one
+cannot be read, and would hide those of this one, whose nearest neighbours they are; so each form has sets of its own,
+and those that nobody asks any more end by themselves."""
 
 _encode = msgspec.json.encode
 Opened = Callable[[Ask, str, bytes], Entry | None]
@@ -459,7 +463,7 @@ def _judged_by(ask: Ask) -> str:
 
 
 def _vector_set(ask: Ask, vectors: Vectors) -> str:
-    return f"{prefix(ask.tenant_id, ask.alias)}v:{vectors.name}:{ask.partition}"
+    return f"{prefix(ask.tenant_id, ask.alias)}{FORM}:{vectors.name}:{ask.partition}"
 
 
 def _questions(tenant_id: str) -> str:
