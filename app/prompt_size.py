@@ -11,6 +11,9 @@ BYTES_PER_TOKEN = 4
 BLOB_TOKENS = 1024
 """What an image or file inside a request is taken to be: base64 is not text, so its length says nothing."""
 
+MOST_BLOBS = 10_000
+"""More than any vendor takes. What is beyond counts as text: a body made of nothing but their beginnings would hold up
+the loop for seconds."""
 LONG_BYTES = 8_192
 HOPS = 32
 """A long text is looked through from one rare byte to the next: 100 KB take 1 us where there is none, and with a
@@ -42,7 +45,7 @@ def size(body: bytes) -> tuple[int, int]:
     text_bytes, blobs = len(body), 0
     for mark in (_URL, _DATA):
         found = mark.pattern.search(body) if len(body) < LONG_BYTES else _search(mark, body, 0)
-        while found is not None:
+        while found is not None and blobs < MOST_BLOBS:
             end = body.find(b'"', found.end())
             if end == -1:
                 break

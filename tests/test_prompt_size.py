@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.prompt_size import BLOB_TOKENS, HOPS, LONG_BYTES, marks_cache, size, tokens
+from app.prompt_size import BLOB_TOKENS, HOPS, LONG_BYTES, MOST_BLOBS, marks_cache, size, tokens
 
 BLOB = "iVBORw0KGgo/" * 100
 PARTS = {
@@ -55,3 +55,8 @@ def test_any_bytes_have_a_size_that_is_not_negative(body: bytes) -> None:
     text_bytes, blobs = size(body)
     assert 0 <= text_bytes <= len(body)
     assert blobs >= 0
+
+
+def test_beginnings_of_images_without_end_are_looked_at_so_many_times_and_no_more() -> None:
+    text_bytes, blobs = size(b';base64,"' * (MOST_BLOBS + 5))
+    assert (text_bytes, blobs) == (9 * (MOST_BLOBS + 5), MOST_BLOBS)
