@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import psycopg
 from msgspec import Struct
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg.errors import DataError, NotNullViolation, ProgramLimitExceeded, UndefinedTable
+from psycopg.errors import CheckViolation, DataError, NotNullViolation, ProgramLimitExceeded, UndefinedTable
 
 from app.ambient import Ambient
 from app.sql import statements
@@ -154,7 +154,11 @@ class Archive:
             return 0, []
         try:
             async with self._connected() as connection:
-                cursor = await self._run(connection, "insert_events", events=f"[{','.join(events)}]")
+                rows = f"[{','.join(events)}]"
+                try:
+                    cursor = await self._run(connection, "insert_events", events=rows)
+                except CheckViolation:  # while it waited, another replica made the partition of a row's month
+                    cursor = await self._run(connection, "insert_events", events=rows)
                 return cursor.rowcount, []
         except _Unfit:
             if len(events) == 1:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psycopg
 import pytest
 
 from app.archive import Archive, ArchiveAway, InvalidDatabaseUrl
@@ -326,6 +327,27 @@ def test_two_adopters_make_each_row_once(tmp_path: Path, url: str) -> None:
 
     shipped = asyncio.run(race())
     assert (sum(shipped), len(ids(url)), list(tmp_path.iterdir())) == (408, 408, [])
+
+
+def test_a_partition_that_is_made_while_rows_wait_for_it_takes_them(url: str) -> None:
+    async def main() -> int:
+        archive = Archive(url, AMBIENT)
+        await archive.prepare()
+        try:
+            with psycopg.connect(url) as other:
+                other.execute("CREATE TABLE made_meanwhile (LIKE ledger INCLUDING ALL)")
+                month = "FOR VALUES FROM ('2025-11-01') TO ('2025-12-01')"
+                other.execute(f"ALTER TABLE ledger ATTACH PARTITION made_meanwhile {month}")
+                waiting = asyncio.create_task(archive.insert([msgspec.json.encode(an_event()).decode()]))
+                waits = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+                while not query(url, waits):  # noqa: ASYNC110 - the database tells nobody
+                    await asyncio.sleep(0.01)
+                other.commit()
+            return (await waiting)[0]
+        finally:
+            await archive.close()
+
+    assert (asyncio.run(main()), query(url, "SELECT count(*) FROM made_meanwhile")) == (1, [(1,)])
 
 
 def test_a_killed_writer_leaves_every_appended_row_and_an_interrupted_one(tmp_path: Path, url: str) -> None:

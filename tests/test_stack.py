@@ -300,7 +300,10 @@ def test_invalid_configuration_is_told_with_every_fault_before_a_replica_starts(
 
 def test_number_that_is_no_port_is_a_sentence(tmp_path: Path) -> None:
     failed = run("up", "--port", "70000", "--state-dir", tmp_path)
-    assert (failed.returncode, failed.stderr) == (1, "70000 is no port: --port takes 1 to 65535.\n")
+    assert (failed.returncode, failed.stderr.splitlines()[-1]) == (
+        2,
+        "gateway up: error: argument --port: '70000' is not a port, 0 to 65535.",
+    )
 
 
 # --- Stack ----------------------------------------------------------------------------------------------------------
