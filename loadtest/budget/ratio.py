@@ -33,7 +33,7 @@ keep it no queue, its cost was within 4 % over a run in which ours went from 240
 WAITED = 0.25
 """Of our CPU time our main thread may have waited for its core in a round that counts. The shipper and the thread that
 makes rows durable have 27 us a call of that core, and the least that was seen is 0.13; beside a busy loop it waits as
-long as it runs. nginx's does not matter: what it takes does not depend on it."""
+long as it runs. nginx's is not looked at: it hardly mattered where that was measured (runbooks/speed.md)."""
 LEAST, SURE = 24, 2.5
 """Rounds before it may be sure, and how many standard errors that takes: it is asked after each round."""
 SECONDS, KEEPING_SECONDS = 45.0, 85.0
