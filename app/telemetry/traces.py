@@ -6,12 +6,13 @@ Measured: +5..46 µs a call at 10 % sampling against +82..155.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from app.core import FIRST_ATTEMPT, Attempt, Exchange, LedgerEvent, span_id
 from app.telemetry.conventions import PROVIDER_NAMES, conventions
+from app.telemetry.otlp import CLIENT, INTERNAL, SERVER, Value, span
 
-Attributes = dict[str, str | int | float | bool | tuple[str, ...]]
+Attributes = dict[str, Value]
 
 _FAILED = ("error", "timeout", "interrupted")
 """What is exported though nobody sampled it, and what makes a span one of an error: a refusal is none of ours."""
@@ -35,88 +36,70 @@ class Spans:
     """
 
     def __init__(self, replica: str, environment: str) -> None:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import ReadableSpan
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
-        from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
 
-        self._span, self._context, self._state = ReadableSpan, SpanContext, TraceState
-        self._server, self._inside, self._client = SpanKind.SERVER, SpanKind.INTERNAL, SpanKind.CLIENT
-        self._flags = TraceFlags(TraceFlags.SAMPLED)
-        self._error, self._unset = Status(StatusCode.ERROR), Status(StatusCode.UNSET)
-        self._names = conventions(os.environ.get("OTEL_SEMCONV_STABILITY_OPT_IN"))
-        self._resource = Resource.create(
+        from app.telemetry.export import Export
+
+        resource = Resource.create(
             {
                 "service.name": os.environ.get("OTEL_SERVICE_NAME", "llm-gateway"),
                 "service.instance.id": replica,
                 "deployment.environment.name": environment,
             }
         )
-        self._processor = BatchSpanProcessor(OTLPSpanExporter())
+        self._names = conventions(os.environ.get("OTEL_SEMCONV_STABILITY_OPT_IN"))
+        self._export = Export(resource.attributes)
 
     def close(self) -> None:
         """Exports what waits; blocks for a few seconds at most."""
-        self._processor.force_flush(FLUSH_MS)
-        self._processor.shutdown()
+        self._export.close(FLUSH_MS)
 
     def record(self, exchange: Exchange, event: LedgerEvent) -> None:
         """A settled call, by its event and what the journey noted of times."""
         call = exchange.call
-        if not (call.sampled or event.fallback_used or event.status in _FAILED):
-            return
-        trace = int(call.trace_id, 16)
-        state = self._state.from_header([call.trace_state]) if call.trace_state else None
+        if call.sampled or event.fallback_used or event.status in _FAILED:
+            self._export.put(b"".join(self._spans(exchange, event)))
+
+    def _spans(self, exchange: Exchange, event: LedgerEvent) -> Iterator[bytes]:
+        call = exchange.call
+        trace, state = bytes.fromhex(call.trace_id), (call.trace_state or "").encode()
+        root = span_id(call.event_id, 0).to_bytes(8, "big")
+        parent = b"" if call.parent_span_id is None else call.parent_span_id.to_bytes(8, "big")
         offset = call.received_at - call.started
 
-        def context(id: int, remote: bool = False) -> object:
-            return self._context(trace, id, is_remote=remote, trace_flags=self._flags, trace_state=state)
-
-        def span(name: str, place: int, start: float, end: float, attributes: Attributes, kind: object) -> None:
+        def one(name: str, place: int, start: float, end: float, attributes: Attributes, kind: int = INTERNAL) -> bytes:
             """`start` and `end` on the monotonic clock."""
-            self._processor.on_end(
-                self._span(
-                    name=name,
-                    context=context(span_id(call.event_id, place)) if place else root,
-                    parent=root if place else parent,
-                    resource=self._resource,
-                    attributes=attributes,
-                    kind=kind,
-                    status=self._error if "error.type" in attributes else self._unset,
-                    start_time=int((offset + start) * 1e9),
-                    end_time=int((offset + end) * 1e9),
-                )
-            )
+            id = span_id(call.event_id, place).to_bytes(8, "big")
+            of = root if place else parent
+            start_ns, end_ns = int((offset + start) * 1e9), int((offset + end) * 1e9)
+            return span(name, trace, id, of, of is not root, state, kind, start_ns, end_ns, attributes)
 
-        root = context(span_id(call.event_id, 0))
-        parent = None if call.parent_span_id is None else context(call.parent_span_id, remote=True)
         ended = call.started + event.latency_ms.total / 1000
-        inside = self._inside
-        span("gateway.request", 0, call.started, ended, request_attributes(event), self._server)
+        yield one("gateway.request", 0, call.started, ended, request_attributes(event), SERVER)
         if not exchange.authorized:
-            span("gateway.auth", AUTH, call.started, ended, auth_attributes(event, False), inside)
+            yield one("gateway.auth", AUTH, call.started, ended, auth_attributes(event, False))
             return
-        span("gateway.auth", AUTH, call.started, exchange.authorized, auth_attributes(event, True), inside)
+        yield one("gateway.auth", AUTH, call.started, exchange.authorized, auth_attributes(event, True))
         passed = exchange.authorized
         if looking := exchange.looking:
             looked = looking + exchange.cache_seconds if exchange.cache_seconds else ended
-            span("gateway.cache", CACHE, looking, looked, cache_attributes(exchange, event), inside)
+            yield one("gateway.cache", CACHE, looking, looked, cache_attributes(exchange, event))
             if not (exchange.reserved or exchange.cache_seconds):
                 return  # what its Idempotency-Key came to is known before anything is reserved
             if event.cache_kind == "idempotent":
                 passed = looked
         reserved = exchange.reserved or ended
-        span("gateway.limits", LIMITS, passed, reserved, limits_attributes(exchange, event), inside)
+        yield one("gateway.limits", LIMITS, passed, reserved, limits_attributes(exchange, event))
         if event.fallback_chain:
             planned = looked if looking else reserved
             started = event.attempts[0].started_ms / 1000 + call.started if event.attempts else ended
-            span("gateway.route", ROUTE, planned, started, route_attributes(event), inside)
+            yield one("gateway.route", ROUTE, planned, started, route_attributes(event))
         for place, attempt in enumerate(event.attempts, FIRST_ATTEMPT):
             start = call.started + attempt.started_ms / 1000
             last = place - FIRST_ATTEMPT == exchange.served % len(event.attempts)
             end = ended if last and exchange.first_token else start + attempt.duration_ms / 1000
             attributes = provider_attributes(self._names, exchange, event, attempt, last)
-            span("gateway.provider", place, start, end, attributes, self._client)
+            yield one("gateway.provider", place, start, end, attributes, CLIENT)
 
 
 def request_attributes(event: LedgerEvent) -> Attributes:
