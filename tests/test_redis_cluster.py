@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import ssl
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import trustme
 from hiredis import Reader, pack_command
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,7 +34,7 @@ from app.redis_pipe import Argument, OnError, RedisAway, RedisPipe, RedisRefused
 from tests.cache_parts import tenant
 from tests.gateway_parts import Rooms, ScriptedAnswer, completion
 from tests.limits_parts import OPEN, SHARE, Caller, Counters, a_config, a_key, a_tenant, not_just_before_midnight
-from tests.redis_parts import AMBIENT, RedisCluster, RedisServer, redis_cluster, redis_server, run, running, until
+from tests.redis_parts import AMBIENT, RedisCluster, RedisServer, redis_cluster, redis_server, run, running, until, wire
 from tests.test_cache_semantic import REFUND, REFUND_TOO, Replica, Words, entry_of, text_of
 from tests.test_cache_semantic import of as question
 from tests.test_limits_rebuild import Ledger, configured, spent
@@ -496,6 +498,50 @@ async def _kept(cluster: RedisCluster) -> str:
     client = cluster.serving("{acme-corp}").client
     await until(lambda: [key for key in client.keys("sc:{acme-corp}:*:x:*") if not key.endswith(":lease")])
     return next(key for key in client.keys("sc:{acme-corp}:*:x:*") if not key.endswith(":lease"))
+
+
+# --- encrypted --------------------------------------------------------------------------------------------------------
+
+
+def test_a_cluster_is_asked_by_verified_tls_at_the_names_that_it_announces(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Redis of the development dependencies is built without TLS: each node has an encrypted way to it of its own."""
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)  # for the name: not for 127.0.0.1
+    ca_file = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(str(ca_file))
+
+    async def main(cluster: RedisCluster) -> None:
+        async with AsyncExitStack() as ways:
+            ports = [await ways.enter_async_context(wire(node.port, lambda: 0.0, context)) for node in cluster.nodes]
+            for node, port in zip(cluster.nodes, ports, strict=True):
+                node.client.config_set("cluster-announce-hostname", "localhost")
+                node.client.config_set("cluster-preferred-endpoint-type", "hostname")
+                node.client.config_set("cluster-announce-port", port)
+            announced = {f"localhost:{port}" for port in ports}
+            await until(lambda: all(node_addresses(node) == announced for node in cluster.nodes))
+            url = f"rediss+cluster://:hush@localhost:{ports[0]}"
+            async with running(pipe_to(url, AMBIENT, timeout_ms=5000, probe_seconds=0.05), up=False) as pipe:
+                await until(lambda: "certificate verify failed" in caplog.text)
+                assert not pipe.up
+            async with running(pipe_to(f"{url}?ssl_ca_certs={ca_file}", AMBIENT, timeout_ms=5000)) as pipe:
+                assert {node.name for node in pipe.nodes} == {f"redis {address}" for address in announced}
+                pipe._slots = [pipe.nodes[-1]] * SLOTS  # so that it points elsewhere for most of them
+                await asyncio.gather(*(pipe.execute("SET", f"k{n}", n) for n in range(100)))
+                assert await asyncio.gather(*(pipe.execute("GET", f"k{n}") for n in range(100))) == [
+                    b"%d" % n for n in range(100)
+                ]
+
+    with redis_cluster(tmp_path / "cluster", password="hush") as cluster:
+        run(main(cluster))
+        assert all(cluster.serving(f"k{n}").client.get(f"k{n}") == str(n) for n in range(100))
+
+
+def node_addresses(node: RedisServer) -> set[str]:
+    """Where this node says that all are to be asked."""
+    return {f"{host}:{port}" for _, _, (host, port, *_) in node.client.execute_command("CLUSTER", "SLOTS")}
 
 
 # --- slots that move, nodes that go -----------------------------------------------------------------------------------
