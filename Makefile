@@ -22,7 +22,7 @@ gate: $(STAMP)  ## the pre-ship gates on a stack of their own: load, fallback dr
 	$(COMPILE)
 	$(VENV)/bin/gateway preship --apps loadtest/gate --report build/preship.html $(ARGS)
 
-budget: $(STAMP)  ## what a call costs, held to loadtest/budget/kept.json: machine instructions, CPU time beside nginx's. ARGS=--keep
+budget: $(STAMP)  ## machine instructions of a call, and how many times nginx's, held to loadtest/budget/kept.json. ARGS=--keep
 	$(COMPILE)
 	$(VENV)/bin/python -m loadtest.budget $(ARGS)
 

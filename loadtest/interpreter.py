@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import sys
 import sysconfig
 
-VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 DEBIANS_WHEELS = "/usr/share/python-wheels/"
 """Where Debian and Ubuntu keep pip's wheel, and nobody else without `--enable-optimizations`."""
 
@@ -18,7 +18,7 @@ def optimised(arguments: str | None = None) -> bool:
     build, gets its profile from the packaging (`debian/rules`: `profile-opt`, with LTO). Every Python knows the flags
     that it would be profiled with (`PGO_PROF_USE_FLAG`), so those tell nothing.
     """
-    given = (sysconfig.get_config_var("CONFIG_ARGS") or "") if arguments is None else arguments
+    given = _configured() if arguments is None else arguments
     return "--enable-optimizations" in given or DEBIANS_WHEELS in given
 
 
@@ -28,6 +28,14 @@ def kind() -> str:
 
 
 def build() -> str:
-    """What machine instructions and CPU time depend on, as far as Python goes: `3.11 optimised, GCC 12.2.0, x86_64`."""
-    words = [f"{VERSION} {'optimised' if optimised() else 'plain'}", platform.python_compiler(), platform.machine()]
-    return ", ".join(words)
+    """What machine instructions depend on besides our code: `3.11.7 plain 1a2b3c4d, GCC 12.2.0, glibc 2.36, x86_64`.
+
+    The digits are a digest of what it was configured with, less where it was put.
+    """
+    configured = hashlib.sha256(_configured().replace(sys.base_prefix, "").encode()).hexdigest()[:8]
+    words = [f"{platform.python_version()} {'optimised' if optimised() else 'plain'} {configured}"]
+    return ", ".join([*words, platform.python_compiler(), " ".join(platform.libc_ver()), platform.machine()])
+
+
+def _configured() -> str:
+    return sysconfig.get_config_var("CONFIG_ARGS") or ""

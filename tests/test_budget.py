@@ -1,97 +1,49 @@
-"""What holds a call's cost: the arithmetic, verdicts on rounds that are drawn, a planted loss under valgrind."""
+"""What holds a call's cost: the arithmetic, what is not there, a planted loss under valgrind, nginx counted twice."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from loadtest import interpreter
 from loadtest.budget import __main__ as budget
-from loadtest.budget import instructions
-from loadtest.budget.ratio import LEAST, Ratio, Round, Verdict, judge, ratio
+from loadtest.budget import instructions, nginx
 
-KEPT = 12.0
-ROUNDS = 120
+RATIO = "unary, times nginx 1.22.1"
 
 
-def drawn(loss: float, noise: float = 0.1, waited: float = 0.0, seed: int = 1) -> list[Round]:
-    """Rounds of a machine whose speed swings by a third and on which each figure is off by `noise`."""
-    chance = random.Random(seed)
-    rounds = []
-    for _ in range(ROUNDS):
-        speed = chance.uniform(0.85, 1.15)
-        ours, nginx = (chance.lognormvariate(0, noise) * speed for _ in range(2))
-        rounds.append(Round(KEPT * 29 * (1 + loss) * ours, 29 * nginx, waited))
-    return rounds
+@pytest.mark.parametrize("name", ["unary", RATIO])
+@pytest.mark.parametrize(("figure", "lost"), [(1_090, False), (1_110, True), (910, False), (890, True)])
+def test_a_tenth_more_or_less_is_a_fault(name: str, figure: int, lost: bool) -> None:
+    assert budget.held({name: figure / 40, "large": 1}, {name: 25.0, "large": 1}).lost is lost
 
 
-def verdict(rounds: Sequence[Round]) -> Verdict:
-    """As the gate comes to one: it looks after each round, and stops as soon as it is sure."""
-    for end in range(LEAST, len(rounds) + 1):
-        found = judge(ratio(rounds[:end]), KEPT)
-        if found is not Verdict.UNSURE:
-            return found
-    return Verdict.UNSURE
+def test_the_ratio_to_an_nginx_that_nobody_kept_is_said_and_not_held() -> None:
+    outcome = budget.held({"unary": 1_000, "unary, times nginx 9.9": 99.0}, {"unary": 1_000, RATIO: 30.0})
+    assert not outcome.lost
+    assert outcome.lines[-1] == "unary, times nginx 9.9: 99.0, and none is kept"
 
 
-@pytest.mark.parametrize("loss", [-0.3, 0.0, 0.03])
-def test_what_is_within_the_budget_is_never_said_to_be_lost(loss: float) -> None:
-    found = [verdict(drawn(loss, seed=seed)) for seed in range(100)]
-    assert Verdict.LOST not in found
-    assert found.count(Verdict.HELD) > 90
-
-
-@pytest.mark.parametrize("loss", [0.2, 0.3])
-def test_a_loss_of_a_fifth_is_found_and_never_said_to_be_held(loss: float) -> None:
-    found = [verdict(drawn(loss, seed=seed)) for seed in range(100)]
-    assert Verdict.HELD not in found
-    assert found.count(Verdict.LOST) > 90
-
-
-def test_where_rounds_say_everything_nobody_is_sure() -> None:
-    assert verdict(drawn(0.1, noise=0.5)) is Verdict.UNSURE
-
-
-def test_a_round_whose_core_was_taken_does_not_count() -> None:
-    disturbed = drawn(0.4, waited=0.5)
-    assert verdict(disturbed) is Verdict.UNSURE
-    assert ratio(disturbed).counted == 0
-    assert verdict([*disturbed, *drawn(0.0)]) is Verdict.HELD
-
-
-def sure(of_kept: float) -> Ratio:
-    return Ratio(60, 60, KEPT * of_kept, KEPT * of_kept * 0.99, KEPT * of_kept * 1.01)
-
-
-@pytest.mark.parametrize(
-    ("measured", "lost", "warned"),
-    [
-        ([1.0], False, False),
-        ([1.2, 1.2], True, False),
-        ([1.2, 1.0], False, False),
-        ([1.2, 1.1], False, True),
-        ([1.1], False, True),
-    ],
-)
-def test_a_loss_is_believed_the_second_time_and_what_cannot_be_told_passes_with_a_warning(
-    measured: list[float], lost: bool, warned: bool
+@pytest.mark.parametrize("path", ["", "as it is"])
+def test_without_valgrind_or_for_a_python_that_nobody_kept_it_passes_and_says_so(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outcome = budget.held_ratio(KEPT, [sure(of_kept) for of_kept in measured])
-    assert (outcome.lost, outcome.lines[-1].startswith("WARNING")) == (lost, warned)
+    (file := tmp_path / "kept.json").write_bytes(msgspec.json.encode({"2.7 plain": {"unary": 1}}))
+    if not path:
+        monkeypatch.setenv("PATH", "")
+    outcome = budget.run(file, keep=False)
+    assert not outcome.lost
+    assert "not counted" in outcome.lines[0]
 
 
-@pytest.mark.parametrize(("count", "lost"), [(1_090, False), (1_110, True), (910, False), (890, True)])
-def test_a_tenth_more_instructions_or_fewer_is_a_fault(count: int, lost: bool) -> None:
-    assert budget.held_instructions({"unary": count}, {"unary": 1_000}).lost is lost
-
-
-def test_what_nobody_kept_is_said_and_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    (said,) = budget.count(budget.Kept(), keep=False).lines
-    assert "not counted" in said
+def test_every_python_that_figures_are_kept_for_has_the_ratio_too() -> None:
+    kept = msgspec.json.decode(budget.KEPT.read_bytes(), type=dict[str, dict[str, float]])
+    assert {name.partition(" nginx ")[0] for figures in kept.values() for name in figures} == {
+        *("large", "stream", "unary", "unary, times")
+    }
+    assert all(len(figures) == 4 for figures in kept.values())
 
 
 @pytest.mark.parametrize(
@@ -136,5 +88,13 @@ def test_work_inside_compiled_functions_is_noticed(tmp_path: Path) -> None:
     program = tmp_path / "planted.py"
     program.write_text(PLANTED)
     plain, planted = instructions.count(), instructions.count((str(program),))
-    assert not budget.held_instructions(plain, instructions.count()).lost
-    assert budget.held_instructions(planted, plain).lost
+    assert not budget.held(plain, instructions.count()).lost
+    assert budget.held(planted, plain).lost
+
+
+@pytest.mark.drill
+@pytest.mark.skipif(nginx.missing() is not None, reason=str(nginx.missing()))
+def test_nginx_takes_the_same_each_time_and_more_for_a_larger_prompt() -> None:
+    once, again, large = nginx.count(), nginx.count(), nginx.count("large")
+    assert once == pytest.approx(again, rel=0.01)
+    assert large > 1.1 * once

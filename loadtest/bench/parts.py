@@ -166,13 +166,12 @@ class Parts:
         self.mock_url = f"http://127.0.0.1:{port}"
         return Subject("mock", f"{self.mock_url}/openai/v1/chat/completions", {}, child.pid)
 
-    def start_gateway(self, starts: int, bare: bool = False, prefix: Sequence[str] = ()) -> tuple[Subject, list[float]]:
+    def start_gateway(self, starts: int, bare: bool = False) -> tuple[Subject, list[float]]:
         """The gateway with everything on, and the seconds from each of `starts` spawns to the first 200.
 
-        `bare`: with all off that can be: no limits, so Redis is not asked, no PostgreSQL, no spans. `prefix` is what
-        its command is run under.
+        `bare`: with all off that can be: no limits, so Redis is not asked, no PostgreSQL, no spans.
         """
-        service, subject = self._gateway("gateway-bare" if bare else "gateway", _identity(), bare, prefix)
+        service, subject = self._gateway("gateway-bare" if bare else "gateway", _identity(), bare)
         cold_starts = []
         for number in range(starts):
             child = self._start(service, "subject")
@@ -204,15 +203,13 @@ class Parts:
         url = f"{traefik.url.removesuffix('/openai/v1/chat/completions')}/v1/chat/completions"
         return Subject(f"replicas-{count}", url, started[0][1].headers, traefik.pid, beside=tuple(pids))
 
-    def _gateway(
-        self, name: str, identity: tuple[str, str], bare: bool = False, prefix: Sequence[str] = ()
-    ) -> tuple[Service, Subject]:
+    def _gateway(self, name: str, identity: tuple[str, str], bare: bool = False) -> tuple[Service, Subject]:
         """A replica that is not started, and where calls to it go."""
         port, admin_port = self._port(), self._port()
         public_id, key = identity
         overlay = self._folder / f"{name}.yaml"
         services.write_private(overlay, yaml.safe_dump(self._overlay(public_id, key, bare)))
-        argv = [*prefix, *gateway_command(port, admin_port, self._config, overlay, self._folder / f"{name}-spool")]
+        argv = gateway_command(port, admin_port, self._config, overlay, self._folder / f"{name}-spool")
         given = {
             "REDIS_URL": self.redis_url,
             "GATEWAY_ADMIN_TOKEN": secrets.token_urlsafe(32),
@@ -330,19 +327,27 @@ class Parts:
         child = self._start(_http_service(peer.name, peer.argv, peer.env, port, peer.health), "subject")
         return Subject(peer.name, f"http://127.0.0.1:{port}{peer.chat}", peer.headers, child.pid), peer.version
 
-    def start_nginx(self) -> Subject:
-        """nginx proxy_pass with kept-alive upstream connections, unbuffered."""
+    def start_nginx(self, prefix: Sequence[str] = (), options: Sequence[str] = ()) -> Subject:
+        """nginx proxy_pass with kept-alive upstream connections, unbuffered. `prefix` is what it is run under."""
         program = nginx_program()
         if program is None:
             raise StackError("nginx is not installed.")
         port = self._port()
         configuration = self._folder / "nginx.conf"
         configuration.write_text(_nginx_configuration(self._folder, port, self.mock_url.removeprefix("http://")))
-        argv = [program, "-p", str(self._folder), "-c", str(configuration), "-e", str(self._folder / "log/nginx.err")]
+        argv = [*prefix, program, "-p", str(self._folder), "-c", str(configuration)]
+        argv += ["-e", str(self._folder / "log/nginx.err"), *options]
         child = self._start(
             _http_service("nginx", argv, services.plain_environment(os.environ), port, "/openai/v1/models"), "subject"
         )
         return Subject("nginx", f"http://127.0.0.1:{port}/openai/v1/chat/completions", {}, child.pid)
+
+    def stop(self, subject: Subject, seconds: float) -> None:
+        """Asks it to end and waits for that; raises `StackError` where it does not."""
+        child = next(one for one in [*self._subjects, *self._children] if one.pid == subject.pid)
+        child.ask_to_stop()
+        if not child.wait(seconds):
+            raise StackError(f"{subject.name} did not end within {seconds:g} s of being asked to.")
 
     def _port(self) -> int:
         port = free_port(self._ports)

@@ -1,1 +1,1 @@
-"""What holds a call's cost: machine instructions, and the CPU time beside nginx's. `python -m loadtest.budget`."""
+"""What holds a call's cost: machine instructions, and how many times nginx's they are. `python -m loadtest.budget`."""

@@ -41,8 +41,8 @@ and an exchange that together do nothing, unless valgrind sees them.
 
 def missing() -> str | None:
     """Why nothing can be counted here, as a sentence; None where it can."""
-    if platform.machine() != "x86_64":
-        return f"instructions are counted on x86_64 only, and this is {platform.machine()}"
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        return f"it takes Linux on x86_64, and this is {platform.system()} on {platform.machine()}"
     if shutil.which("valgrind") is None:
         return "valgrind is not installed here"
     return None
@@ -51,12 +51,17 @@ def missing() -> str | None:
 PROGRAM = ("-m", __spec__.name)
 
 
+def callgrind(dump: Path, *options: str) -> list[str]:
+    """What a command is run under; its dumps are `dump`, or begin so where it asks for several."""
+    program = shutil.which("valgrind") or "valgrind"
+    return [program, "--quiet", "--tool=callgrind", "--vgdb=no", f"--callgrind-out-file={dump}", *options]
+
+
 def count(program: Sequence[str] = PROGRAM) -> dict[str, int]:
     """Machine instructions of one call, by case, the rig's own part with them. RuntimeError: valgrind's last words."""
     with tempfile.TemporaryDirectory(prefix="gateway-instructions-") as name:
         folder = Path(name)
-        command = ["valgrind", "--quiet", "--tool=callgrind", "--instr-atstart=no"]
-        command += [f"--callgrind-out-file={folder / 'out'}", sys.executable, *program, name]
+        command = [*callgrind(folder / "out", "--instr-atstart=no"), sys.executable, *program, name]
         environ = {**os.environ, "PYTHONHASHSEED": "0"}
         try:
             done = subprocess.run(
@@ -66,17 +71,19 @@ def count(program: Sequence[str] = PROGRAM) -> dict[str, int]:
             raise RuntimeError(f"valgrind had not counted after {SECONDS} s") from error
         if done.returncode != 0:
             raise RuntimeError(f"nothing could be counted with valgrind:\n{(done.stdout + done.stderr)[-2000:]}")
-        totals = [_total((folder / f"out.{place + 1}").read_text()) for place in range(len(work.CASES) * BATCHES)]
+        totals = [total(folder / f"out.{place + 1}") for place in range(len(work.CASES) * BATCHES)]
     return {
         case: int(statistics.median(totals[place * BATCHES : (place + 1) * BATCHES]) / BATCH)
         for place, case in enumerate(work.CASES)
     }
 
 
-def _total(dump: str) -> int:
-    found = re.search(r"^totals: (\d+)$", dump, re.MULTILINE)
+def total(dump: Path) -> int:
+    """Instructions of a dump. Raises RuntimeError."""
+    text = dump.read_text() if dump.exists() else ""
+    found = re.search(r"^totals: (\d+)$", text, re.MULTILINE)
     if found is None:
-        raise RuntimeError(f"a dump of callgrind without its total:\n{dump[:500]}")
+        raise RuntimeError(f"a dump of callgrind without its total:\n{text[:500]}")
     return int(found[1])
 
 
