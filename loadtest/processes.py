@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,9 +204,26 @@ def is_free(port: int) -> bool:
     return True
 
 
-def free_port(taken: set[int]) -> int:
-    """A port of 127.0.0.1 on which nobody listens and that is not in `taken`."""
+def free_port(taken: Collection[int] = ()) -> int:
+    """A port of 127.0.0.1 on which nobody listens and that is not in `taken`.
+
+    Nobody else is given it as long as this process lives, though what it is for may listen much later.
+    """
     while True:
         port = random.choice(PORTS)
-        if port not in taken and is_free(port):
+        if port not in taken and is_free(port) and _claim(port):
             return port
+
+
+def _claim(port: int) -> bool:
+    """A name beside the file system (unix(7), abstract) is one process's, and goes with it."""
+    if sys.platform != "linux":
+        return True
+    claim = socket.socket(socket.AF_UNIX)
+    try:
+        claim.bind(f"\0llm-gateway-port-{port}")
+    except OSError:
+        claim.close()
+        return False
+    claim.detach()  # open for good: nobody closes it, and no child has it
+    return True

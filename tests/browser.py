@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import os
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,6 +14,8 @@ from typing import Any
 
 import httpx
 import pytest
+
+from loadtest.processes import free_port
 
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 """The name under which WebDriver hands out elements."""
@@ -108,14 +109,12 @@ def chromedriver(folder: Path) -> Iterator[str]:
     if program is None or shutil.which("chromium") is None:
         assert not os.environ.get("CI"), "CI needs chromium and chromedriver"
         pytest.skip("Chromium is not installed: `apt-get install chromium chromium-driver`")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with (folder / "chromedriver.log").open("wb") as log:
         process = subprocess.Popen([program, f"--port={port}"], stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while True:
             try:
                 httpx.get(f"{url}/status").raise_for_status()

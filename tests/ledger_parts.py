@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -21,7 +20,7 @@ import psycopg
 import app
 from app.ambient import Ambient, timestamp
 from app.core import Cost, EventLatency, Intent, LedgerEvent, Usage, event_cost, event_usage, usd
-from loadtest.processes import tied
+from loadtest.processes import free_port, tied
 
 AMBIENT = Ambient()
 SCHEMA = Path(app.__file__).parent / "cost-ledger-v1.json"
@@ -125,18 +124,12 @@ def _defaults(shape: dict[str, Any]) -> dict[str, Any]:
     return {name: member["default"] for name, member in shape["properties"].items() if "default" in member}
 
 
-def wait_until(done: Callable[[], object], what: str, seconds: float = 20.0) -> None:
+def wait_until(done: Callable[[], object], what: str, seconds: float = 60.0) -> None:
     """Polls until `done()` is true; fails with `what` after `seconds`."""
     end = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < end, f"not within {seconds} s: {what}"
         time.sleep(0.02)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Postgres:
@@ -181,7 +174,7 @@ class Postgres:
                 cwd="/",
                 start_new_session=True,
             )
-        wait_until(self._answers, "PostgreSQL answers", 60)
+        wait_until(self._answers, "PostgreSQL answers", 90)
 
     def stop(self) -> None:
         """Fast shutdown: connections are cut."""

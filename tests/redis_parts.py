@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import gc
 import signal
-import socket
 import ssl
 import subprocess
 import time
@@ -22,11 +21,12 @@ from redis.exceptions import RedisError
 from app.ambient import Ambient
 from app.redis_cluster import ClusterPipe, slot_of
 from app.redis_pipe import RedisPipe
+from loadtest.processes import free_port
 
 T = TypeVar("T")
 Pipe = TypeVar("Pipe", RedisPipe, ClusterPipe)
 AMBIENT = Ambient()
-DEADLINE_SECONDS = 20.0
+DEADLINE_SECONDS = 60.0
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "asyncio": asyncio.new_event_loop,
     "uvloop": uvloop.new_event_loop,
@@ -64,12 +64,9 @@ class RedisServer:
     """A plain redis-server on a free port of the loopback and on a socket in `folder`; `bus`: with a cluster's, too."""
 
     def __init__(self, folder: Path, *arguments: str, password: str = "", bus: bool = False) -> None:
-        self._kept = [_kept_port() for _ in range(1 + bus)]
-        self.port, *others = (kept.getsockname()[1] for kept in self._kept)
+        self.port = free_port()
         if bus:
-            arguments += ("--cluster-enabled", "yes", "--cluster-port", str(others[0]))
-        else:  # it may never be started
-            self._let_go()
+            arguments += ("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
         self.folder = folder
         self.socket = folder / "redis.sock"
         self._command = [
@@ -87,7 +84,6 @@ class RedisServer:
         while True:
             try:
                 self.client.ping()
-                self._let_go()
                 return
             except RedisError:
                 assert time.monotonic() < deadline, "redis-server does not start"
@@ -108,12 +104,7 @@ class RedisServer:
             self._process.kill()
             self._process.wait()
             self._process = None
-        self._let_go()
         self.client.close()
-
-    def _let_go(self) -> None:
-        while self._kept:
-            self._kept.pop().close()
 
 
 @contextlib.contextmanager
@@ -207,14 +198,6 @@ class RedisCluster:
     def kill(self) -> None:
         for node in self.nodes:
             node.kill()
-
-
-def _kept_port() -> socket.socket:
-    """A free port of the loopback that nobody else is given before this is closed; Redis can listen on it already."""
-    kept = socket.socket()
-    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    kept.bind(("127.0.0.1", 0))
-    return kept
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ def alerts(journey: Journey, tmp_path: Path) -> Iterator[str]:
         "scrape_configs": [scraped],
     }
     (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(configuration))
-    port = free_port(set())
+    port = free_port()
     with (tmp_path / "log").open("wb") as log:
         running = subprocess.Popen(
             [

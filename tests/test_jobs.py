@@ -21,7 +21,8 @@ from app.archive import Archive, ArchiveError
 from app.core import Cost
 from app.reports.rollup import Rollups
 from app.reports.schedule import Job, JobState, Schedule, standard_jobs
-from tests.ledger_parts import AMBIENT, Postgres, an_event, free_port, query, running_postgres, wait_until
+from loadtest.processes import free_port
+from tests.ledger_parts import AMBIENT, Postgres, an_event, query, running_postgres, wait_until
 from tests.test_rollup import DAY_SECONDS, NOON, record
 
 TOKEN = "jobs-token"
@@ -156,7 +157,7 @@ def command(url: str, *arguments: object) -> list[str]:
 
 
 def test_once_runs_what_is_due_and_exits(url: str) -> None:
-    ran = subprocess.run(command(url, "--once"), capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(command(url, "--once"), capture_output=True, text=True, timeout=200)
     assert ran.returncode == 0, ran.stderr
     assert {row[0] for row in query(url, "SELECT name FROM job WHERE succeeded_at IS NOT NULL")} == {
         "partitions", "rollup",
@@ -165,7 +166,7 @@ def test_once_runs_what_is_due_and_exits(url: str) -> None:
 
 def test_once_says_that_the_database_is_away() -> None:
     ran = subprocess.run(
-        command("postgresql://g:hush@127.0.0.1:1/d", "--once"), capture_output=True, text=True, timeout=60
+        command("postgresql://g:hush@127.0.0.1:1/d", "--once"), capture_output=True, text=True, timeout=200
     )
     assert ran.returncode == 1
     assert "PostgreSQL at 127.0.0.1:1 does not take part" in ran.stderr

@@ -241,7 +241,7 @@ def test_a_lake_that_cannot_be_opened_does_not_keep_postgres_from_its_rows(tmp_p
     spooled(tmp_path, an_event())
     environ = os.environ | {"DATABASE_URL": url, "LEDGER_LAKE_URL": "ftp://nowhere"}
     command = [sys.executable, "-m", "app.ledger_shipper", "--spool-dir", str(tmp_path), "--replica", "r1"]
-    ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=environ, cwd=ROOT, timeout=60)
+    ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=environ, cwd=ROOT, timeout=200)
     report = json.loads(ended.stdout.splitlines()[-1])
     assert (report["shipped_rows"], report["lake"]["error"][:9]) == (1, "A lake is")
     assert b"Traceback" not in ended.stderr

@@ -47,7 +47,7 @@ class Prometheus:
             if "authorization" in job:
                 job["authorization"]["credentials_file"] = str(folder / "admin_token")
         (folder / "prometheus.yml").write_text(yaml.safe_dump(shipped))
-        address = f"127.0.0.1:{free_port(set())}"
+        address = f"127.0.0.1:{free_port()}"
         self._http = httpx.Client(base_url=f"http://{address}/api/v1", timeout=30)
         self.log = folder / "prometheus.log"
         with self.log.open("wb") as log:
@@ -96,7 +96,7 @@ class Prometheus:
 def prometheus(stack: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """It scrapes the suite's stack, with a process for the jobs beside it."""
     folder = tmp_path_factory.mktemp("prometheus")
-    port = free_port(set())
+    port = free_port()
     with Journey(stack) as journey:  # a day to be summed, for the figures of spend
         journey.row(journey.post(chat("tokens=2")).headers["x-request-id"])
     environ = os.environ | {"GATEWAY_ADMIN_TOKEN": stack.admin_token, "DATABASE_URL": stack.postgres_url}
