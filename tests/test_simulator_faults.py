@@ -10,7 +10,7 @@ import pytest
 
 from loadtest.simulator import faults
 from loadtest.simulator.inprocess import running
-from tests.simulation import counts, eventually, http, post, put_fault, raw, read_until, say
+from tests.simulation import DEADLINE_SECONDS, counts, eventually, http, post, put_fault, raw, read_until, say
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,20 @@ def test_stall_goes_silent_in_the_middle_of_a_stream(url: str) -> None:
         with pytest.raises(TimeoutError):
             read_until(connection, b"data: ")
     assert seen.count(b"data: ") == 2
+
+
+@pytest.mark.parametrize("call", ["PUT", "DELETE"])
+def test_hold_goes_silent_until_its_fault_is_taken_away(url: str, call: str) -> None:
+    put_fault(url, kind="hold", after_chunks=2)
+    with raw(url, say("x", stream=True)) as connection:
+        seen = read_until(connection, b'"delta":{"content"')
+        connection.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            read_until(connection, b"data: ")
+        connection.settimeout(DEADLINE_SECONDS)
+        http(call, f"{url}/_sim/faults/openai", **({"json": []} if call == "PUT" else {})).raise_for_status()
+        seen += read_until(connection, b"[DONE]")
+    assert seen.count(b"data: ") > 4
 
 
 def test_cut_closes_in_the_middle_of_a_stream(url: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -76,6 +77,10 @@ class Stall(_Midway, frozen=True, kw_only=True, tag="stall"):
     """Silence in the middle of the answer, until the client leaves."""
 
 
+class Hold(_Midway, frozen=True, kw_only=True, tag="hold"):
+    """Silence in the middle of a stream until the vendor's faults are replaced or deleted; then the rest of it."""
+
+
 class Cut(_Midway, frozen=True, kw_only=True, tag="cut"):
     """The connection closes in the middle of the answer, without the terminating chunk."""
 
@@ -102,7 +107,7 @@ class Wrong(Fault, frozen=True, kw_only=True, tag="wrong"):
 
 
 AnyFault = (
-    Latency | Slow | Throttle | Status | Reset | Hang | Stall | Cut | Malformed | ErrorEvent | Empty | Wrong
+    Latency | Slow | Throttle | Status | Reset | Hang | Stall | Hold | Cut | Malformed | ErrorEvent | Empty | Wrong
 )  # fmt: skip
 
 
@@ -129,9 +134,13 @@ class Faults:
     def __init__(self, chance: Callable[[], float] = random.random) -> None:
         self._chance = chance
         self._active: list[list[Any]] = []  # pairs of fault and times left
+        self.replaced = asyncio.Event()
+        """Set when those in force now no longer are; what comes then has an event of its own."""
 
     def put(self, faults: list[Any]) -> None:
         """Replace what was in force."""
+        self.replaced.set()
+        self.replaced = asyncio.Event()
         self._active = [[fault, fault.times] for fault in faults]
 
     def take(self, model: str) -> Any | None:

@@ -92,6 +92,7 @@ class Simulator:
             return _send(reply, shape.error(problem))
         # Where tokens come from is another service: faults are of those who take them.
         fault = None if request.path == "/token" else vendor.faults.take(shape.model(request))
+        replaced = vendor.faults.replaced
         refusal = _refusal(shape, fault)
         if refusal is not None or isinstance(fault, faults.Reset | faults.Hang):
             await asyncio.sleep(fault.latency_ms / 1000)
@@ -109,7 +110,7 @@ class Simulator:
         latency_ms = answer.latency_ms + (fault.latency_ms if fault else 0)
         if isinstance(answer, Stream):
             vendor.stream_begins()
-            await _send_stream(reply, answer, fault, latency_ms / 1000)
+            await _send_stream(reply, answer, fault, latency_ms / 1000, replaced)
             return None
         if latency_ms:
             await asyncio.sleep(latency_ms / 1000)
@@ -234,7 +235,9 @@ async def _send_unary(reply: Reply, shape: Shape, answer: Unary, fault: Any) -> 
     return _send(reply, answer)
 
 
-async def _send_stream(reply: Reply, stream: Stream, fault: Any, latency_seconds: float) -> None:
+async def _send_stream(
+    reply: Reply, stream: Stream, fault: Any, latency_seconds: float, replaced: asyncio.Event
+) -> None:
     if stream.comment:
         # This vendor opens its stream at once, and says until the first event that it is working.
         reply.start(200, stream.headers)
@@ -248,6 +251,9 @@ async def _send_stream(reply: Reply, stream: Stream, fault: Any, latency_seconds
             await asyncio.sleep(latency_seconds)
         reply.start(200, stream.headers)
     chunk_ms = stream.chunk_ms if fault is None or fault.chunk_ms is None else fault.chunk_ms
+    if isinstance(fault, faults.Hold):
+        await reply.chunks(list(islice(stream.events, fault.after_chunks)))
+        await replaced.wait()
     events = _events(stream, fault)
     if chunk_ms:
         await _paced(reply, events, chunk_ms / 1000)
