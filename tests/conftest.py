@@ -14,7 +14,7 @@ import pytest
 
 from loadtest.stack import Stack
 from tests.guard import Guard
-from tests.journey import OTHER_KEY, OVERLAY, VENDOR_KEY, Journey, jwks, pool_providers, until
+from tests.journey import OTHER_KEY, OVERLAY, VENDOR_KEY, Journey, jwks, patient_edge, pool_providers, until
 from tests.webhook import Webhook
 
 hypothesis.settings.register_profile("suite", deadline=None)  # how long a case takes is the machine's affair
@@ -57,7 +57,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory, webhook: Webhook, suite_guar
         guardrails = {"suite": {"url": suite_guard.url, "timeout_ms": 20_000}}
         return OVERLAY | {"guardrails": guardrails, "gateway": gateway, "providers": providers, "issuers": issuers}
 
-    with Stack(folder, overlay=overlay, environ=environ, report=lambda line: None) as stack:
+    with Stack(folder, overlay=overlay, environ=environ, dynamic=patient_edge(folder)) as stack:
         with Journey(stack) as journey:  # a Redis that was never used gets its budgets from the ledger first
             until(lambda: all(journey.admin("/status", n).json()["budgets"] == "whole" for n in range(2)))
         yield stack
@@ -77,7 +77,7 @@ def journey(stack: Stack) -> Iterator[Journey]:
 def whole(journey: Journey) -> Iterator[Journey]:
     """A test that breaks the stack: afterwards both replicas are back and ready, and Traefik sees them."""
     yield journey
-    until(lambda: _ready(journey), 30)
+    until(lambda: _ready(journey), 90)  # a Redis that was lost twice in a minute is taken for there after up to 30 s
 
 
 def _ready(journey: Journey) -> bool:

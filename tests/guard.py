@@ -32,7 +32,7 @@ class Guard:
                 guard.asked.append(question)
                 guard.headers.append({name.lower(): value for name, value in self.headers.items()})
                 if guard.silent:
-                    guard._released.wait(20)
+                    guard._released.wait(60)
                 status, body = guard.answers.pop(0) if guard.answers else (200, guard.verdict(question))
                 self.send_response(status)
                 if status == 302:

@@ -180,7 +180,7 @@ class Postgres:
         """Fast shutdown: connections are cut."""
         if self._process is not None:
             self._process.send_signal(signal.SIGINT)
-            self._process.wait(20)
+            self._process.wait(60)
             self._process = None
 
     def freeze(self) -> None:
@@ -222,6 +222,6 @@ def running_postgres() -> Iterator[Postgres]:
 
 
 def query(url: str, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
-    with psycopg.connect(url, autocommit=True, connect_timeout=5) as connection:
+    with psycopg.connect(url, autocommit=True, connect_timeout=60) as connection:
         cursor = connection.execute(statement.encode(), parameters or None)
         return cursor.fetchall() if cursor.description else []

@@ -17,7 +17,7 @@ from app.config import UNLIMITED, Config, Quota, ServiceKey, Tenant, WrittenAway
 from app.core import Call, Reservation
 from app.errors import LimitError
 from app.limits import Limits
-from app.limits.scopes import WHOLE
+from app.limits.scopes import WHOLE, period
 from app.redis_pipe import RedisPipe
 from tests import gateway_parts
 from tests.redis_parts import AMBIENT, RedisServer, running
@@ -56,7 +56,7 @@ def whole(server: RedisServer) -> RedisServer:
 
 
 @contextlib.asynccontextmanager
-async def limits_on(server: RedisServer, timeout_ms: float = 100, **options: Any) -> AsyncIterator[Limits]:
+async def limits_on(server: RedisServer, timeout_ms: float = 20_000, **options: Any) -> AsyncIterator[Limits]:
     """Limits as they run in a replica, on a pipe of their own; `pipe` is it."""
     async with running(pipe_to(server, timeout_ms)) as pipe:
         limits = Limits(pipe, AMBIENT, **options)
@@ -112,12 +112,17 @@ class Caller:
         return True
 
 
-def not_just_before_midnight(seconds: float) -> None:
-    while DAY_SECONDS - time.time() % DAY_SECONDS < seconds:
+BRIEFLY_MS = 400
+"""How long a Redis that a test freezes is waited for; where it answers before, it must within that."""
+
+
+def not_just_before_midnight(seconds: float, zone: str = "UTC") -> None:
+    """Waits for it where it would come amid a test that asks what a day or a month has had."""
+    while period(False, zone, time.time())[2] - time.time() < seconds:
         time.sleep(0.5)
 
 
-def pipe_to(server: RedisServer, timeout_ms: float = 5000) -> RedisPipe:
+def pipe_to(server: RedisServer, timeout_ms: float = 20_000) -> RedisPipe:
     return RedisPipe(server.url, AMBIENT, timeout_ms=timeout_ms, probe_seconds=0.05, probation_seconds=0)
 
 

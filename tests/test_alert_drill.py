@@ -62,7 +62,7 @@ def alerts(journey: Journey, tmp_path: Path) -> Iterator[str]:
         yield url
     finally:
         running.terminate()
-        running.wait(30)
+        running.wait(60)
 
 
 def answers(url: str) -> bool:

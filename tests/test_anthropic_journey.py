@@ -134,11 +134,12 @@ def test_an_error_amid_a_stream_is_one_error_event(journey: Journey) -> None:
 
 
 def test_a_hung_up_stream_keeps_what_the_vendor_told_of_the_prompt(journey: Journey) -> None:
-    with journey.stream(chat("tokens=400 chunk_ms=50 cached=4", model="claude")) as streamed:
+    journey.fault("anthropic", kind="hold", after_chunks=9)
+    with journey.stream(chat("tokens=400 cached=4", model="claude")) as streamed:
         lines = streamed.iter_lines()
         for _ in range(12):
             next(lines)
-    until(lambda: journey.counts("anthropic")["aborted"] == 1, 5)
+    until(lambda: journey.counts("anthropic")["aborted"] == 1)
     event = journey.row(streamed.headers["x-request-id"])
     assert (event["status"], event["usage_source"]) == ("client_closed", "estimated")
     assert event["usage"]["classes"]["cache_read"] == 4

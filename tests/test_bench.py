@@ -55,7 +55,7 @@ def load_against(
                 url, request_bytes(url, {}, b"{}"), concurrency=connections, count=len(answers), expected=expected
             )
 
-    return asyncio.run(asyncio.wait_for(run(), 20))
+    return asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def chunked(*chunks: bytes) -> bytes:
@@ -72,7 +72,7 @@ def load_against_mock(body: bytes, count: int) -> LoadResult:
         async with server:
             return await run_load(url, request_bytes(url, {}, body), concurrency=2, count=count)
 
-    return asyncio.run(asyncio.wait_for(run(), 20))
+    return asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def test_a_slow_stream_is_held_open_while_others_are_answered() -> None:
@@ -90,7 +90,7 @@ def test_a_slow_stream_is_held_open_while_others_are_answered() -> None:
                 one.give_up()
             return begun, load, [one.begun for one in held]
 
-    begun, load, after = asyncio.run(asyncio.wait_for(run(), 20))
+    begun, load, after = asyncio.run(asyncio.wait_for(run(), 60))
     assert (begun, after) == ([True] * 3, [False] * 3)
     assert (load.completed, load.errors) == (5, {})
 
@@ -128,7 +128,7 @@ def test_a_client_hangs_up_after_its_events_and_goes_on_with_the_next_of_its_req
             requests = [Asked(b"leave " + NUMBER, hangs_up_after=2), Asked(b"stay " + NUMBER)]
             return await run_load(url, requests, concurrency=1, count=4, sent_before=7)
 
-    result = asyncio.run(asyncio.wait_for(run(), 20))
+    result = asyncio.run(asyncio.wait_for(run(), 60))
     assert asked == [b"leave %012d" % 8, b"stay %012d" % 9, b"leave %012d" % 10, b"stay %012d" % 11]
     assert (result.completed, result.hung_up, result.errors) == (2, 2, {})
 
@@ -175,7 +175,7 @@ def test_a_server_that_is_not_there_is_an_error_for_each_try() -> None:
         await server.wait_closed()
         return await run_load(url, b"", concurrency=1, count=3)
 
-    result = asyncio.run(asyncio.wait_for(run(), 20))
+    result = asyncio.run(asyncio.wait_for(run(), 60))
     assert (result.completed, set(result.errors)) == (0, {"connect"})
 
 
@@ -193,7 +193,7 @@ def test_an_answer_that_comes_after_the_time_is_late_and_not_measured() -> None:
         async with server:
             return await run_load(url, request_bytes(url, {}, b""), concurrency=2, duration_seconds=0.05)
 
-    result = asyncio.run(asyncio.wait_for(run(), 20))
+    result = asyncio.run(asyncio.wait_for(run(), 60))
     assert (result.completed, result.late, result.errors) == (0, 2, {})
 
 
@@ -245,7 +245,7 @@ def test_a_numbered_request_is_another_each_time_and_as_long() -> None:
         async with server:
             return await run_load(url, request_bytes(url, {}, NUMBER), concurrency=1, count=3)
 
-    assert asyncio.run(asyncio.wait_for(run(), 20)).completed == 3
+    assert asyncio.run(asyncio.wait_for(run(), 60)).completed == 3
     assert [data.rpartition(b"\r\n")[2] for data in heard] == [b"%012d" % number for number in (1, 2, 3)]
     assert len(NUMBER) == 12
 

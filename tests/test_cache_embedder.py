@@ -53,7 +53,7 @@ def test_a_vector_that_is_late_is_none_and_no_more_than_so_many_wait() -> None:
     go = threading.Event()
 
     def stuck(text: str) -> bytes:
-        go.wait(30)
+        go.wait(60)
         return b""
 
     async def scenario() -> None:

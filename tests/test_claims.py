@@ -24,7 +24,7 @@ from app.errors import GatewayError, VendorError
 from app.release import VERSION
 from loadtest.services import SIMULATOR_LATENCY_MS
 from loadtest.simulator import faults
-from tests.journey import Journey, chat, events
+from tests.journey import Journey, chat, events, until
 from tests.test_readme import ENVIRONMENT, PROSE, README, ROOT
 
 SECTIONS = {field.encode_name for field in msgspec.structs.fields(Written)}
@@ -175,7 +175,7 @@ def test_figures_of_the_readme_are_those_of_the_code() -> None:
 def gateway(*arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "app.cli", *(str(argument) for argument in arguments)]
     without = {name: value for name, value in ENVIRONMENT.items() if name != "DATABASE_URL"}
-    return subprocess.run(command, cwd=ROOT, env=without | environ, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, env=without | environ, capture_output=True, text=True, timeout=200)
 
 
 @pytest.mark.parametrize(
@@ -280,6 +280,7 @@ def test_frozen_postgres_does_not_hold_up_the_usage_command(journey: Journey) ->
         failed = gateway("usage", "--tenant", "acme-corp", "--database-url", journey.stack.postgres_url)
     finally:
         journey.stack.thaw("postgres")
+    until(lambda: all(journey.admin("/status", number).json()["postgres"] == "up" for number in range(2)))
     assert failed.returncode == 1
     assert "does not take part" in failed.stderr
     assert "Traceback" not in failed.stderr

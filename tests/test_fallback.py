@@ -22,6 +22,14 @@ BLOCKED: dict[str, dict[str, Any]] = {
     "refusing our key": {"kind": "status", "status": 401},
     "not knowing our model": {"kind": "status", "status": 404},
 }
+SILENT = ("hanging", "stalled before content")
+
+
+def impatient(mood: str) -> str:
+    """The alias for a vendor with this mood: of short deadlines, which a busy machine may miss, where it needs them."""
+    return "quick" if mood in SILENT else "support-fast"
+
+
 BROKEN_STREAMS: dict[str, dict[str, Any]] = {
     "empty": {"kind": "empty"},
     "without a word": {"kind": "empty", "done": False},
@@ -36,7 +44,7 @@ BROKEN_STREAMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("mood", BLOCKED)
 def test_secondary_answers_when_the_primary_is(journey: Journey, mood: str, streamed: bool) -> None:
     journey.fault("openai", **BLOCKED[mood])
-    body = chat("tokens=6", model="quick")
+    body = chat("tokens=6", model=impatient(mood))
     with journey.stream(body) if streamed else posted(journey, body) as answer:
         assert answer.status_code == 200
         assert text(events(answer)) if streamed else answer.json()["choices"]
@@ -52,7 +60,7 @@ def test_secondary_answers_when_the_primary_is(journey: Journey, mood: str, stre
 @pytest.mark.parametrize("mood", BROKEN_STREAMS)
 def test_stream_falls_back_when_its_start_is(journey: Journey, mood: str) -> None:
     journey.fault("openai", **BROKEN_STREAMS[mood])
-    with journey.stream(chat("tokens=6", model="quick")) as answer:
+    with journey.stream(chat("tokens=6", model=impatient(mood))) as answer:
         chunks = events(answer)
     assert answer.headers["x-gateway-provider"] == "openrouter"
     assert chunks[-1] == "[DONE]"
@@ -71,7 +79,7 @@ def test_primary_is_tried_again_before_the_secondary(journey: Journey) -> None:
 @pytest.mark.parametrize("mood", ["hanging", "failing"])
 def test_what_a_silent_vendor_may_charge_stands_with_its_attempt_alone(journey: Journey, mood: str) -> None:
     journey.fault("openai", **BLOCKED[mood])
-    answer = journey.post(chat("tokens=4 " + "word " * 400, model="quick"))
+    answer = journey.post(chat("tokens=4 " + "word " * 400, model=impatient(mood)))
     event = journey.row(answer.headers["x-request-id"])
     lost = [attempt["estimated_usd"] for attempt in event["attempts"]]
     assert (lost[0] > 0) == (mood == "hanging")
@@ -125,8 +133,7 @@ def test_refused_credential_rests_the_target_for_later_calls(journey: Journey) -
 def test_what_one_tenant_s_request_met_at_a_vendor_sends_no_target_to_rest_for_others(
     journey: Journey, status: int
 ) -> None:
-    for _ in range(4):  # each replica has seen the target answer
-        journey.post(chat("tokens=2"))
+    journey.each(chat("tokens=2"))  # who has seen the target answer
     for _ in range(3):
         journey.fault("openai", kind="status", status=status, times=1)
         met = journey.post(chat("tokens=2"), x_tenant_id="spender")
@@ -150,7 +157,7 @@ def test_deadline_holds_over_all_attempts(journey: Journey) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
     event = journey.row(answer.headers["x-request-id"])
     assert event["status"] == "timeout"
-    assert event["latency_ms"]["total"] < 2000
+    assert 600 <= event["latency_ms"]["total"] < 30_000  # an attempt alone would have had a minute
 
 
 @pytest.mark.parametrize(
@@ -158,7 +165,8 @@ def test_deadline_holds_over_all_attempts(journey: Journey) -> None:
 )
 def test_failure_in_mid_stream_is_one_error_event_and_a_charged_row(journey: Journey, fault: dict[str, Any]) -> None:
     journey.fault("openai", **fault, after_chunks=5)
-    with journey.stream(chat("tokens=20", model="quick")) as answer:
+    model = "quick" if fault["kind"] == "stall" else "support-fast"
+    with journey.stream(chat("tokens=20", model=model)) as answer:
         chunks = events(answer)
     errors = [chunk for chunk in chunks if "error" in chunk]
     assert [error["error"]["code"] for error in errors] == ["upstream_unavailable"]

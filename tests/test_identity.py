@@ -117,7 +117,7 @@ def test_forged_subject_is_nobody_at_a_replica_itself(stack: Stack, more: dict[s
 @pytest.mark.parametrize("header", ["Authorization", "X-Api-Key"])
 def test_client_that_has_its_credential_stripped_on_the_way_is_nobody(stack: Stack, header: str) -> None:
     value = f"Bearer {KEY}" if header == "Authorization" else KEY
-    connection = http.client.HTTPSConnection("127.0.0.1", stack.port, timeout=20, context=stack.tls())
+    connection = http.client.HTTPSConnection("127.0.0.1", stack.port, timeout=60, context=stack.tls())
     headers = {header: value, "Connection": f"keep-alive, {header}", "X-Tenant-Id": "tenant-a"}
     connection.request("POST", CHAT, json.dumps(chat()), headers)
     response = connection.getresponse()
@@ -126,7 +126,7 @@ def test_client_that_has_its_credential_stripped_on_the_way_is_nobody(stack: Sta
 
 
 def test_client_that_has_its_tenant_stripped_on_the_way_has_none(stack: Stack) -> None:
-    connection = http.client.HTTPSConnection("127.0.0.1", stack.port, timeout=20, context=stack.tls())
+    connection = http.client.HTTPSConnection("127.0.0.1", stack.port, timeout=60, context=stack.tls())
     headers = {"Authorization": f"Bearer {KEY}", "Connection": "X-Tenant-Id", "X-Tenant-Id": "tenant-a"}
     connection.request("POST", CHAT, json.dumps(chat()), headers)
     response = connection.getresponse()

@@ -197,7 +197,7 @@ def process(url: str, postgres: Postgres, tmp_path: Path) -> Iterator[str]:
         yield address
     finally:
         running.send_signal(signal.SIGTERM)
-        assert running.wait(20) == 0, (tmp_path / "jobs.log").read_text()
+        assert running.wait(60) == 0, (tmp_path / "jobs.log").read_text()
 
 
 def scrape(address: str) -> str:

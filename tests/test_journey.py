@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import threading
+import time
 from decimal import Decimal
 from pathlib import Path
 
@@ -228,13 +229,15 @@ def test_an_empty_body_is_called_empty(journey: Journey) -> None:
 
 
 def test_sixth_request_of_a_tenant_with_five_a_minute_is_told_when_to_come_back(journey: Journey) -> None:
+    began = time.monotonic()
     answers = [journey.post(x_tenant_id="tenant-few") for _ in range(6)]
+    took = time.monotonic() - began
     assert [answer.status_code for answer in answers] == [200] * 5 + [429]
     assert answers[0].headers["x-ratelimit-limit-requests"] == "5"
     assert [answer.headers.get("x-ratelimit-remaining-requests") for answer in answers[:5]] == list("43210")
     error = answers[5].json()["error"]
     assert (error["code"], error["limit"]) == ("rate_limit_exceeded", "tenant_rpm")
-    assert 50 <= int(answers[5].headers["retry-after"]) <= 62
+    assert 59 - took <= int(answers[5].headers["retry-after"]) <= 62
     assert journey.row(answers[5].headers["x-request-id"])["limit_tripped"] == "tenant_rpm"
 
 
@@ -282,10 +285,13 @@ def test_large_body_passes(journey: Journey) -> None:
 
 
 def test_first_event_of_a_stream_comes_before_the_last_is_made(journey: Journey) -> None:
-    with journey.stream(chat("tokens=40 chunk_ms=50")) as response:
+    journey.fault(kind="hold")
+    with journey.stream(chat("tokens=9")) as response:
         lines = response.iter_lines()
         next(lines)
-        assert journey.counts()["open"] == 1
+        assert journey.counts()["completed"] == 0
+        journey.release()
+        assert [line for line in lines if line][-1] == "data: [DONE]"
 
 
 def test_concurrent_calls_each_have_their_own_row(journey: Journey) -> None:
@@ -325,7 +331,7 @@ def test_smoke_script_passes_as_it_stands(journey: Journey, root: Path) -> None:
         "CURL_CA_BUNDLE": str(journey.stack.ca_file),
     }
     ran = subprocess.run(
-        ["bash", root / "loadtest" / "gateway_smoke.sh"], env=environ, capture_output=True, text=True, timeout=30
+        ["bash", root / "loadtest" / "gateway_smoke.sh"], env=environ, capture_output=True, text=True, timeout=100
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.endswith("gateway_smoke ok\n")

@@ -24,6 +24,7 @@ from app import keys
 from app.ambient import Ambient
 from app.config import SERVICE_KEY, ConfigError, ServiceKey, load
 from app.config.editing import add_entry, set_member
+from app.control import POLL_SECONDS
 from tests.journey import OTHER_KEY, Journey, chat, until
 from tests.test_claims import gateway
 
@@ -274,10 +275,25 @@ def calling(journey: Journey, threads: int = 6) -> Iterator[list[int]]:
         each.result()
 
 
-def test_a_revoked_key_is_refused_by_every_replica_within_two_seconds_under_load(
-    journey: Journey, revocable: Path
-) -> None:
+def test_the_channel_is_read_twice_in_the_two_seconds_that_a_revocation_may_take() -> None:
+    assert 2 * POLL_SECONDS < 2
+
+
+def test_a_revoked_key_is_refused_by_every_replica_under_load(journey: Journey, revocable: Path) -> None:
+    revoked_under_load(journey, revocable)
+
+
+@pytest.mark.drill
+def test_a_revocation_takes_less_than_two_seconds_under_load(journey: Journey, revocable: Path) -> None:
     """What the replicas write is held to the two seconds; what this process sees, on the machine it loads, to more."""
+    seen, taken = revoked_under_load(journey, revocable)
+    print(f"refused {seen:.2f} s after the command's return; the replicas had read it after {taken} s")
+    assert seen < 4
+    assert max(taken) < 2
+
+
+def revoked_under_load(journey: Journey, revocable: Path) -> tuple[float, list[float]]:
+    """How many seconds after the command's return both replicas refuse, and each had read it after it was given."""
     assert statuses(journey) == {400}
     arguments = ["--config", revocable, "--redis-url", journey.stack.redis_url, "--reason", "leaked"]
     with calling(journey) as answered:
@@ -289,13 +305,10 @@ def test_a_revoked_key_is_refused_by_every_replica_within_two_seconds_under_load
         until(lambda: statuses(journey) == {401})
         seen = time.monotonic() - told
         until(lambda: len(answered) > before)
-    assert seen < 4
     assert 200 in answered
     assert not {401, 403} & set(answered)
     logs = [journey.stack.log_dir / f"{replica.name}.log" for replica in journey.stack.replicas]
-    taken = [until(lambda log=log: reached(log)) for log in logs]
-    print(f"refused {seen:.2f} s after the command's return; the replicas had read it after {taken} s")
-    assert max(taken) < 2
+    return seen, [until(lambda log=log: reached(log)) for log in logs]
 
 
 def reached(log: Path) -> float | None:

@@ -233,7 +233,7 @@ def test_the_shipper_process_fills_the_lake(tmp_path: Path, url: str) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ, cwd=ROOT) as shipper:
         said = next(line for line in shipper.stdout if json.loads(line)["lake"]["files"])
         shipper.stdin.close()
-        assert shipper.wait(20) == 0
+        assert shipper.wait(60) == 0
     assert json.loads(said)["lake"] == {"files": 1, "backlog_bytes": 0, "dropped_segments": 0, "error": None}
 
 

@@ -132,7 +132,7 @@ def test_a_replica_with_a_full_disk_refuses_before_it_asks_a_vendor_and_goes_on_
         headers = {
             "authorization": f"Bearer {KEY}", "x-tenant-id": "tenant-a", "x-request-id": f"full-{uuid.uuid4().hex}"
         }  # fmt: skip
-        return httpx.post(f"{replica.url}/v1/chat/completions", json=chat("tokens=2"), headers=headers, timeout=20)
+        return httpx.post(f"{replica.url}/v1/chat/completions", json=chat("tokens=2"), headers=headers, timeout=60)
 
     before = ask()
     with full_for(replica.pid):

@@ -464,12 +464,12 @@ def test_a_frozen_postgres_holds_the_shipper_only_until_the_deadline(
         try:
             spool.append(an_event())
             for _ in range(2):  # once in a statement, once while connecting
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(12):  # without it, a statement would have had 15
                     with pytest.raises(ArchiveAway):
                         await shipper.run_once()
         finally:
             postgres.thaw()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(90):
             while not await ship_if_up(shipper):
                 pass
         await archive.close()
@@ -619,7 +619,7 @@ def test_the_end_of_standard_input_ships_what_the_dead_replica_left(tmp_path: Pa
         spool.close()
         assert process.stdin is not None
         process.stdin.close()
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     assert statuses(url) == ["interrupted", "success"]
 
 
@@ -628,7 +628,7 @@ def test_a_drain_without_postgres_ends_in_time_and_keeps_the_segment(tmp_path: P
     with shipper_process(tmp_path, NOWHERE, "--drain-seconds", "1") as process:
         assert process.stdin is not None
         process.stdin.close()
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["r1-0000000001.spool"]
 
 
@@ -653,5 +653,5 @@ def test_each_status_line_is_a_report(tmp_path: Path) -> None:
 
 def test_a_missing_database_url_is_a_sentence(tmp_path: Path) -> None:
     with shipper_process(tmp_path, "") as process:
-        _, told = process.communicate(timeout=20)
+        _, told = process.communicate(timeout=90)
     assert (process.returncode, told.count("\n"), "DATABASE_URL is not set" in told) == (2, 1, True)

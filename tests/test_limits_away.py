@@ -19,6 +19,7 @@ from app.errors import LimitError, LimitsUnavailable
 from app.limits import Limits
 from app.redis_pipe import RedisPipe
 from tests.limits_parts import (
+    BRIEFLY_MS,
     CLOSED,
     DAY_SECONDS,
     OPEN,
@@ -197,7 +198,7 @@ def test_what_a_call_used_above_its_estimate_is_its_share_s_loss(tmp_path: Path)
 
 def test_the_share_of_a_budget_is_of_what_was_left_when_redis_was_last_heard(frail: RedisServer) -> None:
     async def main() -> int:
-        async with limits_on(frail) as limits:
+        async with limits_on(frail, BRIEFLY_MS) as limits:
             caller = Caller(limits, a_tenant(monthly_nanos=1000), away=SHARE)
             caller.limits.settle(await caller.reserve(1, 880), 1, 880)
             await away(caller, frail)
@@ -210,7 +211,7 @@ def test_the_share_of_a_budget_is_of_what_was_left_when_redis_was_last_heard(fra
 
 def test_calls_that_run_already_count_in_the_share_of_concurrency(frail: RedisServer) -> None:
     async def main() -> list[bool]:
-        async with limits_on(frail) as limits:
+        async with limits_on(frail, BRIEFLY_MS) as limits:
             caller = Caller(limits, a_tenant(concurrency=6), away=SHARE)
             first = await caller.reserve()
             await caller.reserve()
@@ -232,7 +233,7 @@ def test_what_was_used_without_redis_is_charged_to_the_budgets_on_its_return(
     frail: RedisServer, policy: WrittenAway
 ) -> None:
     async def main() -> None:
-        async with limits_on(frail) as limits:
+        async with limits_on(frail, BRIEFLY_MS) as limits:
             caller = Caller(limits, a_tenant(**EVERYTHING), key=a_key(**EVERYTHING), away=policy)
             caller.limits.settle(await caller.reserve(100, 1000), 10, 100)
             await limits.pipe.execute("PING")
@@ -253,7 +254,7 @@ def test_what_was_used_without_redis_is_charged_to_the_budgets_on_its_return(
 
 def test_what_was_charged_on_return_expires_like_any_counter(frail: RedisServer) -> None:
     async def main() -> None:
-        async with limits_on(frail) as limits:
+        async with limits_on(frail, BRIEFLY_MS) as limits:
             caller = Caller(limits, a_tenant(**EVERYTHING), away=OPEN)
             await away(caller, frail)
             caller.limits.settle(await caller.reserve(100, 1000), 30, 300)
@@ -269,7 +270,7 @@ def test_what_was_charged_on_return_expires_like_any_counter(frail: RedisServer)
 
 def test_a_running_call_that_redis_has_not_heard_of_gets_its_lease_on_return(frail: RedisServer) -> None:
     async def main() -> list[int]:
-        async with limits_on(frail) as limits:
+        async with limits_on(frail, BRIEFLY_MS) as limits:
             caller = Caller(limits, a_tenant(concurrency=6), away=SHARE)
             held = await caller.reserve()
             await away(caller, frail)
@@ -287,7 +288,7 @@ def test_a_running_call_that_redis_has_not_heard_of_gets_its_lease_on_return(fra
 
 def test_a_second_settlement_of_a_local_call_changes_nothing(frail: RedisServer) -> None:
     async def main() -> None:
-        async with limits_on(frail) as limits:
+        async with limits_on(frail, BRIEFLY_MS) as limits:
             caller = Caller(limits, a_tenant(daily_tokens=1000), away=OPEN)
             await away(caller, frail)
             local = await caller.reserve(100)
@@ -306,7 +307,7 @@ def test_a_reservation_that_a_frozen_redis_makes_late_is_undone(frail: RedisServ
     """Redis reads what was sent when it thaws: only what calls used of its budgets is charged in the end."""
 
     async def main() -> None:
-        async with limits_on(frail) as limits:
+        async with limits_on(frail, BRIEFLY_MS) as limits:
             caller = Caller(limits, a_tenant(**EVERYTHING), away=policy)
             caller.limits.settle(await caller.reserve(100, 1000), 5, 50)
             await limits.pipe.execute("PING")
@@ -330,7 +331,7 @@ def test_a_reservation_that_a_frozen_redis_makes_late_is_undone(frail: RedisServ
 
 def test_a_settlement_without_redis_is_made_up_for_when_it_is_back(frail: RedisServer) -> None:
     async def main() -> None:
-        async with limits_on(frail) as limits:
+        async with limits_on(frail, BRIEFLY_MS) as limits:
             caller = Caller(limits, a_tenant(**EVERYTHING), away=OPEN)
             early, late = await caller.reserve(100, 1000), await caller.reserve(100, 1000)
             frail.freeze()
@@ -347,7 +348,7 @@ def test_a_settlement_without_redis_is_made_up_for_when_it_is_back(frail: RedisS
 
 def test_no_more_settlements_are_kept_than_the_limit_says(frail: RedisServer) -> None:
     async def main() -> int:
-        async with limits_on(frail, unsettled_limit=3) as limits:
+        async with limits_on(frail, BRIEFLY_MS, unsettled_limit=3) as limits:
             caller = Caller(limits, a_tenant(daily_tokens=1000), away=OPEN)
             held = [await caller.reserve(100) for _ in range(5)]
             await away(caller, frail)
@@ -364,7 +365,7 @@ def test_no_more_settlements_are_kept_than_the_limit_says(frail: RedisServer) ->
 
 def test_limits_hold_again_after_redis_was_killed_and_restarted(frail: RedisServer) -> None:
     async def main() -> None:
-        async with limits_on(frail, 5000) as limits:
+        async with limits_on(frail) as limits:
             caller = Caller(limits, a_tenant(rpm=1), away=OPEN)
             frail.kill()
             await until(lambda: not limits.pipe.up)
@@ -384,7 +385,7 @@ def test_limits_hold_when_redis_memory_is_full(frail: RedisServer) -> None:
     frail.client.config_set("maxmemory", "1")
 
     async def main() -> list[Reservation]:
-        async with limits_on(frail, 5000) as limits:
+        async with limits_on(frail) as limits:
             caller = Caller(limits, a_tenant(**EVERYTHING | {"rpm": 1}), tpm=100)
             first = await caller.reserve(10)
             caller.limits.run_once()
@@ -402,7 +403,7 @@ def test_a_script_that_redis_refuses_follows_the_policy_and_is_logged_once(
     frail.client.set("rl:{acme-corp}:rpm", "not a hash")
 
     async def main() -> int:
-        async with limits_on(frail, 5000) as limits:
+        async with limits_on(frail) as limits:
             caller = Caller(limits, a_tenant(rpm=1), away=OPEN, tpm=1000)
             for _ in range(10):
                 caller.limits.settle(await caller.reserve(10), 5, 0)

@@ -21,6 +21,7 @@ from app.limits.scopes import WHOLE, period
 from app.reports.spent import SpentReader
 from tests.ledger_parts import Postgres, an_event, running_postgres
 from tests.limits_parts import (
+    BRIEFLY_MS,
     OPEN,
     SHARE,
     Caller,
@@ -313,7 +314,7 @@ def test_a_call_without_redis_is_charged_by_its_replica_or_by_the_ledger_and_nev
     """A call that began before the epoch is in the ledger's sums, or will be; a later one is its replica's to pay."""
 
     async def main() -> None:
-        async with limits_on(frail, read_spent=Ledger(), current=configured(ACME)) as limits:
+        async with limits_on(frail, BRIEFLY_MS, read_spent=Ledger(), current=configured(ACME)) as limits:
             await rebuilt(limits, frail)
             frail.freeze()
             caller = Caller(limits, ACME, away=OPEN)

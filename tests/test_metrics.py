@@ -318,7 +318,6 @@ def test_misses_hits_and_savings_of_the_cache_are_counted(journey: Journey) -> N
         )
 
     before = counted("miss"), counted("exact")
-    assert journey.post(prompt).headers["x-cache"] == "MISS"
     until(lambda: journey.post(prompt).headers["x-cache"] == "HIT (exact)")
     until(lambda: counted("miss") > before[0] and counted("exact") > before[1])
     scrapes = [figures(journey.admin("/metrics", replica).text) for replica in range(len(journey.stack.replicas))]

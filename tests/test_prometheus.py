@@ -89,7 +89,7 @@ class Prometheus:
     def close(self) -> None:
         self._http.close()
         self._process.terminate()
-        self._process.wait(30)
+        self._process.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def prometheus(stack: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     finally:
         made.close()
         jobs.terminate()
-        jobs.wait(30)
+        jobs.wait(60)
 
 
 def variables(dashboard: str) -> str:

@@ -92,7 +92,7 @@ def ask(stack: Stack, route: tuple[str, str, str], **sent: Any) -> int:
     url = (replica.url if port == "main" else replica.admin_url) + path.replace("{name:str}", "support-fast").replace(
         "{id}", "resp_1"
     )
-    return httpx.request(method, url, follow_redirects=False, timeout=20, **sent).status_code
+    return httpx.request(method, url, follow_redirects=False, timeout=60, **sent).status_code
 
 
 def test_open_routes_are_real_ones() -> None:
@@ -266,13 +266,12 @@ def port_of(url: str) -> int:
 
 
 def exchange(port: int, *parts: bytes) -> bytes:
-    """What comes back for these bytes, until the other end closes or says nothing for a moment."""
+    """What comes back for these bytes, until the other end closes."""
     answer = b""
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         try:
             for part in parts:
                 connection.sendall(part)
-            connection.settimeout(0.3 if not parts else 2)
             while received := connection.recv(65_536):
                 answer += received
         except (TimeoutError, ConnectionError):
@@ -295,7 +294,7 @@ def test_flood_of_headers_ends_in_413_and_bounded_memory(stack: Stack, flood: by
     port = port_of(replica.admin_url if admin_port else replica.url)
     before = memory_bytes(replica.pid)
     answer = b""
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         try:
             connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nx-first: ")
             for _ in range(100_000):  # 100 MB, if it were let in
@@ -336,7 +335,7 @@ def test_head_that_is_too_large_is_told_so(stack: Stack) -> None:
 def test_no_bytes_on_a_port_are_answered_500(stack: Stack, data: bytes, admin_port: bool) -> None:
     replica = stack.replicas[0]
     with socket.create_connection(
-        ("127.0.0.1", port_of(replica.admin_url if admin_port else replica.url)), timeout=5
+        ("127.0.0.1", port_of(replica.admin_url if admin_port else replica.url)), timeout=60
     ) as connection:
         try:
             connection.sendall(data)
@@ -415,7 +414,7 @@ def test_no_call_is_answered_500(
     client = Client(body, [*sent, *(headers() if credential else [])])
 
     async def scenario() -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await client.visit(door, path)
 
     asyncio.run(scenario())

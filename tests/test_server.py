@@ -160,7 +160,7 @@ class Caller:
 
 @pytest.fixture
 def caller(running: Running) -> Iterator[Caller]:
-    with socket.create_connection(running.server.address, timeout=10) as connection:
+    with socket.create_connection(running.server.address, timeout=60) as connection:
         yield Caller(connection)
 
 
@@ -352,22 +352,22 @@ def test_a_head_without_end_is_refused(caller: Caller) -> None:
 
 @pytest.mark.parametrize("path", ["/silent", "/endless"])
 def test_a_hang_up_is_told_at_once(running: Running, calls: Calls, path: str) -> None:
-    with closing(socket.create_connection(running.server.address, timeout=10)) as connection:
+    with closing(socket.create_connection(running.server.address, timeout=60)) as connection:
         connection.sendall(request(path))
         if path == "/endless":
             connection.recv(1)
-    assert calls.hung_up.wait(10)
+    assert calls.hung_up.wait(60)
 
 
 def test_a_client_that_does_not_read_is_waited_for(caller: Caller, calls: Calls) -> None:
     caller.connection.sendall(request("/endless"))
-    assert calls.unread.wait(10)
+    assert calls.unread.wait(60)
     assert not calls.hung_up.is_set()
     assert len(caller.packet()) > 0
 
 
 def test_leaving_after_the_answer_is_no_hang_up(running: Running, calls: Calls) -> None:
-    with closing(socket.create_connection(running.server.address, timeout=10)) as connection:
+    with closing(socket.create_connection(running.server.address, timeout=60)) as connection:
         Caller(connection).say(request())
     running.run(running.server.close())
     assert not calls.hung_up.is_set()
@@ -401,7 +401,7 @@ def test_a_call_under_way_is_not_swept(caller: Caller, running: Running, monkeyp
 
 def test_a_closing_server_ends_idle_connections_and_waits_for_visits(running: Running, calls: Calls) -> None:
     address = running.server.address
-    with socket.create_connection(address, timeout=10) as idle, socket.create_connection(address, timeout=10) as busy:
+    with socket.create_connection(address, timeout=60) as idle, socket.create_connection(address, timeout=10) as busy:
         Caller(idle).say(request())
         busy.sendall(request("/endless"))
         busy.recv(1)
@@ -416,7 +416,7 @@ def test_a_closing_server_takes_no_connection(running: Running) -> None:
     address = running.server.address
     running.run(running.server.close())
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(address, timeout=10)
+        socket.create_connection(address, timeout=60)
 
 
 def test_an_answer_of_a_closing_server_says_that_it_is_the_last(caller: Caller, running: Running) -> None:

@@ -61,7 +61,7 @@ class Up:
     def __init__(self, folder: Path, *options: str) -> None:
         self.folder = folder
         self.output = folder.with_name(folder.name + ".out")
-        self.port = free_port(set())
+        self.port = free_port()
         self.ready_file = folder.with_name(folder.name + ".json")
         command = [*CLI, "up", "--port", str(self.port), "--state-dir", str(folder), *options]
         with open(self.output, "w") as out:
@@ -69,7 +69,7 @@ class Up:
                 [*command, "--ready-file", str(self.ready_file)], cwd=ROOT, env=ENVIRONMENT, stdout=out, stderr=out
             )
         try:
-            until(lambda: self.ready_file.exists() or self.process.poll() is not None)
+            until(lambda: self.ready_file.exists() or self.process.poll() is not None, 150)
             assert self.process.poll() is None, self.text
         except BaseException:
             self.stop()
@@ -195,7 +195,7 @@ def test_missing_binary_is_a_sentence_that_says_how_to_get_it(package: str) -> N
 @stack_test
 @pytest.mark.parametrize("detach", [(), ("--detach",)])
 def test_second_stack_in_a_folder_is_refused_with_a_sentence(up: Up, detach: tuple[str, ...]) -> None:
-    second = run("up", "--port", free_port(set()), "--state-dir", up.folder, *detach)
+    second = run("up", "--port", free_port(), "--state-dir", up.folder, *detach)
     assert (second.returncode, second.stderr.startswith(f"A stack is already running in {up.folder} (process ")) == (
         1,
         True,
@@ -238,7 +238,7 @@ def killed_up(tmp_path_factory: pytest.TempPathFactory) -> tuple[Up, dict[str, A
 @stack_test
 def test_killed_supervisor_takes_every_process_with_it(killed_up: tuple[Up, dict[str, Any]]) -> None:
     killed, ready = killed_up
-    until(lambda: all(has_ended(pid) for pid in ready["pids"].values()) and not processes_of(killed.folder), 20)
+    until(lambda: all(has_ended(pid) for pid in ready["pids"].values()) and not processes_of(killed.folder))
 
 
 @stack_test
@@ -253,7 +253,7 @@ def test_stack_starts_again_after_its_supervisor_was_killed(killed_up: tuple[Up,
 
 @stack_test
 def test_detached_stack_runs_on_until_gateway_down(tmp_path: Path) -> None:
-    folder, port = tmp_path / "state", free_port(set())
+    folder, port = tmp_path / "state", free_port()
     started = run("up", "--port", port, "--state-dir", folder, "--replicas", "1", "--detach")
     assert started.returncode == 0, started.stdout + started.stderr
     answered = not is_free(port)
@@ -281,7 +281,7 @@ def test_installed_command_finds_the_stack_from_any_folder(tmp_path: Path) -> No
 @pytest.mark.parametrize("detach", [(), ("--detach",)])
 def test_state_folder_that_cannot_be_is_a_sentence(tmp_path: Path, detach: tuple[str, ...]) -> None:
     (tmp_path / "file").write_text("")
-    failed = run("up", "--port", free_port(set()), "--state-dir", tmp_path / "file" / "state", *detach)
+    failed = run("up", "--port", free_port(), "--state-dir", tmp_path / "file" / "state", *detach)
     assert (failed.returncode, failed.stderr) == (
         1,
         f"The state folder {tmp_path}/file/state cannot be written (Not a directory). "
@@ -293,7 +293,7 @@ def test_invalid_configuration_is_told_with_every_fault_before_a_replica_starts(
     config = tmp_path / "config"
     subprocess.run(["cp", "-r", ROOT / "config", config], check=True)
     (config / "tenant_policy.yaml").write_text("plans: {free: {rpmm: 1}}\ntenants: {acme-corp: {plan: none}}\n")
-    failed = run("up", "--port", free_port(set()), "--state-dir", tmp_path / "state", "--config", config)
+    failed = run("up", "--port", free_port(), "--state-dir", tmp_path / "state", "--config", config)
     told = [word in failed.stderr for word in ("rpmm", "gateway check", "Traceback")]
     assert (failed.returncode, told, processes_of(tmp_path)) == (1, [True, True, False], [])
 
@@ -345,14 +345,16 @@ def test_redis_has_vector_sets(stack: Stack) -> None:
 
 @stack_test
 def test_frozen_service_is_silent_until_it_is_thawed(stack: Stack) -> None:
-    with redis.from_url(stack.redis_url, socket_timeout=0.3) as client:
-        client.ping()
-        stack.freeze("redis")
-        try:
-            with pytest.raises(redis.exceptions.TimeoutError):
-                client.ping()
-        finally:
-            stack.thaw("redis")
+    stack.freeze("redis")
+    try:
+        with (
+            redis.from_url(stack.redis_url, socket_timeout=0.3) as client,
+            pytest.raises(redis.exceptions.TimeoutError),
+        ):
+            client.ping()
+    finally:
+        stack.thaw("redis")
+    with redis.from_url(stack.redis_url) as client:
         assert client.ping()
 
 

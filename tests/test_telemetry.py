@@ -73,6 +73,7 @@ def traced(receiver: Receiver, tmp_path_factory: pytest.TempPathFactory) -> Iter
     def overlay(simulator_url: str) -> dict[str, Any]:
         providers = pool_providers(folder, simulator_url)
         meant = {"mode": "static", "threshold": 0.8, "max_temperature": 1, "reverify_percent": 0}
+        meant |= {"embedder_timeout_ms": 10_000}
         return OVERLAY | {
             "providers": providers | {"pooled": providers["pooled"] | {"trace_context": True}},
             "aliases": OVERLAY["aliases"] | {"meant": {"targets": ["openai/gpt-4o-mini"], "cache": meant}},
@@ -144,9 +145,14 @@ ASKED = {"gateway.request", "gateway.auth", "gateway.limits", "gateway.cache"}
 
 
 def remembered(traced: Journey, receiver: Receiver, trace: str, prompt: str, model: str, **headers: str) -> Any:
-    """A call that the cache is asked for: its answer's x-cache, its spans once all of them are there."""
+    """A call that the cache is asked for: its answer's x-cache, its spans once all of them are there.
+
+    Without spans where the cache was not asked: a replica that heard of no invalidation for a second does not.
+    """
     answer = traced.post(chat(prompt, model), traceparent=f"00-{trace}-b7ad6b7169203331-01", **headers)
     assert answer.status_code == 200
+    if answer.headers["x-cache"] == "BYPASS":
+        return "BYPASS", {}
     expected = ASKED if answer.headers["x-cache"].startswith("HIT") else {*ASKED, *STATIONS}
     spans = until(lambda: found if expected <= (found := receiver.of(trace)).keys() else None)
     root, cache = spans["gateway.request"], spans["gateway.cache"]
@@ -162,7 +168,13 @@ def trace_of(number: int) -> str:
 
 def test_cache_that_is_asked_is_a_span_of_its_own(traced: Journey, receiver: Receiver) -> None:
     traced.clear()
-    told, spans = remembered(traced, receiver, trace_of(1), "Seen by spans? tokens=4", "remembered")
+    numbers = iter(range(500, 600))
+
+    def asked() -> Any:
+        told = remembered(traced, receiver, trace_of(next(numbers)), "Seen by spans? tokens=4", "remembered")
+        return told if told[0] != "BYPASS" else None
+
+    told, spans = until(asked)
     assert told == "MISS"
     assert attributes(spans["gateway.cache"]) == {"cache_hit": False, "saved_usd": 0, "semantic": False}
     assert set(spans) == {*ASKED, *STATIONS}
@@ -192,14 +204,19 @@ def test_question_that_means_the_same_tells_its_similarity_in_the_cache_s_span(
     traced: Journey, receiver: Receiver
 ) -> None:
     traced.clear()
-    numbers = iter(range(200, 400))
+    numbers = iter(range(1_000, 4_000))
 
     def asked(prompt: str) -> Any:
         return remembered(traced, receiver, trace_of(next(numbers)), prompt, "meant")
 
-    told, spans = asked("How do I get a refund for my order? tokens=4")
-    assert told == "MISS"
-    assert attributes(spans["gateway.cache"]) == {"cache_hit": False, "saved_usd": 0, "semantic": True}
+    def looked() -> Any:
+        """Nobody has asked the same; the first ones may have to do without the model, which is loading."""
+        told, spans = asked(f"How do I get a refund for order {next(numbers)}? tokens=4")
+        return spans if told == "MISS" and attributes(spans["gateway.cache"])["semantic"] else None
+
+    seen = attributes(until(looked)["gateway.cache"])
+    assert seen == {"cache_hit": False, "saved_usd": 0, "semantic": True}
+    until(lambda: asked("How do I get a refund for my order? tokens=4")[0].startswith("HIT"))
 
     def hit() -> Any:
         marks = "?" * (1 + next(numbers) % 9)  # not the same words, should it be missed before the first is remembered
@@ -237,7 +254,8 @@ def test_span_of_a_stream_ends_with_its_last_byte(traced: Journey, receiver: Rec
     provider = spans["gateway.provider"]
     assert provider.end_time_unix_nano - provider.start_time_unix_nano >= 19 * 20 * 1_000_000
     said = attributes(provider)
-    assert 0 < said["gen_ai.response.time_to_first_chunk"] < said["stream.chunks"] * 0.02
+    whole_seconds = (provider.end_time_unix_nano - provider.start_time_unix_nano) / 1e9
+    assert 0 < said["gen_ai.response.time_to_first_chunk"] < whole_seconds - 0.3  # 18 more came after it
     assert said["stream.longest_gap_ms"] >= 20
     assert said["gen_ai.request.stream"]
     assert "abort_reason" not in said

@@ -385,7 +385,7 @@ def served() -> Iterator[tuple[JwksServer, Callable[..., Door]]]:
     trusting = ssl.create_default_context()
     ca.configure_trust(trusting)
     server = JwksServer(server_tls)
-    yield server, lambda **fields: Door(server.url, httpx.AsyncClient(verify=trusting, timeout=5), **fields)
+    yield server, lambda **fields: Door(server.url, httpx.AsyncClient(verify=trusting, timeout=60), **fields)
     server.shutdown()
     server.server_close()
 

@@ -236,7 +236,7 @@ class Echo(BaseHTTPRequestHandler):
             for chunk in (b"data: first\n\n", b"data: [DONE]\n\n"):
                 self.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
                 self.wfile.flush()
-                self.server.may_go_on.wait(20)
+                self.server.may_go_on.wait(60)
             self.wfile.write(b"0\r\n\r\n")
             return
         body = json.dumps({"name": self.server.name, "headers": self.headers.items()}).encode()
@@ -272,7 +272,7 @@ class Edge:
     def __init__(self, folder: Path, dynamic: Path) -> None:
         self.replicas = [EchoServer("one"), EchoServer("two")]
         certificates = local_ca.ensure(folder)
-        self.port = free_port(set())
+        self.port = free_port()
         self.tls = ssl.create_default_context(cafile=str(certificates.ca_file))
         self._spawner = ThreadPoolExecutor(1)
         service = services.traefik(
@@ -312,7 +312,7 @@ class Edge:
         tls: ssl.SSLContext | None = None,
     ) -> tuple[int, dict[str, Any]]:
         """Status, and the echoed request: `name` of the server and `headers`; empty when none was reached."""
-        connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=20, context=tls or self.tls)
+        connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=60, context=tls or self.tls)
         try:
             connection.request("POST" if body else "GET", path, body, headers or {})
             response = connection.getresponse()
@@ -344,7 +344,7 @@ class Edge:
         self._spawner.shutdown()
 
 
-def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "did not come true in time"
@@ -471,7 +471,7 @@ def test_forwarded_address_cannot_be_removed_by_naming_it_in_connection(edge: Ed
 def test_first_event_of_a_stream_passes_while_the_next_is_not_there_yet(edge: Edge) -> None:
     for server in edge.replicas:
         server.may_go_on.clear()
-    connection = http.client.HTTPSConnection("127.0.0.1", edge.port, timeout=10, context=edge.tls)
+    connection = http.client.HTTPSConnection("127.0.0.1", edge.port, timeout=60, context=edge.tls)
     with contextlib.closing(connection):
         # Without a body: an answer that begins before Traefik has seen a body's end is cut now and then.
         connection.request("GET", "/v1/stream", headers={"Accept-Encoding": "gzip"})

@@ -154,6 +154,7 @@ def test_usage_says_so_when_the_database_is_away(journey: Journey, events: list[
     assert "cannot be read just now; calls go on" in answer.json()["error"]["message"]
     assert answer.headers["retry-after"] == "30"
     assert call.status_code == 200
+    until(lambda: {ask(journey).status_code for _ in range(6)} == {200})
 
 
 # --- the session --------------------------------------------------------------------------------------------------

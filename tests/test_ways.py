@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import httpx
 import pytest
 
 from tests.journey import Journey, chat, events, text, until
@@ -73,7 +72,7 @@ def test_a_slow_first_word_is_outrun_and_its_vendor_cancelled(journey: Journey) 
         chunks = events(answer)
     assert (answer.headers["x-gateway-hedge"], answer.headers["x-gateway-provider"]) == ("true", "openrouter")
     assert (text(chunks) != "", chunks[-1]) == (True, "[DONE]")
-    until(lambda: journey.counts()["aborted"] == 1, 5)
+    until(lambda: journey.counts()["aborted"] == 1)
     event = journey.row(answer.headers["x-request-id"])
     assert [attempt["outcome"] for attempt in event["attempts"]] == ["outrun", "success"]
     assert event["cost_usd"]["total"] > event["attempts"][0]["cost_usd"]["total"] > 0
@@ -83,12 +82,10 @@ def test_a_hang_up_in_a_race_cancels_both_vendors(journey: Journey) -> None:
     for vendor in ("openai", "openrouter"):
         journey.fault(vendor, kind="hang")
     headers = journey.headers()
-    with (
-        httpx.Client(base_url=journey.stack.url, verify=journey.stack.tls()) as client,
-        pytest.raises(httpx.ReadTimeout),
-    ):
-        client.post("/v1/chat/completions", json=chat(model="hedged"), headers=headers, timeout=1.5)
-    until(lambda: [journey.counts(vendor)["aborted"] for vendor in ("openai", "openrouter")] == [1, 1], 5)
+    vendors = ("openai", "openrouter")
+    with journey.unread(chat(model="hedged"), headers):
+        until(lambda: [journey.counts(vendor).get("requests") for vendor in vendors] == [1, 1])
+    until(lambda: [journey.counts(vendor)["aborted"] for vendor in vendors] == [1, 1])
     event = journey.row(headers["x-request-id"])
     assert (event["status"], event["usage_source"]) == ("client_closed", "estimated")
     assert [attempt["outcome"] for attempt in event["attempts"]] == ["cancelled", "cancelled"]

@@ -109,7 +109,7 @@ def accepting_nobody() -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Polls; fails when the condition is not met in time."""
     deadline = time.monotonic() + seconds
     while not condition():

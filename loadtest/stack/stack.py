@@ -49,8 +49,9 @@ class Stack:
     """The stack in `state_dir`: entering starts it and returns when everything answers, leaving stops it.
 
     port: Traefik's TLS port, 0 for a free one. overlay: merged over the configuration last, so that tests can shorten
-    timeouts or add tenants and keys. environ: where vendor keys are looked for. replica_command: what is run instead
-    of `gateway serve`, with its options appended. report: gets one line for each step and each event.
+    timeouts or add tenants and keys. dynamic: the folder of Traefik's dynamic files. environ: where vendor keys are
+    looked for. replica_command: what is run instead of `gateway serve`, with its options appended. report: gets one
+    line for each step and each event.
     Raises `StackError`. Services are named redis, postgres, simulator, traefik, replica-1, replica-2, ...
     """
 
@@ -61,6 +62,7 @@ class Stack:
         port: int = 0,
         replicas: int = 2,
         config: Path = ROOT / "config",
+        dynamic: Path = services.TRAEFIK / "dynamic",
         environment: str = "dev",
         overlay: Mapping[str, Any] | Callable[[str], Mapping[str, Any]] | None = None,
         environ: Mapping[str, str] = os.environ,
@@ -71,6 +73,7 @@ class Stack:
     ) -> None:
         self.state_dir = Path(state_dir).resolve()
         self.config = Path(config).resolve()
+        self.dynamic = Path(dynamic).resolve()
         self.environment = environment
         self.hurry = threading.Event()
         """Set: stop without waiting for open streams."""
@@ -253,6 +256,7 @@ class Stack:
                 self._ports["traefik-internal"],
                 [r.url for r in self.replicas],
                 certificates,
+                self.dynamic,
                 edge_secret=self._secrets.edge_secret,
             )
         )
