@@ -117,7 +117,7 @@ def chromedriver(folder: Path) -> Iterator[str]:
         deadline = time.monotonic() + 60
         while True:
             try:
-                httpx.get(f"{url}/status").raise_for_status()
+                httpx.get(f"{url}/status", timeout=60).raise_for_status()
                 break
             except httpx.HTTPError:
                 assert time.monotonic() < deadline, "chromedriver does not answer"

@@ -83,7 +83,7 @@ def whole(journey: Journey) -> Iterator[Journey]:
 def _ready(journey: Journey) -> bool:
     try:
         return all(
-            httpx.get(replica.url + "/health/ready").status_code == 200
+            httpx.get(replica.url + "/health/ready", timeout=60).status_code == 200
             and [journey.admin("/status", number).json()[part] for part in ("redis", "budgets")] == ["up", "whole"]
             for number, replica in enumerate(journey.stack.replicas)
         )

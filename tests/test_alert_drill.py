@@ -67,21 +67,21 @@ def alerts(journey: Journey, tmp_path: Path) -> Iterator[str]:
 
 def answers(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/-/ready").status_code == 200
+        return httpx.get(f"{url}/-/ready", timeout=60).status_code == 200
     except httpx.TransportError:
         return False
 
 
 def state(url: str) -> str:
     """Of the alert: `inactive`, `pending` or `firing`."""
-    found = httpx.get(f"{url}/api/v1/alerts").raise_for_status().json()["data"]["alerts"]
+    found = httpx.get(f"{url}/api/v1/alerts", timeout=60).raise_for_status().json()["data"]["alerts"]
     return next((alert["state"] for alert in found if alert["labels"]["alertname"] == ALERT), "inactive")
 
 
 def scraped(url: str) -> float:
     """Calls that Prometheus knows of."""
     asked = {"query": "sum(gateway_requests_total)"}
-    found = httpx.get(f"{url}/api/v1/query", params=asked).raise_for_status().json()["data"]["result"]
+    found = httpx.get(f"{url}/api/v1/query", params=asked, timeout=60).raise_for_status().json()["data"]["result"]
     return float(found[0]["value"][1]) if found else 0.0
 
 

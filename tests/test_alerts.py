@@ -371,7 +371,9 @@ def test_every_metric_that_is_named_is_in_a_live_scrape(journey: Journey, capsys
     assert journey.post(chat("tokens=2")).status_code == 200
     traefik = until(
         lambda: (
-            text if "traefik_tls_certs_not_after" in (text := httpx.get(journey.stack.traefik_metrics_url).text) else ""
+            text
+            if "traefik_tls_certs_not_after" in (text := httpx.get(journey.stack.traefik_metrics_url, timeout=60).text)
+            else ""
         )
     )
     live = families(journey.admin("/metrics").text) | families(traefik) | families(jobs_scrape(journey, capsys))

@@ -33,7 +33,7 @@ def gateway(journey: Journey, *arguments: str) -> subprocess.CompletedProcess[st
 def invalidate(journey: Journey, replica: int = 0, token: str | None = None, **what: Any) -> Any:
     headers = {"authorization": f"Bearer {token or journey.stack.admin_token}"}
     url = journey.stack.replicas[replica].admin_url + "/admin/cache/invalidate"
-    return httpx.post(url, headers=headers, json=what)
+    return httpx.post(url, headers=headers, json=what, timeout=60)
 
 
 def asked(journey: Journey) -> int:
@@ -88,7 +88,7 @@ def test_a_leader_that_hangs_up_leaves_its_answer_to_the_others(journey: Journey
     body = said("tokens=40 hang-up") | {"stream": True}
     ids = [f"{name}-{uuid.uuid4()}" for name in ("left", "stayed")]
     left_headers, stayed_headers = (journey.headers(x_request_id=id) for id in ids)
-    with httpx.Client() as client, client.stream("POST", url, json=body, headers=left_headers) as first:
+    with httpx.Client(timeout=60) as client, client.stream("POST", url, json=body, headers=left_headers) as first:
         lines = first.iter_lines()
         next(lines)
         with client.stream("POST", url, json=body, headers=stayed_headers) as second:

@@ -81,7 +81,7 @@ def test_rolling_restart_truncates_none_of_a_hundred_streams(whole: Journey) -> 
 
 def _serves(journey: Journey, number: int) -> bool:
     with contextlib.suppress(httpx.TransportError):
-        return httpx.get(journey.stack.replicas[number].url + "/health/ready").status_code == 200
+        return httpx.get(journey.stack.replicas[number].url + "/health/ready", timeout=60).status_code == 200
     return False
 
 
@@ -180,7 +180,7 @@ def test_full_spool_disk_refuses_new_calls_and_takes_them_again_when_there_is_ro
                 os.posix_fallocate(file.fileno(), 0, size)
             until(lambda: codes() == {"ledger_unavailable"})
             assert [line for line in lines if line][-1] == "data: [DONE]"
-        assert httpx.get(stack.replicas[0].url + "/health/live").status_code == 200
+        assert httpx.get(stack.replicas[0].url + "/health/live", timeout=60).status_code == 200
         filling.unlink()
         until(lambda: codes() == {""})
 

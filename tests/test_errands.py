@@ -29,11 +29,11 @@ ALIAS, HASTY = "meant", "meant-hasty"
 def book(journey: Journey) -> Iterator[dict[str, str]]:
     """What vendors answer to a last message; read when the test calls `told`."""
     yield {}
-    httpx.delete(f"{journey.stack.simulator_url}/_sim/answers").raise_for_status()
+    httpx.delete(f"{journey.stack.simulator_url}/_sim/answers", timeout=60).raise_for_status()
 
 
 def told(journey: Journey, book: dict[str, str]) -> None:
-    httpx.put(f"{journey.stack.simulator_url}/_sim/answers", json=book).raise_for_status()
+    httpx.put(f"{journey.stack.simulator_url}/_sim/answers", json=book, timeout=60).raise_for_status()
 
 
 def own(journey: Journey, purpose: str, since: datetime) -> list[dict[str, Any]]:

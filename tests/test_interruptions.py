@@ -100,7 +100,9 @@ def test_killed_replica_loses_no_completed_row_and_leaves_interrupted_ones(whole
         open_calls.append(headers["x-request-id"])
         try:
             body = chat("tokens=500 chunk_ms=50", stream=True)
-            with httpx.stream("POST", victim.url + "/v1/chat/completions", json=body, headers=headers) as answer:
+            with httpx.stream(
+                "POST", victim.url + "/v1/chat/completions", json=body, headers=headers, timeout=60
+            ) as answer:
                 for _ in answer.iter_lines():
                     pass
         except httpx.TransportError:
@@ -160,8 +162,10 @@ def test_sigterm_with_twenty_open_streams_truncates_none(whole: Journey) -> None
 def test_draining_replica_is_left_by_traefik_before_it_stops_accepting(whole: Journey) -> None:
     replica = whole.stack.replicas[0]
     os.kill(replica.pid, signal.SIGTERM)
-    until(lambda: httpx.get(replica.url + "/health/ready").status_code == 503)
-    accepted = httpx.post(replica.url + "/v1/chat/completions", json=chat("tokens=2"), headers=whole.headers())
+    until(lambda: httpx.get(replica.url + "/health/ready", timeout=60).status_code == 503)
+    accepted = httpx.post(
+        replica.url + "/v1/chat/completions", json=chat("tokens=2"), headers=whole.headers(), timeout=60
+    )
     assert accepted.status_code == 200
     assert accepted.headers["connection"] == "close"
     for _ in range(40):
@@ -172,7 +176,7 @@ def test_second_signal_ends_open_streams_with_one_error_event(whole: Journey) ->
     replica = whole.stack.replicas[0]
     headers = whole.headers()
     body = chat("tokens=900 chunk_ms=50", stream=True)
-    with httpx.stream("POST", replica.url + "/v1/chat/completions", json=body, headers=headers) as answer:
+    with httpx.stream("POST", replica.url + "/v1/chat/completions", json=body, headers=headers, timeout=60) as answer:
         lines = answer.iter_lines()
         next(lines)
         os.kill(replica.pid, signal.SIGTERM)

@@ -202,7 +202,7 @@ def process(url: str, postgres: Postgres, tmp_path: Path) -> Iterator[str]:
 
 def scrape(address: str) -> str:
     try:
-        return httpx.get(f"{address}/metrics", headers={"authorization": f"Bearer {TOKEN}"}).text
+        return httpx.get(f"{address}/metrics", headers={"authorization": f"Bearer {TOKEN}"}, timeout=60).text
     except httpx.TransportError:
         return ""
 
@@ -223,9 +223,9 @@ def test_the_process_tells_what_it_did_and_who_spends_more_than_usual(process: s
 
 
 def test_its_figures_are_for_the_administrator(process: str) -> None:
-    assert httpx.get(f"{process}/metrics").status_code == 401
-    assert httpx.get(f"{process}/status", headers={"authorization": "Bearer wrong"}).status_code == 403
-    assert httpx.get(f"{process}/health").text == "ok"
+    assert httpx.get(f"{process}/metrics", timeout=60).status_code == 401
+    assert httpx.get(f"{process}/status", headers={"authorization": "Bearer wrong"}, timeout=60).status_code == 403
+    assert httpx.get(f"{process}/health", timeout=60).text == "ok"
 
 
 def test_a_rollup_by_hand_beside_the_jobs_changes_nothing(url: str) -> None:

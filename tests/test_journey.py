@@ -45,6 +45,7 @@ def test_answer_is_the_vendors_own_bytes(journey: Journey) -> None:
         f"{journey.stack.simulator_url}/openai/v1/chat/completions",
         json=chat("tokens=5", model="gpt-4o-mini-2024-07-18"),
         headers={"authorization": "Bearer any"},
+        timeout=60,
     )
     ids = re.compile(rb'"(id|created)": ("[^"]*"|\d+)')
     assert ids.sub(b"", answer.content) == ids.sub(b"", direct.content)

@@ -142,7 +142,7 @@ def test_a_replica_with_a_full_disk_refuses_before_it_asks_a_vendor_and_goes_on_
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "ledger_unavailable")
         assert refused.headers["retry-after"] == "1"
         assert len(journey.asked()) == asked
-        assert httpx.get(f"{replica.url}/health/live").status_code == 200
+        assert httpx.get(f"{replica.url}/health/live", timeout=60).status_code == 200
         assert "gateway_spool_available 0.0" in journey.admin("/metrics").text
     answers = [before, until(lambda: (answer := ask()).status_code == 200 and answer)]
     rows = journey.rows([answer.headers["x-request-id"] for answer in answers])

@@ -155,7 +155,7 @@ def test_what_is_charged_in_the_end_is_what_the_rows_say(journey: Journey) -> No
     fallen = journey.post(chat("tokens=10"), **tenant)
     assert fallen.headers["x-gateway-fallback"] == "true"
     with (
-        httpx.Client(base_url=journey.stack.url, verify=journey.stack.tls()) as client,
+        httpx.Client(base_url=journey.stack.url, verify=journey.stack.tls(), timeout=60) as client,
         journey.stream(chat("tokens=400 chunk_ms=20"), client, **tenant) as hung_up,
     ):
         next(hung_up.iter_lines())

@@ -210,7 +210,9 @@ def live(stack: Stack) -> Iterator[Live]:
         refused = [journey.post(chat("tokens=2"), x_tenant_id="tenant-few-metrics").status_code for _ in range(7)]
         assert [answer.status_code for answer in answers] == [200, 200, 200]
         name = "traefik_tls_certs_not_after"  # Traefik reads it some time after its start
-        traefik = until(lambda: found if name in (found := httpx.get(stack.traefik_metrics_url).text) else "")
+        traefik = until(
+            lambda: found if name in (found := httpx.get(stack.traefik_metrics_url, timeout=60).text) else ""
+        )
         calls = total(before, "gateway_requests_total") + len(answers) + 1 + len(refused)
         after = until(lambda: found if total(found := scraped(), "gateway_requests_total") >= calls else None)
         cost = sum(float(answer.headers["x-gateway-cost-usd"]) for answer in answers)

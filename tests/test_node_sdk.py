@@ -41,14 +41,14 @@ def lacks() -> str | None:
     )
 
 
-pytestmark = [pytest.mark.skipif(bool(lacks()), reason=str(lacks())), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.skipif(bool(lacks()), reason=str(lacks())), pytest.mark.timeout(700)]
 
 
 @pytest.fixture(scope="module")
 def seen(stack: Any) -> dict[str, Any]:
     """What the scenarios saw."""
     quiet = ["--no-audit", "--no-fund", "--ignore-scripts"]
-    subprocess.run(["npm", "ci", *quiet], cwd=FOLDER, check=True, capture_output=True, timeout=100)
+    subprocess.run(["npm", "ci", *quiet], cwd=FOLDER, check=True, capture_output=True, timeout=300)
     environ = {
         "PATH": os.environ["PATH"],
         "GATEWAY_URL": stack.url,

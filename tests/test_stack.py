@@ -148,7 +148,7 @@ def test_call_with_tls_verified_is_answered(up: Up) -> None:
     ready = up.ready
     headers = {"Authorization": f"Bearer {ready['key']}", "X-Tenant-Id": ready["tenant"]}
     context = ssl.create_default_context(cafile=ready["ca_file"])
-    answer = httpx.post(f"{ready['url']}/v1/chat/completions", json=CHAT, headers=headers, verify=context)
+    answer = httpx.post(f"{ready['url']}/v1/chat/completions", json=CHAT, headers=headers, verify=context, timeout=60)
     assert answer.status_code == 200
 
 
@@ -167,7 +167,7 @@ def test_sdk_snippet_works_when_pasted(up: Up) -> None:
 @stack_test
 def test_admin_status_answers_the_token(up: Up) -> None:
     headers = {"Authorization": f"Bearer {up.ready['admin_token']}"}
-    assert httpx.get(f"{up.ready['admin_url']}/status", headers=headers).status_code == 200
+    assert httpx.get(f"{up.ready['admin_url']}/status", headers=headers, timeout=60).status_code == 200
 
 
 @stack_test
@@ -208,7 +208,7 @@ def test_replica_that_dies_is_started_again_on_its_port(up: Up) -> None:
     os.kill(first["pid"], signal.SIGKILL)
     until(lambda: up.ready["replicas"][0]["pid"] != first["pid"])
     again = up.ready["replicas"][0]
-    assert (again["url"], httpx.get(f"{again['url']}/health/ready").status_code) == (first["url"], 200)
+    assert (again["url"], httpx.get(f"{again['url']}/health/ready", timeout=60).status_code) == (first["url"], 200)
 
 
 @stack_test
@@ -374,7 +374,7 @@ def test_service_that_was_stopped_on_purpose_stays_stopped(stack: Stack) -> None
     try:
         until(lambda: has_ended(stack.pid("replica-1")))
         with pytest.raises(httpx.ConnectError):
-            httpx.get(stack.replicas[0].url)
+            httpx.get(stack.replicas[0].url, timeout=60)
     finally:
         stack.start("replica-1")
 

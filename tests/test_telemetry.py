@@ -265,7 +265,7 @@ def test_hung_up_stream_says_why_its_span_ended(traced: Journey, receiver: Recei
     traced.clear()
     trace = "3" + TRACE[1:]
     with (
-        httpx.Client(base_url=traced.stack.url, verify=traced.stack.tls()) as client,
+        httpx.Client(base_url=traced.stack.url, verify=traced.stack.tls(), timeout=60) as client,
         traced.stream(chat("tokens=99 chunk_ms=50"), client, traceparent=f"00-{trace}-b7ad6b7169203331-01") as answer,
     ):
         next(answer.iter_lines())
@@ -405,10 +405,10 @@ def test_access_line_is_the_row_itself(journey: Journey) -> None:
 def test_metrics_want_the_admin_token(journey: Journey) -> None:
     url = journey.stack.replicas[0].admin_url
     for path in ("/metrics", "/status"):
-        assert httpx.get(url + path).status_code == 401
-        forbidden = httpx.get(url + path, headers={"authorization": f"Bearer {journey.key}"})
+        assert httpx.get(url + path, timeout=60).status_code == 401
+        forbidden = httpx.get(url + path, headers={"authorization": f"Bearer {journey.key}"}, timeout=60)
         assert (forbidden.status_code, forbidden.json()["error"]["code"]) == (403, "admin_forbidden")
-    assert httpx.get(url + "/health").text == "ok"
+    assert httpx.get(url + "/health", timeout=60).text == "ok"
 
 
 def test_overhead_is_told_apart_from_the_vendors_time(journey: Journey) -> None:

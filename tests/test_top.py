@@ -10,13 +10,14 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from app.top import Seen, samples, view
 from app.top_screen import render
-from tests.journey import Journey, chat
+from tests.journey import Journey, chat, until
 
 BEFORE = """
 # TYPE gateway_requests_total counter
@@ -139,17 +140,17 @@ def test_command_shows_a_stack_that_is_called(journey: Journey) -> None:
     caller = threading.Thread(target=call)
     caller.start()
     urls = [word for replica in journey.stack.replicas for word in ("--admin-url", replica.admin_url)]
+
+    def shown_now() -> Any:
+        command = [sys.executable, "-m", "app.cli", "top", "--once", "--json", "--every", "1", *urls]
+        environ = os.environ | {"GATEWAY_ADMIN_TOKEN": journey.stack.admin_token}
+        return json.loads(subprocess.check_output(command, env=environ, text=True))
+
     try:
-        out = subprocess.check_output(
-            [sys.executable, "-m", "app.cli", "top", "--once", "--json", "--every", "1", *urls],
-            env=os.environ | {"GATEWAY_ADMIN_TOKEN": journey.stack.admin_token},
-            text=True,
-        )
+        shown = until(lambda: told if (told := shown_now())["calls"] > 0 else None)
     finally:
         stop.set()
         caller.join()
-    shown = json.loads(out)
-    assert shown["calls"] > 0
     assert [state for _, state in shown["replicas"]] == ["normal", "normal"]
     assert "openai/gpt-4o-mini" in dict(shown["targets"])
 

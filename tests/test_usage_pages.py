@@ -232,7 +232,7 @@ def test_a_cookie_that_is_not_ours_is_no_session(journey: Journey, kind: str) ->
 def test_a_session_of_one_port_is_none_on_the_other(journey: Journey) -> None:
     value = sign_in(journey).headers["set-cookie"].partition(";")[0].partition("=")[2]
     answer = httpx.get(
-        journey.stack.replicas[0].admin_url + "/usage", headers={"cookie": f"gateway-admin-usage={value}"}
+        journey.stack.replicas[0].admin_url + "/usage", headers={"cookie": f"gateway-admin-usage={value}"}, timeout=60
     )
     assert answer.status_code == 401
 
@@ -418,5 +418,5 @@ def test_the_administrator_sees_all_tenants(browser: Browser, stack: Stack, even
 
 def test_the_administrators_token_is_no_key_and_a_key_no_token(stack: Stack, journey: Journey) -> None:
     admin_url = stack.replicas[0].admin_url + "/usage/sign-in"
-    assert httpx.post(admin_url, data={"key": VIEWER_KEY}).status_code == 403
+    assert httpx.post(admin_url, data={"key": VIEWER_KEY}, timeout=60).status_code == 403
     assert sign_in(journey, stack.admin_token).status_code == 401
