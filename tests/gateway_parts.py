@@ -181,6 +181,13 @@ class Clock(Ambient):
         self.ahead += seconds
 
 
+class Hearing(Ambient):
+    """The channel's: for it no time goes by, so what it has read is fresh, however long the machine stood still."""
+
+    def monotonic(self) -> float:
+        return 0.0
+
+
 class KeptLimits:
     """Grants everything. `reserved` and `settled` have the tokens and nano-dollars of each call."""
 
@@ -287,7 +294,7 @@ class Rooms:
         self.limits = limits or KeptLimits()
         self.telemetry = KeptTelemetry()
         self.control = KeptControl()
-        self.channel = Control(pipe, ambient)
+        self.channel = Control(pipe, Hearing())
         self.cache = Cache(pipe, self.channel, ambient)
         self.overload = Overload(config, ambient, lambda late, tick: None)
         self.guardrails = Guardrails(guardrails.client, self.telemetry.guarded, ambient)

@@ -19,6 +19,7 @@ from app.content import MAX_BYTES, Captured, Kept
 from app.content_writer import delete, entry, folded, purge, write
 from loadtest.stack import Stack
 from tests.journey import OTHER_KEY, OVERLAY, Journey, chat, events, pool_providers, until
+from tests.limits_parts import not_just_before_midnight
 
 CARD, MAIL, SECRET = "4111 1111 1111 1111", "bob@example.com", "sk-" + "a" * 40
 
@@ -121,6 +122,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Journey, Pa
     """A stack of one replica where tenant-a asked to have its content kept, and tenant-b did not."""
     folder = tmp_path_factory.mktemp("kept")
     content = folder / "content"
+    not_just_before_midnight(120)  # a tenant has a file a day
 
     def overlay(simulator_url: str) -> dict[str, Any]:
         tenants = OVERLAY["tenants"] | {"tenant-a": OVERLAY["tenants"]["tenant-a"] | {"capture_content": True}}

@@ -23,6 +23,7 @@ from app.reports.rollup import Rollups
 from app.reports.schedule import Job, JobState, Schedule, standard_jobs
 from loadtest.processes import free_port
 from tests.ledger_parts import AMBIENT, Postgres, an_event, query, running_postgres, wait_until
+from tests.limits_parts import not_just_before_midnight
 from tests.test_rollup import DAY_SECONDS, NOON, record
 
 TOKEN = "jobs-token"
@@ -176,6 +177,7 @@ def test_once_says_that_the_database_is_away() -> None:
 @pytest.fixture
 def process(url: str, postgres: Postgres, tmp_path: Path) -> Iterator[str]:
     """The metrics' address of a running process, on a ledger where one tenant's spend has jumped."""
+    not_just_before_midnight(60)
     now = AMBIENT.now()
     costs = {"steady": [100, 100, 100], "jumps": [100, 100, 150]}
     record(

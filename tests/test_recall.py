@@ -126,7 +126,7 @@ def test_the_same_request_is_answered_without_a_vendor(server: RedisServer, tmp_
             second = await client.ask()
             assert second.first == first.first
             assert [headers(reply)["x-cache"] for reply in (first, second)] == ["MISS", "HIT (exact)"]
-            assert headers(second)["age"] == "0"
+            assert 0 <= int(headers(second)["age"]) < 60
             row = client.row()
             assert (row["cache_hit"], row["cache_kind"], row["status"]) == (True, "exact", "success")
             assert (row["usage"]["total_tokens"], row["cost_usd"]["total"], row["attempts"]) == (0, 0, [])

@@ -25,6 +25,7 @@ import yaml
 
 from loadtest import local_ca, services
 from loadtest.processes import ROOT, Child, free_port
+from tests.journey import patient_edge
 
 STATIC = yaml.safe_load((ROOT / "traefik" / "traefik.yml").read_text())
 DYNAMIC_FILE = ROOT / "traefik" / "dynamic" / "llm-gateway.yml"
@@ -353,7 +354,8 @@ def until(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 @pytest.fixture(scope="module")
 def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
-    running = Edge(tmp_path_factory.mktemp("edge"), DYNAMIC_FILE.parent)
+    folder = tmp_path_factory.mktemp("edge")
+    running = Edge(folder, patient_edge(folder))
     yield running
     running.close()
 
@@ -362,10 +364,10 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
 def narrow_edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
     """The shipped configuration with credentials limited to 5 requests at once, so that a test can reach it."""
     folder = tmp_path_factory.mktemp("narrow")
-    text = DYNAMIC_FILE.read_text().replace("average: 2000", "average: 1").replace("burst: 4000", "burst: 5")
-    (folder / "dynamic").mkdir()
-    (folder / "dynamic" / "llm-gateway.yml").write_text(text)
-    running = Edge(folder, folder / "dynamic")
+    dynamic = patient_edge(folder)
+    file = dynamic / DYNAMIC_FILE.name
+    file.write_text(file.read_text().replace("average: 2000", "average: 1").replace("burst: 4000", "burst: 5"))
+    running = Edge(folder, dynamic)
     yield running
     running.close()
 
