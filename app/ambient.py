@@ -10,7 +10,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 _KEY_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
-
+_UUID_7, _UUID_CHANCE = 0x7000_8000_0000_0000_0000, 0x0FFF_3FFF_FFFF_FFFF_FFFF
+"""Of a UUID's last 80 bits: its version and variant, and what is left to chance."""
 
 TIMER_SECONDS = 0.005
 """The event loop's timers go in steps of a millisecond, and may fire that much early."""
@@ -32,15 +33,13 @@ class Ambient:
 
     def event_id(self, now: float) -> str:
         """A UUIDv7 (RFC 9562): 48 bits of unix milliseconds, then chance; sorts by time."""
-        at, chance = int(now * 1000), random.getrandbits(74)
-        return (
-            f"{at >> 16:08x}-{at & 0xFFFF:04x}-7{chance >> 62:03x}-"
-            f"{0x8000 | chance >> 48 & 0x3FFF:04x}-{chance & 0xFFFF_FFFF_FFFF:012x}"
-        )
+        bits = int(now * 1000) << 80 | _UUID_7 | random.getrandbits(80) & _UUID_CHANCE
+        digits = bits.to_bytes(16, "big").hex()
+        return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
     def trace_id(self) -> str:
         """128 random bits, never zero, as 32 hexadecimal digits (W3C trace context)."""
-        return f"{random.getrandbits(128) or 1:032x}"
+        return (random.getrandbits(128) or 1).to_bytes(16, "big").hex()
 
     def key_id(self) -> str:
         """The public part of a service key: 12 characters of [a-z0-9]."""
@@ -138,19 +137,20 @@ class Patience:
             self._set(soonest)
 
 
-_second = (0, "")
+_second = (-1_000_000, "")
 
 
 def timestamp(now: float) -> str:
     """Unix seconds as RFC 3339 in UTC with microseconds: `2026-06-07T14:32:01.123456Z`."""
-    global _second  # the last second's text: every call asks twice, and formatting it costs more than the rest
+    global _second  # when the last second began, and its text: every call asks twice, and formatting it costs more
     micros = int(now * 1_000_000)
-    whole = micros // 1_000_000
-    second, text = _second
-    if second != whole:
+    began, text = _second
+    if not 0 <= micros - began < 1_000_000:
+        whole = micros // 1_000_000
         text = datetime.fromtimestamp(whole, UTC).strftime("%Y-%m-%dT%H:%M:%S")
-        _second = whole, text
-    return f"{text}.{micros - whole * 1_000_000:06d}Z"
+        began = whole * 1_000_000
+        _second = began, text
+    return f"{text}.{micros - began:06d}Z"
 
 
 def same(left: bytes, right: bytes) -> bool:

@@ -40,7 +40,7 @@ class Batch(Struct):
 def row(event: bytes) -> str:
     """An event as the archive takes it. PostgreSQL's text holds no NUL character: U+FFFD stands for it."""
     text = event.decode()
-    return _NUL.sub(r"\1\\ufffd", text) if "\\u0000" in text else text
+    return _NUL.sub(r"\1\\ufffd", text) if "\\" in text else text
 
 
 class Segment:
@@ -76,7 +76,8 @@ class Segment:
             news = line.start >= self.shipped
             try:
                 if line.kind == "E":
-                    self.intents.pop(_decode_event_id(line.payload).event_id, None)
+                    if final:
+                        self.intents.pop(_decode_event_id(line.payload).event_id, None)
                     if news:
                         batch.events.append(row(line.payload))
                 elif line.kind == "I" and final:

@@ -127,8 +127,8 @@ def _latency(total: float, provider: float, cache: float) -> EventLatency:
     """Of seconds. What we added is what is left: the parts add up."""
     total_us, provider_us = int(total * 1_000_000 + 0.5), int(provider * 1_000_000 + 0.5)
     cache_us = int(cache * 1_000_000 + 0.5) if cache else 0
-    own_us = max(0, total_us - provider_us - cache_us)
-    return EventLatency(own_us / 1000, cache_us / 1000, provider_us / 1000, total_us / 1000)
+    own_us = total_us - provider_us - cache_us
+    return EventLatency(own_us / 1000 if own_us > 0 else 0.0, cache_us / 1000, provider_us / 1000, total_us / 1000)
 
 
 def _unusual(exchange: Exchange, event: LedgerEvent) -> dict[str, object]:

@@ -53,17 +53,17 @@ class Timings:
 class Cells:
     """The figures of calls by tenant, alias, provider and status."""
 
-    __slots__ = ("cached", "cost_usd", "input_tokens", "output_tokens", "requests", "saved_usd", "timings")
+    __slots__ = ("cached", "input_tokens", "nanos", "output_tokens", "requests", "saved_usd", "timings")
 
     def __init__(self, timings: Timings) -> None:
-        self.requests = self.input_tokens = self.output_tokens = 0
-        self.cost_usd = self.saved_usd = 0.0
+        self.requests = self.input_tokens = self.output_tokens = self.nanos = 0
+        self.saved_usd = 0.0
         self.cached: Tally[str] = Tally()
         """Calls by what the cache said: `miss`, or the kind of hit. Those that no cache was asked for are none."""
         self.timings = timings
 
-    def count(self, event: LedgerEvent, pace: Pace | None) -> None:
-        """`pace` is the stream's, where the answer was one."""
+    def count(self, event: LedgerEvent, nanos: int, pace: Pace | None) -> None:
+        """`nanos` are what the event's cost is in nano-dollars; `pace` is the stream's, where the answer was one."""
         latency, usage, timings = event.latency_ms, event.usage, self.timings
         self.requests += 1
         timings.request.observe(latency.total / 1000)
@@ -73,7 +73,7 @@ class Cells:
         if usage.total_tokens:
             self.input_tokens += usage.input_tokens
             self.output_tokens += usage.output_tokens
-            self.cost_usd += float(bytes(event.cost_usd.total))
+            self.nanos += nanos
         if event.ttft_ms is not None:
             timings.ttft.observe(event.ttft_ms / 1000)
         if event.cache_hit:

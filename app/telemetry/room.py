@@ -220,12 +220,13 @@ class Telemetry:
         cells = self._cells.get(key)
         if cells is None:
             cells = self._cells[key] = self._make_cells(*key)
-        cells.count(event, exchange.pace)
+        cells.count(event, exchange.charged.total_nanos, exchange.pace)
         for attempt in event.attempts:
             self._attempts[attempt.provider, attempt.target, attempt.outcome] += 1
-        for before, attempt in pairwise(event.attempts):
-            if attempt.target == before.target:
-                self._retries[attempt.provider, attempt.target] += 1
+        if len(event.attempts) > 1:
+            for before, attempt in pairwise(event.attempts):
+                if attempt.target == before.target:
+                    self._retries[attempt.provider, attempt.target] += 1
         if event.cost_status == "unpriced":
             self._unpriced.labels(event.provider).inc()
         if event.limit_tripped:
@@ -256,7 +257,7 @@ class Telemetry:
             requests.add_metric(labels, cells.requests)
             tokens.add_metric((*labels, "input"), cells.input_tokens)
             tokens.add_metric((*labels, "output"), cells.output_tokens)
-            cost.add_metric(labels, cells.cost_usd)
+            cost.add_metric(labels, cells.nanos / 1e9)
             savings[labels[:2]] += cells.saved_usd
             for result, count in cells.cached.items():
                 results[*labels[:2], result] += count
