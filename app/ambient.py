@@ -150,7 +150,7 @@ def timestamp(now: float) -> str:
         text = datetime.fromtimestamp(whole, UTC).strftime("%Y-%m-%dT%H:%M:%S")
         began = whole * 1_000_000
         _second = began, text
-    return f"{text}.{micros - began:06d}Z"
+    return f"{text}.{str(1_000_000 + micros - began)[1:]}Z"  # with its zeros: `:06d` takes twice as long
 
 
 def same(left: bytes, right: bytes) -> bool:

@@ -17,24 +17,32 @@ the loop for seconds."""
 LONG_BYTES = 8_192
 HOPS = 32
 """A long text is looked through from one rare byte to the next: 100 KB take 1 us where there is none, and with a
-pattern 27 us. After so many that were none, the rest is left to that."""
+pattern 27 us. After so many that were none, the rest is left to that. In a short one `find` is twice as fast as it."""
 
 
 class Mark(Struct, frozen=True):
-    """What is looked for: a pattern, and one that holds from `byte` on, which stands in each of its places."""
+    """What is looked for: a pattern, and one that holds from `byte` on; that and `word` stand in each of its places."""
 
     pattern: re.Pattern[bytes]
+    word: bytes
     byte: bytes
     there: re.Pattern[bytes]
 
+    def first(self, body: bytes) -> re.Match[bytes] | None:
+        """Where it stands first."""
+        if len(body) >= LONG_BYTES:
+            return _search(self, body, 0)
+        return None if body.find(self.word) == -1 else self.pattern.search(body)
 
-_URL = Mark(re.compile(rb";base64,"), b";", re.compile(rb";base64,"))
+
+_URL = Mark(re.compile(rb";base64,"), b";base64,", b";", re.compile(rb";base64,"))
 _DATA = Mark(
     re.compile(rb'"data"\s*:\s*"(?=[A-Za-z0-9+/\\]{256})'),
+    b'"data"',
     b":",
     re.compile(rb'(?:(?<="data")|(?<="data" )):\s*"(?=[A-Za-z0-9+/\\]{256})'),
 )
-_CACHE = Mark(re.compile(rb'"cache_control"'), b"_", re.compile(rb'(?<="cache)_control"'))
+_CACHE = Mark(re.compile(rb'"cache_control"'), b'"cache_control"', b"_", re.compile(rb'(?<="cache)_control"'))
 
 
 def size(body: bytes) -> tuple[int, int]:
@@ -44,7 +52,7 @@ def size(body: bytes) -> tuple[int, int]:
     """
     text_bytes, blobs = len(body), 0
     for mark in (_URL, _DATA):
-        found = mark.pattern.search(body) if len(body) < LONG_BYTES else _search(mark, body, 0)
+        found = mark.first(body)
         while found is not None and blobs < MOST_BLOBS:
             end = body.find(b'"', found.end())
             if end == -1:
@@ -57,8 +65,7 @@ def size(body: bytes) -> tuple[int, int]:
 
 def marks_cache(body: bytes) -> bool:
     """Whether a request may ask for its prompt to be cached."""
-    found = _CACHE.pattern.search(body) if len(body) < LONG_BYTES else _search(_CACHE, body, 0)
-    return found is not None
+    return _CACHE.first(body) is not None
 
 
 def _search(mark: Mark, body: bytes, at: int) -> re.Match[bytes] | None:
