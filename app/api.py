@@ -361,7 +361,8 @@ def app(door: FrontDoor, more: Sequence[HTTPRouteHandler] = ()) -> ASGIApp:
 
     async def visitor(request: Request) -> tuple[Config, Tenant, dict[str, str]]:
         """The configuration, on whose behalf it is asked, and what the answer says of that tenant's limits."""
-        config, headers, now = door.source.current, header_map(request.scope["headers"]), door.ambient.now()
+        config, now = door.source.current, door.ambient.now()
+        headers = header_map(dict(reversed(request.scope["headers"])))
         try:
             key = await door.callers.identify(config, headers, now)
         except (InvalidApiKey, IssuerUnavailable) as error:

@@ -96,7 +96,7 @@ class Server:
     async def _others(self, visit: Visit) -> None:
         """A visit by ASGI."""
         path, query = _path(visit.target)
-        headers = [(name.lower(), value) for name, value in visit.raw_headers]
+        headers = [(name.lower(), value) for name, value in visit.raw_headers.items()]
         transport = visit._connection.transport
         scope: HTTPScope = {
             "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": visit.version,

@@ -110,7 +110,7 @@ def tenant_routes(
     async def usage_api(request: Request) -> Response[bytes]:
         """The tenant's own numbers, as JSON."""
         config = source.current
-        headers = header_map(request.scope["headers"])
+        headers = header_map(dict(reversed(request.scope["headers"])))
         try:
             key = await callers.identify(config, headers, ambient.now())
         except (InvalidApiKey, IssuerUnavailable) as error:

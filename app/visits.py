@@ -68,8 +68,8 @@ class Visit(Struct, eq=False):
     method: str = ""
     target: bytes = b""
     version: str = "1.1"
-    raw_headers: list[tuple[bytes, bytes]] = []
-    """In their order, as they were written."""
+    raw_headers: dict[bytes, bytes] = {}
+    """In their order, as they were written; of a name that was written twice the first counts."""
     keep_alive: bool = True
     complete: bool = False
     """Whether the whole request is here; since when, by the ambient's clock."""
@@ -105,7 +105,7 @@ class Visit(Struct, eq=False):
         """ASGI's: what has come of the body, at least the news that it is complete; or that the client is gone."""
         connection = self._connection
         if not (self.complete or self.started or self.continued) and b"expect" in (
-            name.lower() for name, _ in self.raw_headers
+            name.lower() for name in self.raw_headers
         ):
             self.continued = True
             connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -235,6 +235,10 @@ class Connection(asyncio.Protocol):
         """The visit that is being served."""
         self.patience = Patience(port.loop)
         """Of one visit after the other: the timer of the last serves the next one too."""
+        self._target: list[bytes] = []
+        self._head: dict[bytes, bytes] = {}
+        self.on_url, self.on_header = self._target.append, self._head.setdefault
+        """The parser itself writes them there, for one request after the other."""
         self._parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
         self._arriving: Visit | None = None
         self._next: deque[Visit] = deque()
@@ -266,6 +270,8 @@ class Connection(asyncio.Protocol):
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._refuse(413, RequestTooLarge(f"The head of the request is above {MAX_HEAD_BYTES} bytes."))
+        elif self._head:
+            self._head.clear()  # trailers, however many: no headers, for the edge has not looked at them
 
     def eof_received(self) -> bool:
         return False
@@ -306,23 +312,24 @@ class Connection(asyncio.Protocol):
     # --- from the parser ---
 
     def on_message_begin(self) -> None:
-        self._arriving = Visit(self)
         self._head_bytes = 0
+        self._target.clear()
+        self._head.clear()
         self.idle_since = self.loop.time()
-
-    def on_url(self, url: bytes) -> None:
-        self._arriving.target += url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self._head_bytes is not None:  # a trailer is no header: the edge has not looked at it
-            self._arriving.raw_headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         self._head_bytes = None
-        visit, parser = self._arriving, self._parser
-        visit.method = parser.get_method().decode("ascii")
-        visit.version = version = parser.get_http_version()
-        visit.keep_alive = version == "1.1" and parser.should_keep_alive() and not self.port.closing
+        parser, target = self._parser, self._target
+        version = parser.get_http_version()
+        self._arriving = visit = Visit(
+            self,
+            parser.get_method().decode("ascii"),
+            target[0] if len(target) == 1 else b"".join(target),
+            version,
+            self._head.copy(),
+            version == "1.1" and parser.should_keep_alive() and not self.port.closing,
+        )
+        self._head.clear()
         if self.current is None and not self.blocked:
             self._serve(visit)
         else:  # it came before the last one was answered

@@ -46,7 +46,7 @@ class Client:
     """
 
     def __init__(self, body: bytes | None, headers: Headers, reads: int = 1_000) -> None:
-        self.raw_headers = headers
+        self.raw_headers = dict(reversed(headers))
         self.method = "POST"
         self.gone = self.started = self.ended = False
         self.came_at = 0.0

@@ -261,10 +261,16 @@ def test_a_body_in_chunks_is_read(caller: Caller) -> None:
     assert b"? a=b : abcde" in got
 
 
+def test_of_a_header_that_is_written_twice_the_first_counts(caller: Caller) -> None:
+    got = caller.say(request("/whole", "x-want: x-a=1", "x-want: x-a=2"))
+    assert b"\r\nx-a: 1\r\n" in got
+
+
 def test_a_trailer_is_no_header(caller: Caller) -> None:
     head = b"POST /whole HTTP/1.1\r\nhost: gateway\r\ntransfer-encoding: chunked\r\ntrailer: x-want\r\n\r\n"
     got = caller.say(head + b"2\r\n{}\r\n0\r\nx-want: x-forged=1\r\n\r\n")
     assert (BODY in got, b"forged" in got) == (True, False)
+    assert b"x-plain" in caller.say(request("/whole"))  # nor one of the next request
 
 
 def test_a_client_that_waits_for_100_continue_is_told(caller: Caller) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Mapping
 from itertools import repeat
 from urllib.parse import unquote_plus
 
@@ -67,12 +67,9 @@ class Callers:
         return key
 
 
-def header_map(raw: Sequence[tuple[bytes, bytes]]) -> dict[bytes, str]:
-    """By lower-case name. Of a header written twice the first counts, as it does for Traefik's limits."""
-    if not raw:
-        return {}
-    names, values = zip(*reversed(raw), strict=True)
-    return dict(zip(map(bytes.lower, names), map(bytes.decode, values, _LATIN_1), strict=True))
+def header_map(raw: Mapping[bytes, bytes]) -> dict[bytes, str]:
+    """By lower-case name. Of one that was written twice the first counts, as it does for Traefik's limits."""
+    return dict(zip(map(bytes.lower, reversed(raw)), map(bytes.decode, reversed(raw.values()), _LATIN_1), strict=True))
 
 
 def _credential(headers: Mapping[bytes, str]) -> str | None:
