@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
+from typing import Any
 
 import msgspec
 from litestar import Litestar, MediaType, Request, Response, get
@@ -53,14 +54,15 @@ still look for the body's end (traefik issue 11767, golang/go issue 40747). No v
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _USER_HASH = re.compile(r"[A-Za-z0-9:._-]{1,128}")
 _VERSION = re.compile(r"[\x20-\x7e]{1,128}")
-_NAMES = {b"x-feature-id": NAME, b"x-user-id-hash": _USER_HASH, b"x-prompt-version": _VERSION}
-_WRITTEN = {
-    b"x-feature-id": "X-Feature-Id",
-    b"x-user-id-hash": "X-User-Id-Hash",
-    b"x-prompt-version": "X-Prompt-Version",
+_NAMES = {
+    b"x-feature-id": ("feature_id", NAME, "X-Feature-Id"),
+    b"x-user-id-hash": ("user_id_hash", _USER_HASH, "X-User-Id-Hash"),
+    b"x-prompt-version": ("prompt_version", _VERSION, "X-Prompt-Version"),
 }
-"""The same names as a refusal has them."""
+"""By name the member of a call, what it must match, and the name as a refusal has it."""
 _TOLD = frozenset({*_NAMES, b"x-user-id", b"x-est-tokens"})
+_OF_SOME = _TOLD | wishes.HEADERS | {b"traceparent"}
+"""What not every call says."""
 _TRACESTATE = re.compile(r"[\x20-\x7e]{1,512}")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 
@@ -213,28 +215,36 @@ class FrontDoor:
         started: float,
         received_at: float,
     ) -> Call:
-        """The call, with what its headers say. A header that cannot be used is a fault, never dropped in silence."""
+        """The call, with what its headers say. A header that cannot be used is a fault, never dropped in silence.
+
+        It is made of what every call has; what only some have is put in where there is any.
+        """
         event_id = self.ambient.event_id(received_at)
         request_id = headers.get(b"x-request-id")
         if request_id is None or not _REQUEST_ID.fullmatch(request_id):
             request_id = "req_" + event_id.replace("-", "")
-        said: Mapping[bytes, str] = {}
-        tokens_hint = 0
-        if not _TOLD.isdisjoint(headers):
-            said, tokens_hint, wrong = _told(headers, config)
+        more: dict[str, Any] = {}
+        parent: re.Match[str] | None = None
+        says_more = not _OF_SOME.isdisjoint(headers)
+        if says_more:
+            more, wrong = _told(headers, config)
             fault = fault or wrong
-        relayed: tuple[tuple[str, str], ...] = ()
+            parent = _TRACEPARENT.fullmatch(headers.get(b"traceparent", ""))
         if dialect.relayed:
             relayed, wrong = _relayed(headers, dialect)
             fault = fault or wrong
-        wanted = None
-        if not wishes.HEADERS.isdisjoint(headers):
+            if relayed:
+                more["relayed"] = relayed
+        if says_more and not wishes.HEADERS.isdisjoint(headers):
             try:
-                wanted = wishes.read(headers)
+                more["wishes"] = wishes.read(headers)
             except InvalidRequest as error:
                 fault = fault or error
-        parent = _TRACEPARENT.fullmatch(headers[b"traceparent"]) if b"traceparent" in headers else None
-        return Call(
+        if config.routing_headers:
+            more["metadata"] = _picked(headers, config.routing_headers)
+        if parent is not None:
+            more |= {"parent_span_id": int(parent[2], 16) or None, "trace_state": _trace_state(headers)}
+        call = Call(
             event_id=event_id,
             request_id=request_id,
             received_at=received_at,
@@ -246,20 +256,12 @@ class FrontDoor:
             body=body,
             fault=fault,
             tenant_claimed=(headers.get(b"x-tenant-id") or "")[:128] or None,
-            feature_id=said.get(b"x-feature-id"),
-            user_id_hash=said.get(b"x-user-id-hash"),
-            prompt_version=said.get(b"x-prompt-version"),
-            tokens_hint=tokens_hint,
             trace_id=parent[1] if parent and parent[1].strip("0") else self.ambient.trace_id(),
-            parent_span_id=int(parent[2], 16) or None if parent else None,
-            trace_state=_trace_state(headers) if parent else None,
             sampled=(
                 bool(int(parent[3], 16) & 1) if parent else self.ambient.random() < config.settings.trace_sample_ratio
             ),
-            relayed=relayed,
-            wishes=wanted,
-            metadata=_picked(headers, config.routing_headers) if config.routing_headers else {},
         )
+        return msgspec.structs.replace(call, **more) if more else call
 
     def _refuse(self, visit: Visit, dialect: Dialect, error: GatewayError, request_id: str | None = None) -> None:
         """An error outside a call's journey."""
@@ -284,24 +286,26 @@ def _send(exchange: Exchange, visit: Visit, kept: Kept | None, frames: bytes) ->
     return not visit.blocked
 
 
-def _told(headers: Mapping[bytes, str], config: Config) -> tuple[Mapping[bytes, str], int, InvalidRequest | None]:
-    """What a call's own headers say, by their names, its hint of tokens, and what of it cannot be used."""
-    said: dict[bytes, str] = {}
+def _told(headers: Mapping[bytes, str], config: Config) -> tuple[dict[str, Any], InvalidRequest | None]:
+    """What a call's own headers say, as members of `Call`, and what of it cannot be used."""
+    said: dict[str, Any] = {}
     fault: InvalidRequest | None = None
-    for name, pattern in _NAMES.items():
+    for name, (member, pattern, written) in _NAMES.items():
         if value := headers.get(name):
             if pattern.fullmatch(value):
-                said[name] = value
+                said[member] = value
             else:
-                fault = fault or _unusable(_WRITTEN[name], pattern)
+                fault = fault or _unusable(written, pattern)
     hint = headers.get(b"x-est-tokens") or "0"
     if not (hint.isascii() and hint.isdigit() and len(hint) < 10):
         fault = fault or InvalidRequest("X-Est-Tokens must be a whole number of tokens.", param="X-Est-Tokens")
         hint = "0"
+    if tokens := int(hint):
+        said["tokens_hint"] = tokens
     if (user := headers.get(b"x-user-id")) and not headers.get(b"x-user-id-hash"):
         salt = config.settings.user_id_salt.reveal()
-        said[b"x-user-id-hash"] = "sha256:" + hashlib.sha256(f"{salt}:{user}".encode()).hexdigest()
-    return said, int(hint), fault
+        said["user_id_hash"] = "sha256:" + hashlib.sha256(f"{salt}:{user}".encode()).hexdigest()
+    return said, fault
 
 
 def _relayed(
