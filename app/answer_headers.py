@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from app.core import Exchange
+from app.core import Exchange, written
 from app.errors import GatewayError
 from app.recall import cache_headers
 from app.settlement import fell_back
 
 
-def headers_of(exchange: Exchange, content_type: bytes, now: float) -> list[tuple[bytes, bytes]]:
-    """What every answer says of itself; `now` in unix seconds."""
+def head_of(exchange: Exchange, content_type: bytes, now: float) -> bytes:
+    """What every answer says of itself, as lines of its head; `now` in unix seconds.
+
+    A request's id and what is kept in lines have no line break; of all others `written` sees to that.
+    """
     call, target, version = exchange.call, exchange.target, exchange.call.config.version
-    request_id = call.request_id.encode()
-    headers = [(b"content-type", content_type)]
-    for name in call.dialect.id_headers:
-        headers.append((name, request_id))
+    headers: list[tuple[bytes, bytes]] = []
     if target is None:
-        headers.append((b"x-gateway-config-version", version.encode()))
+        lines = written([(b"content-type", content_type), (b"x-gateway-config-version", version.encode())])
     else:
-        model = exchange.model_resolved or target.model
-        headers += _answered_by(version, model, target.provider.name, len(exchange.attempts), fell_back(exchange))
+        model, attempts = exchange.model_resolved or target.model, len(exchange.attempts)
+        lines = _answered_by(content_type, version, model, target.provider.name, attempts, fell_back(exchange))
+    for name in call.dialect.id_headers:
+        lines += b"%b: %b\r\n" % (name, call.request_id.encode())
     if target is None and exchange.recalled is not None and exchange.recalled.model is not None:
         headers += [
             (b"x-gateway-model-resolved", exchange.recalled.model.encode("latin-1", "replace")),
@@ -39,22 +41,27 @@ def headers_of(exchange: Exchange, content_type: bytes, now: float) -> list[tupl
         headers.append((b"x-gateway-rule", exchange.rule.encode()))
     if exchange.alias_requested is not None:
         headers.append((b"x-gateway-downgraded-from", exchange.alias_requested.encode()))
+    if headers:
+        lines += written(headers)
     if exchange.rates is not None:
-        headers += call.dialect.rate_headers(exchange.rates, now)
-    return headers
+        lines += call.dialect.rate_headers(exchange.rates, now)
+    return lines
 
 
 @lru_cache(512)
-def _answered_by(
-    version: str, model: str, provider: str, attempts: int, fallback: bool
-) -> tuple[tuple[bytes, bytes], ...]:
-    """Who has answered. Kept, since most are said to be by one of a few; a model is a `word`, so it is short."""
-    return (
-        (b"x-gateway-config-version", version.encode()),
-        (b"x-gateway-model-resolved", model.encode("latin-1", "replace")),
-        (b"x-gateway-provider", provider.encode()),
-        (b"x-gateway-attempts", b"%d" % attempts),
-        (b"x-gateway-fallback", b"true" if fallback else b"false"),
+def _answered_by(content_type: bytes, version: str, model: str, provider: str, attempts: int, fallback: bool) -> bytes:
+    """Who has answered, and in what form. Kept, since most are said to be by one of a few; a model is a `word`, so it
+    is short.
+    """
+    return written(
+        [
+            (b"content-type", content_type),
+            (b"x-gateway-config-version", version.encode()),
+            (b"x-gateway-model-resolved", model.encode("latin-1", "replace")),
+            (b"x-gateway-provider", provider.encode()),
+            (b"x-gateway-attempts", b"%d" % attempts),
+            (b"x-gateway-fallback", b"true" if fallback else b"false"),
+        ]
     )
 
 

@@ -166,15 +166,15 @@ class FrontDoor:
         if kept is not None and (exchange.tenant is None or not exchange.tenant.capture_content):
             kept = None
         if self.draining or isinstance(exchange.call.fault, RequestTooLarge | Overloaded):
-            reply.headers.append((b"connection", b"close"))
+            visit.keep_alive = False
         if reply.status >= 400:
             await self._not_too_soon(visit, exchange.call.started)
         if reply.frames is None:
             if kept is not None:
                 kept.add(reply.first)
-            visit.whole(reply.status, reply.headers, reply.first)
+            visit.whole(reply.status, reply.head, reply.first)
             return
-        visit.start(reply.status, reply.headers)
+        visit.start(reply.status, reply.head)
         exchange.send = send = partial(_send, exchange, visit, kept)
         async with aclosing(reply.frames) as frames:
             async for frame in frames:
@@ -378,8 +378,8 @@ def app(door: FrontDoor, more: Sequence[HTTPRouteHandler] = ()) -> ASGIApp:
             door.gateway.telemetry.audit(key.id, "tenant.forge", tenant=headers.get(b"x-tenant-id", "")[:128])
             raise
         rates = await door.gateway.limits.look(config, tenant, key)
-        told = words_for(request.headers).rate_headers(rates, now) if rates else []
-        return config, tenant, {name.decode(): value.decode() for name, value in told}
+        told = words_for(request.headers).rate_headers(rates, now).decode() if rates else ""
+        return config, tenant, dict(line.split(": ", 1) for line in told.splitlines())
 
     @get("/v1/models", media_type=MediaType.JSON)
     async def models(request: Request) -> Response:

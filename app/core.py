@@ -42,10 +42,21 @@ class Usage(Struct, frozen=True, gc=False, omit_defaults=True):
     seconds: int = 0
     characters: int = 0
 
-    @property
-    def plain(self) -> bool:
+    def is_plain(self) -> bool:
         """Whether it is text in and text out, and nothing else."""
-        return self == Usage(self.input, output=self.output)
+        return not (
+            self.cache_read
+            or self.cache_write
+            or self.cache_write_1h
+            or self.audio_input
+            or self.image_input
+            or self.reasoning
+            or self.audio_output
+            or self.embedding
+            or self.images
+            or self.seconds
+            or self.characters
+        )
 
     @property
     def total_input(self) -> int:
@@ -113,7 +124,7 @@ def cost(usage: Usage, price: Price, priced: bool = True) -> Cost:
     """What `usage` costs by `price`: each class rounded once, the total is the sum of the classes."""
     input_nanos = _charge(usage.input, price.input)
     output_nanos = _charge(usage.output, price.output)
-    if usage.plain:
+    if usage.is_plain():
         return Cost(input_nanos, output_nanos, priced)
     input_nanos += (
         _charge(usage.cache_read, price.cache_read)
@@ -151,7 +162,7 @@ def dearest(usage: Usage, targets: Sequence[Target], tenant_id: str | None, at: 
     """What `usage` costs a tenant at the dearest of `targets`."""
     if len(targets) == 1:
         target = targets[0]
-    elif usage.plain:
+    elif usage.is_plain():
         given, made, most = usage.input, usage.output, -1
         for one in targets:
             price = one.price_for(tenant_id, usage, None, at)
@@ -400,8 +411,8 @@ class Dialect(Struct, frozen=True):
 
     `read` raises InvalidRequest. `name` finds the translators that answer in this dialect: `dialects.translator`.
     Errors are told the request's id, which `id_headers` carry; one that ends a stream also which frames were sent last,
-    empty before the first, as its events may be numbered. `rate_headers` names the figures of limits; it is told
-    the time, in unix seconds. `methods` are those that the route takes.
+    empty before the first, as its events may be numbered. `rate_headers` writes the figures of limits, as lines of a
+    head; it is told the time, in unix seconds. `methods` are those that the route takes.
     `relayed` are headers of the client that go on to a vendor which speaks the dialect itself, as far as they match.
     """
 
@@ -409,7 +420,7 @@ class Dialect(Struct, frozen=True):
     read: Callable[[bytes], Request]
     error_body: Callable[[GatewayError, str | None], bytes]
     error_frames: Callable[[GatewayError, str, bytes], bytes]
-    rate_headers: Callable[[Rates, float], list[tuple[bytes, bytes]]]
+    rate_headers: Callable[[Rates, float], bytes]
     id_headers: tuple[bytes, ...] = (b"x-request-id",)
     relayed: Mapping[bytes, re.Pattern[str]] = {}
     methods: tuple[str, ...] = ("POST",)
@@ -486,11 +497,22 @@ class Call(Struct, frozen=True, kw_only=True):
         return {"request_id": self.request_id, "trace_id": self.trace_id}
 
 
+Headers = Sequence[tuple[bytes, bytes]]
+
+
+def written(headers: Headers) -> bytes:
+    """Headers as lines of a head, each with its end. Raises ValueError where one has a line break inside."""
+    lines = b"".join([b"%b: %b\r\n" % header for header in headers])
+    if lines.count(b"\n") != len(headers) or lines.count(b"\r") != len(headers):
+        raise ValueError("a header has a line break")
+    return lines
+
+
 class Reply(Struct, frozen=True):
-    """What goes back: a status line, headers, and frames. Of a unary answer the first frame is the only one."""
+    """What goes back: a status, lines of a head, and frames. Of a unary answer the first frame is the only one."""
 
     status: int
-    headers: list[tuple[bytes, bytes]]
+    head: bytes
     first: bytes
     frames: AsyncGenerator[bytes, None] | None = None
 

@@ -11,11 +11,11 @@ from functools import partial
 import msgspec
 
 from app.ambient import TIMER_SECONDS, Ambient
-from app.answer_headers import headers_of, retry_headers
+from app.answer_headers import head_of, retry_headers
 from app.auth import allow, authorize, goes_on, keeper, require, substitute
 from app.cache import Cache, Flight
 from app.config import Alias, Tenant
-from app.core import Exchange, LedgerEvent, Pace, Reply
+from app.core import Exchange, LedgerEvent, Pace, Reply, written
 from app.dialogue import OF_KEPT, Dialogue
 from app.errors import (
     GatewayError,
@@ -47,6 +47,7 @@ from app.telemetry import Telemetry
 from app.upstream import VendorAnswer
 
 EVENT_STREAM = b"text/event-stream; charset=utf-8"
+UNCACHED = b"cache-control: no-cache\r\n"
 Departure = Callable[[Reply], Awaitable[None]]
 
 
@@ -252,51 +253,49 @@ class Gateway:
     def _recalled(self, exchange: Exchange, alias: Alias, before: Said | Flight) -> Reply:
         """An answer from before, its row first; or one that is on its way to another. Raises LedgerUnavailable."""
         if isinstance(before, Flight):
-            headers = headers_of(exchange, EVENT_STREAM, self.ambient.now())
-            headers.append((b"cache-control", b"no-cache"))
-            return Reply(200, headers, b"", self.recall.follow(exchange, alias, before, self.settle))
+            head = head_of(exchange, EVENT_STREAM, self.ambient.now()) + UNCACHED
+            return Reply(200, head, b"", self.recall.follow(exchange, alias, before, self.settle))
         if before.status == 200:
             exchange.done, exchange.memory.said = True, before.body
         else:
             exchange.error = VendorRefused("", vendor_status=before.status, vendor_code=before.code)
         event = self.settle(exchange)
-        headers = headers_of(exchange, EVENT_STREAM if before.stream else before.content_type, self.ambient.now())
-        headers.append((b"content-length", b"%d" % len(before.body)))
-        latency = b"gateway;dur=%.3f, cache;dur=%.3f" % (event.latency_ms.gateway, event.latency_ms.cache_lookup)
-        headers.append((b"server-timing", latency))
-        if before.stream:
-            headers.append((b"cache-control", b"no-cache"))
-        else:
-            headers += [(b"x-usage-total-tokens", b"0"), (b"x-gateway-cost-usd", b"0")]
-        return Reply(before.status, headers, before.body)
+        latency = event.latency_ms
+        head = b"%bcontent-length: %d\r\nserver-timing: gateway;dur=%.3f, cache;dur=%.3f\r\n%b" % (
+            head_of(exchange, EVENT_STREAM if before.stream else before.content_type, self.ambient.now()),
+            len(before.body),
+            latency.gateway,
+            latency.cache_lookup,
+            UNCACHED if before.stream else b"x-usage-total-tokens: 0\r\nx-gateway-cost-usd: 0\r\n",
+        )
+        return Reply(before.status, head, before.body)
 
     def _unary(self, exchange: Exchange, body: bytes) -> Reply:
         """A whole answer: its row first, then its only frame. Raises LedgerUnavailable."""
         if exchange.memory is not None and exchange.memory.flight is not None:
             exchange.memory.flight.add(body)
         event = self.settle(exchange)
-        headers = headers_of(exchange, exchange.content_type, self.ambient.now())
-        headers += [
-            (b"content-length", b"%d" % len(body)),
-            (b"x-usage-total-tokens", b"%d" % event.usage.total_tokens),
-            (b"x-gateway-cost-usd", bytes(event.cost_usd.total)),
-            (
-                b"server-timing",
-                b"gateway;dur=%.3f, provider;dur=%.3f" % (event.latency_ms.gateway, event.latency_ms.provider),
-            ),
-        ]
-        return Reply(200, headers, body)
+        latency = event.latency_ms
+        head = _UNARY % (
+            head_of(exchange, exchange.content_type, self.ambient.now()),
+            len(body),
+            event.usage.total_tokens,
+            event.cost_usd.total,
+            latency.gateway,
+            latency.provider,
+        )
+        return Reply(200, head, body)
 
     def _streamed(
         self, exchange: Exchange, alias: Alias, answer: VendorAnswer, stream: Stream, guarding: Guarding | None
     ) -> Reply:
-        headers = headers_of(exchange, EVENT_STREAM, self.ambient.now())
         overhead = exchange.first_token - exchange.call.started - exchange.provider_seconds
-        headers += [
-            (b"cache-control", b"no-cache"),
-            (b"server-timing", b"gateway;dur=%.3f" % (overhead * 1000)),
-        ]
-        return Reply(200, headers, b"", self._relay(exchange, alias, answer, stream, guarding))
+        head = b"%b%bserver-timing: gateway;dur=%.3f\r\n" % (
+            head_of(exchange, EVENT_STREAM, self.ambient.now()),
+            UNCACHED,
+            overhead * 1000,
+        )
+        return Reply(200, head, b"", self._relay(exchange, alias, answer, stream, guarding))
 
     async def _relay(
         self,
@@ -424,10 +423,8 @@ class Gateway:
             error = fault
         body = exchange.call.dialect.error_body(error, exchange.call.request_id)
         status = error.vendor_status if isinstance(error, VendorRefused) else error.status
-        headers = headers_of(exchange, b"application/json", self.ambient.now())
-        headers.append((b"content-length", b"%d" % len(body)))
-        headers += retry_headers(error, status)
-        return Reply(status, headers, body)
+        more = written([(b"content-length", b"%d" % len(body)), *retry_headers(error, status)])
+        return Reply(status, head_of(exchange, b"application/json", self.ambient.now()) + more, body)
 
     # --- 8 settlement -------------------------------------------------------------------------------------------------
 
@@ -465,6 +462,12 @@ class Gateway:
         self.telemetry.record(exchange, event, exchange.row)
 
 
+_UNARY = b"""\
+%bcontent-length: %d\r
+x-usage-total-tokens: %d\r
+x-gateway-cost-usd: %b\r
+server-timing: gateway;dur=%.3f, provider;dur=%.3f\r
+"""
 _OURS = (GuardrailBlocked, GuardrailUnavailable)
 """What ends a stream that its vendor sent well."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from litestar.types import Message
 from msgspec import Struct
 
 from app.ambient import Ambient, Patience
+from app.core import Headers, written
 from app.dialects import openai_chat
 from app.errors import InternalError, InvalidRequest, RequestTooLarge
 
@@ -31,11 +32,13 @@ IDLE_SECONDS = 75.0
 UNREAD_BYTES = 65_536
 """Body bytes that nobody has asked for yet, at which reading pauses."""
 
-Headers = Sequence[tuple[bytes, bytes]]
+Head = Headers | bytes
+"""Headers, or lines of a head that they were written into; those say nothing of the body's length, unless it is whole,
+nor of the connection."""
 Handler = Callable[["Visit"], Awaitable[None]]
 
 _PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus}
-_STATUS_LINES = {status: b"HTTP/1.1 %d %b" % (status, _PHRASES.get(status, b"")) for status in range(100, 600)}
+_STATUS_LINES = {status: b"HTTP/1.1 %d %b\r\n" % (status, _PHRASES.get(status, b"")) for status in range(100, 600)}
 """Of every status: a vendor's refusal may have one that has no name, as nginx's 499."""
 _BODILESS = (204, 304)
 
@@ -138,31 +141,32 @@ class Visit(Struct, eq=False):
         while self.blocked:
             await self._connection.unblocked()
 
-    def whole(self, status: int, headers: Headers, body: bytes) -> None:
-        """An answer that is there as a whole, as one write. `headers` has its length."""
-        head = self._written_head(status, headers)
+    def whole(self, status: int, head: Head, body: bytes) -> None:
+        """An answer that is there as a whole, as one write. `head` has its length."""
+        lines = self._lines(head)
         if self.gone:
             return
         self.started = True
-        self._connection.transport.write(b"%b\r\n%b" % (head, b"" if self.method == "HEAD" else body))
+        said = b"" if self.method == "HEAD" else body
+        self._connection.transport.write(b"%b%b\r\n%b" % (_STATUS_LINES[status], lines, said))
         self._end()
 
-    def start(self, status: int, headers: Headers) -> None:
+    def start(self, status: int, head: Head) -> None:
         """The head, which leaves with the first bytes of the body. Without a length it is sent in chunks."""
-        head = self._written_head(status, headers)
+        lines = self._lines(head)
         self.started = True
         if self.method == "HEAD" or status in _BODILESS:
             self._left = 0
         else:
-            length = next((value for name, value in headers if name == b"content-length"), None)
+            length = None if isinstance(head, bytes) else dict(head).get(b"content-length")
             self._left = None if length is None else int(length)
         if self._left is None:
             self._chunked = self.version == "1.1"
             if self._chunked:
-                head += b"transfer-encoding: chunked\r\n"
+                lines += b"transfer-encoding: chunked\r\n"
             else:
                 self.keep_alive = False
-        self._head = head + b"\r\n"
+        self._head = b"%b%b\r\n" % (_STATUS_LINES[status], lines)
 
     def write(self, data: bytes) -> None:
         """A part of the body."""
@@ -191,19 +195,17 @@ class Visit(Struct, eq=False):
             self._connection.transport.write(rest)
         self._end()
 
-    def _written_head(self, status: int, headers: Headers) -> bytes:
+    def _lines(self, head: Head) -> bytes:
         if self.started:
             raise ValueError("the answer has begun")
-        lines = [_STATUS_LINES[status], *map(b": ".join, headers)]
-        if (b"connection", b"close") in headers:
-            self.keep_alive = False
-        elif not self.keep_alive:
-            lines.append(b"connection: close")
-        lines.append(b"")
-        head = b"\r\n".join(lines)
-        if head.count(b"\n") >= len(lines) or head.count(b"\r") >= len(lines):
-            raise ValueError("a header has a line break")
-        return head
+        if isinstance(head, bytes):
+            lines = head
+        else:
+            lines = written(head)
+            if (b"connection", b"close") in head:
+                self.keep_alive = False
+                return lines
+        return lines if self.keep_alive else lines + b"connection: close\r\n"
 
     def _end(self) -> None:
         self.ended = True

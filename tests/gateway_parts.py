@@ -335,6 +335,11 @@ class Rooms:
             yield from read_lines(path.read_bytes())
 
 
+def headers_of(reply: Reply) -> dict[str, str]:
+    """A reply's headers by name."""
+    return dict(line.split(": ", 1) for line in reply.head.decode("latin-1").split("\r\n")[:-1])
+
+
 async def departed(gateway: Gateway, exchange: Exchange, sent: Callable[[bytes], object] = lambda part: None) -> Reply:
     """Serves a call as the front door does, and returns its reply; `sent` gets each part of the body."""
     replies: list[Reply] = []

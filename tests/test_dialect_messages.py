@@ -707,10 +707,11 @@ def test_an_error_in_mid_stream_is_one_event() -> None:
 
 def test_limits_are_whole_again_at_a_time() -> None:
     rates = Rates(60, 59, 1.25, None, None, 0.0)
-    assert rate_headers(rates, 1_767_225_600.0) == [
-        (b"anthropic-ratelimit-requests-limit", b"60"),
-        (b"anthropic-ratelimit-requests-remaining", b"59"),
-        (b"anthropic-ratelimit-requests-reset", b"2026-01-01T00:00:02Z"),
+    assert rate_headers(rates, 1_767_225_600.0).split(b"\r\n") == [
+        b"anthropic-ratelimit-requests-limit: 60",
+        b"anthropic-ratelimit-requests-remaining: 59",
+        b"anthropic-ratelimit-requests-reset: 2026-01-01T00:00:02Z",
+        b"",
     ]
 
 

@@ -24,6 +24,7 @@ from app.core import Exchange
 from app.dialects import ROUTES
 from app.errors import VendorBroke
 from app.telemetry import JsonLog, Lines
+from app.visits import Head
 from tests.gateway_parts import ALIAS, STREAM, UNENDED, Rooms, ScriptedAnswer, completion, config, frame, request
 from tests.test_auth import KEY, WIDE_KEY, NoTokens
 
@@ -71,12 +72,12 @@ class Client:
         while self.blocked:
             await asyncio.Event().wait()
 
-    def whole(self, status: int, headers: Headers, body: bytes) -> None:
-        self.start(status, headers)
+    def whole(self, status: int, head: Head, body: bytes) -> None:
+        self.start(status, head)
         self.write(body)
         self.end()
 
-    def start(self, status: int, headers: Headers) -> None:
+    def start(self, status: int, head: Head) -> None:
         self.started, self.status = True, status
         self._reads -= 1
 

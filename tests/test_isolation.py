@@ -34,12 +34,13 @@ from app.auth import Callers
 from app.cache.learning import Learning
 from app.cache.semantic import Questions
 from app.config import NAME, Config, Quota, ServiceKey, Tenant
-from app.core import Rates, Reservation
+from app.core import Rates, Reservation, written
 from app.errors import LimitError
 from app.ledger import read_lines
 from app.limits import Limits
 from app.limits.scopes import WHOLE
 from app.reports.period import UsageReader
+from app.visits import Head
 from tests.cache_parts import alias as cached_alias
 from tests.gateway_parts import ALIAS, DONE, USAGE_FRAME, Rooms, ScriptedAnswer, chunk, completion, config
 from tests.ledger_parts import query, running_postgres
@@ -419,9 +420,10 @@ NUMBERED = re.compile(rb"answer-(\d+)-")
 class Reader(Client):
     """A client that reads the head of its answer too."""
 
-    def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
-        self.told = dict(headers)
-        super().start(status, headers)
+    def start(self, status: int, head: Head) -> None:
+        lines = head if isinstance(head, bytes) else written(head)
+        self.told = dict(line.split(b": ", 1) for line in lines.split(b"\r\n")[:-1])
+        super().start(status, head)
 
 
 class Numbering:

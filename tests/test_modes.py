@@ -19,7 +19,7 @@ from app.config import Mode
 from app.control import Entry
 from app.core import Exchange, Reply
 from app.modes import EVERYBODY, MODE, TENANT_MODE, Modes
-from tests.gateway_parts import Clock, Rooms, ScriptedAnswer, call, completion, config, departed, request
+from tests.gateway_parts import Clock, Rooms, ScriptedAnswer, call, completion, config, departed, headers_of, request
 from tests.journey import Journey, chat, until
 
 
@@ -75,9 +75,9 @@ def test_cache_only_gives_back_what_the_look_into_the_cache_had_reserved(rooms: 
 
 def test_refusal_says_when_the_mode_ends_and_that_retrying_before_is_no_use(rooms: Rooms) -> None:
     rooms.control.kind(MODE)[EVERYBODY] = told("read_only", until=rooms.ambient.now() + 90)
-    headers = dict(answer(rooms).headers)
-    assert 85 <= int(headers[b"retry-after"]) <= 90
-    assert headers[b"x-should-retry"] == b"false"
+    headers = headers_of(answer(rooms))
+    assert 85 <= int(headers["retry-after"]) <= 90
+    assert headers["x-should-retry"] == "false"
 
 
 def test_mode_of_one_tenant_leaves_others_alone(rooms: Rooms) -> None:

@@ -19,7 +19,7 @@ from app.core import Exchange, Reply
 from app.errors import Overloaded
 from app.overload import FALL, RETRY_SECONDS, RISE, WINDOW_TICKS, Overload
 from loadtest.processes import ROOT
-from tests.gateway_parts import Clock, Rooms, ScriptedAnswer, call, completion, config, departed, request
+from tests.gateway_parts import Clock, Rooms, ScriptedAnswer, call, completion, config, departed, headers_of, request
 from tests.test_auth import NoTokens
 from tests.test_front_door import Client, Source, headers, visit
 
@@ -206,7 +206,7 @@ def test_refused_call_is_told_when_to_retry_and_leaves_a_row(rooms: Rooms) -> No
 
     reply = asyncio.run(scenario())
     assert (reply.status, b'"code":"gateway_overloaded"' in reply.first) == (503, True)
-    assert 1 <= int(dict(reply.headers)[b"retry-after"]) <= RETRY_SECONDS
+    assert 1 <= int(headers_of(reply)["retry-after"]) <= RETRY_SECONDS
     row = rooms.row()
     assert (row["error_code"], row["attempts"], row["tenant_id"]) == ("gateway_overloaded", [], "acme-corp")
 

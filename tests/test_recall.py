@@ -25,6 +25,7 @@ from app.redis_pipe import RedisPipe
 from tests import cache_parts
 from tests.cache_parts import ALIAS, body, call
 from tests.gateway_parts import DONE, UNENDED, USAGE_FRAME, Rooms, ScriptedAnswer, chunk, completion, departed
+from tests.gateway_parts import headers_of as headers
 from tests.limits_parts import Counters, pipe_to, whole
 from tests.redis_parts import AMBIENT, RedisServer, redis_server, run, running, until, wire
 from tests.translation import target
@@ -98,10 +99,6 @@ async def replica(
             yield Client(rooms)
         finally:
             rooms.spool.close()
-
-
-def headers(reply: Reply) -> dict[str, str]:
-    return {name.decode(): value.decode() for name, value in reply.headers}
 
 
 def text(out: list[bytes]) -> str:

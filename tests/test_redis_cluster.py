@@ -32,7 +32,7 @@ from app.limits.scopes import MOST, Scripts, grant_scope, make_scope, whole_mark
 from app.redis_cluster import SLOTS, ClusterPipe, _Node, is_cluster, key_of, pipe_to, seeds, slot_of, slot_tags
 from app.redis_pipe import Argument, OnError, RedisAway, RedisPipe, RedisRefused, RedisUnasked, Waiting
 from tests.cache_parts import tenant
-from tests.gateway_parts import Rooms, ScriptedAnswer, completion
+from tests.gateway_parts import Rooms, ScriptedAnswer, completion, headers_of
 from tests.limits_parts import OPEN, SHARE, Caller, Counters, a_config, a_key, a_tenant, not_just_before_midnight
 from tests.redis_parts import AMBIENT, RedisCluster, RedisServer, redis_cluster, redis_server, run, running, until, wire
 from tests.test_cache_semantic import REFUND, REFUND_TOO, Replica, Words, entry_of, text_of
@@ -483,11 +483,11 @@ def test_two_replicas_serve_one_cache_one_budget_and_hear_one_channel(cluster: R
             await until(lambda: not cluster.serving(entry).client.exists(entry))
             await two.rooms.channel.run_once()
             third = await two.ask(config=CONFIG)
-            seen = [dict(reply.headers)[b"x-cache"] for reply in (first, second, third)]
+            seen = [headers_of(reply)["x-cache"] for reply in (first, second, third)]
             return seen, heard, "k1" in revoked["revoked"], len(one.rooms.rows()), len(two.rooms.rows())
 
     seen, heard, revoked, *rows = run(main())
-    assert seen == [b"MISS", b"HIT (exact)", b"MISS"]
+    assert seen == ["MISS", "HIT (exact)", "MISS"]
     assert min(heard) >= 1
     assert revoked
     assert rows == [1, 2]

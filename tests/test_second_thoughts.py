@@ -39,6 +39,7 @@ from tests.gateway_parts import (
     departed,
     request,
 )
+from tests.gateway_parts import headers_of as headers
 from tests.redis_parts import AMBIENT, redis_server, run, running
 from tests.translation import PRICE, target
 from tests.vendors import accepting_nobody, until
@@ -131,10 +132,6 @@ def table(tmp_path: Path) -> Iterator[Callable[..., Table]]:
 
 
 Make = Callable[..., Table]
-
-
-def headers(reply: Reply) -> dict[str, str]:
-    return {name.decode(): value.decode() for name, value in reply.headers}
 
 
 def answer(content: str | None = "hello", reason: str = "stop", **message: Any) -> ScriptedAnswer:

@@ -26,7 +26,7 @@ from app.providers import stored
 from app.redis_pipe import RedisPipe
 from app.warnings import BACKOFF_SECONDS, CLAIM_SECONDS, GIVE_UP_SECONDS, MAX_WAITING, Warnings, client
 from tests import gateway_parts
-from tests.gateway_parts import STREAM, Clock, Rooms, ScriptedAnswer, completion, request
+from tests.gateway_parts import STREAM, Clock, Rooms, ScriptedAnswer, completion, headers_of, request
 from tests.journey import Journey, chat
 from tests.journey import until as until_now
 from tests.ledger_parts import an_intent
@@ -359,10 +359,10 @@ def downgrading(folder: Path, answer: ScriptedAnswer, *, nearly: bool = True) ->
 
 def served(
     rooms: Rooms, config: Config, dialect: Dialect = ROUTES["/v1/chat/completions"], **fields: object
-) -> dict[bytes, bytes]:
+) -> dict[str, str]:
     """Headers of the answer to a call for `support-quality`."""
 
-    async def main() -> dict[bytes, bytes]:
+    async def main() -> dict[str, str]:
         body = request(model="support-quality", **fields)
         call = gateway_parts.call(body, rooms.ambient, config=config, dialect=dialect)
         patience = Patience()
@@ -371,7 +371,7 @@ def served(
         finally:
             patience.close()
             rooms.spool.close()
-        return dict(reply.headers)
+        return headers_of(reply)
 
     return asyncio.run(main())
 
@@ -380,14 +380,14 @@ def served(
 def test_downgraded_call_says_so_in_its_answer_and_its_row(tmp_path: Path, stream: bool) -> None:
     rooms, config = downgrading(tmp_path, ScriptedAnswer(*(STREAM if stream else [completion()])))
     headers = served(rooms, config, stream=stream)
-    assert headers[b"x-gateway-downgraded-from"] == b"support-quality"
+    assert headers["x-gateway-downgraded-from"] == "support-quality"
     row = rooms.row()
     assert (row["status"], row["model_alias"], row["alias_requested"]) == ("success", "support-fast", "support-quality")
 
 
 def test_call_is_not_downgraded_while_its_budgets_have_room(tmp_path: Path) -> None:
     rooms, config = downgrading(tmp_path, ScriptedAnswer(completion()), nearly=False)
-    assert b"x-gateway-downgraded-from" not in served(rooms, config)
+    assert "x-gateway-downgraded-from" not in served(rooms, config)
     assert (rooms.row()["model_alias"], rooms.row()["alias_requested"]) == ("support-quality", None)
 
 
@@ -402,14 +402,14 @@ def test_call_is_not_downgraded_out_of_its_tenant_s_regions(tmp_path: Path) -> N
     }
     tenant = msgspec.structs.replace(config.tenants["acme-corp"], residency=frozenset({"eu"}))
     config = msgspec.structs.replace(config, aliases=aliases, tenants={**config.tenants, tenant.id: tenant})
-    assert b"x-gateway-downgraded-from" not in served(rooms, config)
+    assert "x-gateway-downgraded-from" not in served(rooms, config)
 
 
 def test_a_first_turn_that_is_to_be_kept_is_downgraded_like_any_other(tmp_path: Path) -> None:
     answer = {"id": "resp_1", "model": "m", "status": "completed", "output": [], "usage": None}
     rooms, config = downgrading(tmp_path, ScriptedAnswer(msgspec.json.encode(answer)))
     call = {"input": "Hi", "store": True}
-    assert served(rooms, config, ROUTES["/v1/responses"], **call)[b"x-gateway-downgraded-from"] == b"support-quality"
+    assert served(rooms, config, ROUTES["/v1/responses"], **call)["x-gateway-downgraded-from"] == "support-quality"
 
 
 @pytest.mark.parametrize(

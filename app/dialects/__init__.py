@@ -69,12 +69,14 @@ def translator(dialect: Dialect, kind: str) -> Translator:
 
 
 class Words(Struct, frozen=True):
-    """What is said beside calls: the models, one model, how limits stand, and errors with the request's id if known."""
+    """What is said beside calls: the models, one model, how limits stand (lines of a head), and errors with the
+    request's id if known.
+    """
 
     models: Callable[[list[str]], bytes]
     model: Callable[[str], bytes]
     error_body: Callable[[GatewayError, str | None], bytes]
-    rate_headers: Callable[[Rates, float], list[tuple[bytes, bytes]]]
+    rate_headers: Callable[[Rates, float], bytes]
 
 
 _OPENAI = Words(openai_chat.models, openai_chat.model, openai_chat.error_body, openai_chat.rate_headers)

@@ -96,22 +96,24 @@ def member(fields: dict[str, Raw], name: str, shape: msgspec.json.Decoder[T]) ->
         raise InvalidRequest(f"`{name}`: {error}.", param=name) from None
 
 
-def rate_headers(rates: Rates, _: float) -> list[tuple[bytes, bytes]]:
-    """How the caller stands with its limits, under OpenAI's names."""
-    headers = []
+def rate_headers(rates: Rates, _: float) -> bytes:
+    """How the caller stands with its limits, under OpenAI's names, as lines of a head."""
+    lines = b""
     if rates.limit_requests is not None:
-        headers += [
-            (b"x-ratelimit-limit-requests", b"%d" % rates.limit_requests),
-            (b"x-ratelimit-remaining-requests", b"%d" % rates.remaining_requests),
-            (b"x-ratelimit-reset-requests", duration(rates.reset_requests_seconds)),
-        ]
+        reset = duration(rates.reset_requests_seconds)
+        lines = _REQUESTS % (rates.limit_requests, rates.remaining_requests, reset)
     if rates.limit_tokens is not None:
-        headers += [
-            (b"x-ratelimit-limit-tokens", b"%d" % rates.limit_tokens),
-            (b"x-ratelimit-remaining-tokens", b"%d" % rates.remaining_tokens),
-            (b"x-ratelimit-reset-tokens", duration(rates.reset_tokens_seconds)),
-        ]
-    return headers
+        reset = duration(rates.reset_tokens_seconds)
+        lines += _TOKENS % (rates.limit_tokens, rates.remaining_tokens, reset)
+    return lines
+
+
+_RATES = b"""\
+x-ratelimit-limit-requests: %d\r
+x-ratelimit-remaining-requests: %d\r
+x-ratelimit-reset-requests: %b\r
+"""
+_REQUESTS, _TOKENS = _RATES, _RATES.replace(b"requests", b"tokens")
 
 
 def duration(seconds: float) -> bytes:

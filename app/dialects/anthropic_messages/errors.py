@@ -56,20 +56,25 @@ def error_frames(error: GatewayError, request_id: str, sent: bytes = b"") -> byt
     return frame(error_body(error, request_id), "error")
 
 
-def rate_headers(rates: Rates, now: float) -> list[tuple[bytes, bytes]]:
-    """`anthropic-ratelimit-*`; a limit is whole again at a time, in RFC 3339. `now` is in unix seconds."""
-    headers = []
+def rate_headers(rates: Rates, now: float) -> bytes:
+    """`anthropic-ratelimit-*`, as lines of a head; a limit is whole again at a time, in RFC 3339. `now` is in unix
+    seconds.
+    """
+    lines = b""
     for name, limit, remaining, reset_seconds in (
         (b"requests", rates.limit_requests, rates.remaining_requests, rates.reset_requests_seconds),
         (b"tokens", rates.limit_tokens, rates.remaining_tokens, rates.reset_tokens_seconds),
     ):
         if limit is not None:
-            headers += [
-                (b"anthropic-ratelimit-%b-limit" % name, b"%d" % limit),
-                (b"anthropic-ratelimit-%b-remaining" % name, b"%d" % remaining),
-                (b"anthropic-ratelimit-%b-reset" % name, _time(now + reset_seconds)),
-            ]
-    return headers
+            lines += _RATES % (name, limit, name, remaining, name, _time(now + reset_seconds))
+    return lines
+
+
+_RATES = b"""\
+anthropic-ratelimit-%b-limit: %d\r
+anthropic-ratelimit-%b-remaining: %d\r
+anthropic-ratelimit-%b-reset: %b\r
+"""
 
 
 def _time(unix_seconds: float) -> bytes:
