@@ -72,7 +72,8 @@ class Estimates:
         if usage.input:
             usage = self._split(usage, exchange.call.body, alias)
         tenant_id, at = exchange.tenant.id, exchange.call.received_at
-        expected = dearest(usage, alias.reach, tenant_id, at)
+        of_text = usage is plain and usage.input > 0  # what is not has no input, or was split
+        expected = dearest(usage, alias.dear if of_text else alias.reach, tenant_id, at)
         if usage is plain:
             exchange.expected = expected
         nanos = expected.cost.total_nanos

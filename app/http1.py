@@ -64,7 +64,7 @@ class Http1:
         else:
             origin, first = self._origins[url] = _first_lines("POST", url)
         body = outgoing.body
-        lines = "\r\n".join([*map(": ".join, outgoing.headers), ""]).encode("ascii")
+        lines = "".join([f"{name}: {value}\r\n" for name, value in outgoing.headers]).encode("ascii")
         head = b"%b%bcontent-length: %d\r\n\r\n" % (first, lines, len(body))
         message = (head, body) if len(body) >= LARGE_BYTES else (head + body,)
         connection = self._pooled(origin)

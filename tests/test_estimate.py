@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.ambient import Ambient
-from app.config import Alias
-from app.core import Exchange, Usage
+from app.config import Alias, Rate, Target, Tariff, Window
+from app.core import Exchange, Usage, dearest
 from app.dialects import openai_chat
 from app.estimate import BLOB_TOKENS, FEWEST_BYTES, MOST_BYTES, Estimates
 from app.prompt_size import size
@@ -52,6 +52,36 @@ def input_tokens(estimates: Estimates, body: bytes) -> int:
     made = exchange(body)
     estimates.need(made, alias())
     return made.input_tokens_estimate
+
+
+def priced(name: str, given: int, made: int, kind: str) -> Target:
+    """A target by its prices; those of tier and hours have a tariff too, which asks for a call's tier or its time."""
+    one = target("openai")
+    price = msgspec.structs.replace(one.price, input=given * 100_000, output=made * 100_000)
+    night = Window(0, 3600, Rate(msgspec.structs.replace(price, output=900_000)))
+    tariffs = {
+        "tier": Tariff(Rate(price), service_tiers={"flex": Rate(one.price)}),
+        "hours": Tariff(Rate(price), (night,)),
+    }
+    return msgspec.structs.replace(one, name=name, price=price, tariff=tariffs.get(kind))
+
+
+PRICES = st.tuples(st.integers(0, 4), st.integers(0, 4), st.sampled_from(["plain", "plain", "tier", "hours"]))
+
+
+@given(st.lists(PRICES, min_size=1, max_size=5), st.integers(1, 40), st.integers(0, 40), st.sampled_from([0.0, 7200.0]))
+def test_a_call_is_reserved_for_as_if_every_target_had_been_looked_at(
+    prices: list[tuple[int, int, str]], given: int, made: int, at: float
+) -> None:
+    way = alias(*(priced(f"t/{place}", *each) for place, each in enumerate(prices)))
+    usage = Usage(input=given, output=made)
+    assert dearest(usage, way.dear, None, at).cost == dearest(usage, way.reach, None, at).cost
+
+
+def test_a_target_that_costs_less_of_everything_is_not_looked_at() -> None:
+    cheap, dear, wordy = (priced(f"t/{n}", *each, "tier") for n, each in enumerate([(1, 1), (3, 2), (2, 3)]))
+    assert alias(cheap, dear, wordy).dear == (dear, wordy)
+    assert alias(cheap, cheap).dear == (cheap,)
 
 
 LONG = request(messages=[{"role": "user", "content": "word " * 2000}])

@@ -157,6 +157,14 @@ class Target(Struct, frozen=True):
         tariff = self.tenant_tariffs.get(tenant_id, self.tariff) if self.tenant_tariffs else self.tariff
         return self.price if tariff is None else tariff.price(used, service_tier, at)
 
+    @property
+    def usual(self) -> Price | None:
+        """The price of every call that names no service tier; None where that depends on the call."""
+        tariff = self.tariff
+        if self.tenant_tariffs or (tariff is not None and (tariff.windows or tariff.rate.long_context)):
+            return None
+        return self.price if tariff is None else tariff.rate.price
+
 
 class Timeouts(Struct, frozen=True, gc=False):
     """Seconds. `total` bounds the call with all its attempts. Per attempt: `first_token` the wait for a stream's first
@@ -286,6 +294,8 @@ class Alias(Struct, frozen=True):
     holds has the call go by another alias in this one's place: the same name, another way. The targets of
     `on_context_length` and `on_content_filter` come after a refusal of that kind. `routed` is True where the way
     depends on the call. `cache` None: it is off.
+    Two follow from the others: `reach` is where a call may go by this way, a cascade's targets apart, and `dear` has
+    those of it where a call may cost the most, by its estimate and as long as that is of text alone.
     """
 
     name: str
@@ -305,11 +315,13 @@ class Alias(Struct, frozen=True):
     hedge: Hedge | None = None
     routed: bool = False
     guardrails: tuple[Guardrail, ...] = ()
+    reach: tuple[Target, ...] = ()
+    dear: tuple[Target, ...] = ()
 
-    @property
-    def reach(self) -> tuple[Target, ...]:
-        """Where a call may go by this way, a cascade's targets apart."""
-        return self.targets + self.on_context_length + self.on_content_filter
+    def __post_init__(self) -> None:
+        reach = self.targets + self.on_context_length + self.on_content_filter
+        msgspec.structs.force_setattr(self, "reach", reach)
+        msgspec.structs.force_setattr(self, "dear", _dear(reach))
 
     @property
     def everywhere(self) -> tuple[Target, ...]:
@@ -320,6 +332,23 @@ class Alias(Struct, frozen=True):
     def along(self, targets: tuple[Target, ...]) -> Alias:
         """The same with another chain."""
         return msgspec.structs.replace(self, targets=targets, chain=tuple(target.name for target in targets))
+
+
+def _dear(targets: tuple[Target, ...]) -> tuple[Target, ...]:
+    """Without those where input and output both cost no more than at another of them."""
+    prices = [target.usual for target in targets]
+    if None in prices:
+        return targets
+    return tuple(
+        target
+        for place, (target, price) in enumerate(zip(targets, prices, strict=True))
+        if not any(
+            other.input >= price.input
+            and other.output >= price.output
+            and ((other.input, other.output) != (price.input, price.output) or at < place)
+            for at, other in enumerate(prices)
+        )
+    )
 
 
 class Rule(Struct, frozen=True):

@@ -5,6 +5,7 @@ Source: OpenAI API reference. The official SDKs raise on `data: {"error": …}` 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -76,6 +77,7 @@ def alias_of(fields: dict[str, Raw]) -> str:
     return named_alias(member(fields, "model", _text))
 
 
+@lru_cache(1024)
 def named_alias(alias: str | None) -> str:
     """The same where `model` has been read. Raises InvalidRequest."""
     if alias is None:
@@ -118,14 +120,17 @@ _REQUESTS, _TOKENS = _RATES, _RATES.replace(b"requests", b"tokens")
 
 def duration(seconds: float) -> bytes:
     """OpenAI's form: `120ms`, `1s`, `6m0s`, `2h3m4s`."""
-    if seconds < 1:
-        return b"%dms" % round(seconds * 1000)
-    whole = round(seconds)
-    if whole < 60:
-        return b"%ds" % whole
-    if whole < 3600:
-        return b"%dm%ds" % (whole // 60, whole % 60)
-    return b"%dh%dm%ds" % (whole // 3600, whole // 60 % 60, whole % 60)
+    return b"%dms" % round(seconds * 1000) if seconds < 1 else _whole(round(seconds))
+
+
+@lru_cache(1024)
+def _whole(seconds: int) -> bytes:
+    """Kept: limits are whole again after the same few times, call after call."""
+    if seconds < 60:
+        return b"%ds" % seconds
+    if seconds < 3600:
+        return b"%dm%ds" % (seconds // 60, seconds % 60)
+    return b"%dh%dm%ds" % (seconds // 3600, seconds // 60 % 60, seconds % 60)
 
 
 def error_body(error: GatewayError, _: str | None = None) -> bytes:
