@@ -157,7 +157,7 @@ def test_deadline_holds_over_all_attempts(journey: Journey) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
     event = journey.row(answer.headers["x-request-id"])
     assert event["status"] == "timeout"
-    assert 600 <= event["latency_ms"]["total"] < 30_000  # an attempt alone would have had a minute
+    assert 500 < event["latency_ms"]["total"] < 30_000  # an attempt alone would have had a minute
 
 
 @pytest.mark.parametrize(
