@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import msgspec
-from litestar import Litestar, MediaType, Response, get
+from litestar import MediaType, Response, get
 from litestar.connection import ASGIConnection
 from litestar.exceptions import HTTPException
 from litestar.handlers import BaseRouteHandler, HTTPRouteHandler
 from litestar.types import ASGIApp
 
 from app.ambient import same
-from app.api import answer_error, answer_http_error
+from app.api import Routes, answer_error, answer_http_error
 from app.config import Secret
 from app.errors import AdminForbidden, GatewayError, InvalidApiKey
 from app.telemetry import Telemetry
@@ -51,7 +51,7 @@ def app(
     def health() -> str:
         return "ok"
 
-    return Litestar(
+    return Routes(
         [metrics, show_status, health, *more],
         exception_handlers={GatewayError: answer_error, HTTPException: answer_http_error},
         openapi_config=None,

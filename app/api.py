@@ -15,6 +15,7 @@ import msgspec
 from litestar import Litestar, MediaType, Request, Response, get
 from litestar.exceptions import HTTPException
 from litestar.handlers import HTTPRouteHandler
+from litestar.plugins import PluginProtocol
 from litestar.types import ASGIApp
 
 from app import openapi
@@ -360,6 +361,14 @@ def calls(door: FrontDoor) -> dict[bytes, Handler]:
     return exactly | below
 
 
+class Routes(Litestar):
+    """Without what Litestar adds for models that none of ours is: pydantic, where it is installed, took 10 MB."""
+
+    @staticmethod
+    def _get_default_plugins(plugins: list[PluginProtocol]) -> list[PluginProtocol]:
+        return plugins
+
+
 def app(door: FrontDoor, more: Sequence[HTTPRouteHandler] = ()) -> ASGIApp:
     """The other routes of the main port, with `more` of other doors."""
 
@@ -414,7 +423,7 @@ def app(door: FrontDoor, more: Sequence[HTTPRouteHandler] = ()) -> ASGIApp:
         """What the routes are, for machines."""
         return Response(described, media_type=MediaType.JSON)
 
-    return Litestar(
+    return Routes(
         [models, model, health, ready, schema, *more],
         exception_handlers={GatewayError: answer_error, HTTPException: answer_http_error, Exception: _defect},
         openapi_config=None,

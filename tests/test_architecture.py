@@ -304,9 +304,9 @@ def _is_name(node: ast.AST, name: str) -> bool:
     [
         (
             # What only some configurations, or other commands, ask for. httpx brings rich, pygments and click with it.
-            "app.cli, app.asgi",
+            "app.cli, app.asgi; app.api.Routes([])",
             "httpx rich pygments click jwt cryptography.hazmat botocore pyarrow numpy onnxruntime tokenizers requests "
-            "opentelemetry.exporter genai_prices phonenumbers app.lake app.upstream_httpx",
+            "opentelemetry.exporter genai_prices phonenumbers pydantic attr app.lake app.upstream_httpx",
         ),
         (
             "app.ledger_shipper",
