@@ -14,7 +14,17 @@ import pytest
 
 from loadtest.stack import Stack
 from tests.guard import Guard
-from tests.journey import OTHER_KEY, OVERLAY, VENDOR_KEY, Journey, jwks, patient_edge, pool_providers, until
+from tests.journey import (
+    OTHER_KEY,
+    OVERLAY,
+    VENDOR_KEY,
+    Journey,
+    jwks,
+    patient_edge,
+    pool_providers,
+    sees_all,
+    until,
+)
 from tests.webhook import Webhook
 
 hypothesis.settings.register_profile("suite", deadline=None)  # how long a case takes is the machine's affair
@@ -82,7 +92,7 @@ def whole(journey: Journey) -> Iterator[Journey]:
 
 def _ready(journey: Journey) -> bool:
     try:
-        return all(
+        return sees_all(journey.stack) and all(
             httpx.get(replica.url + "/health/ready", timeout=60).status_code == 200
             and [journey.admin("/status", number).json()[part] for part in ("redis", "budgets")] == ["up", "whole"]
             for number, replica in enumerate(journey.stack.replicas)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import re
 import shutil
 import socket
 import time
@@ -254,6 +255,13 @@ def patient_edge(folder: Path) -> Path:
     assert patient != shipped
     file.write_text(patient)
     return made
+
+
+def sees_all(stack: Stack) -> bool:
+    """Whether Traefik sends calls to every replica: it looks once a second, and both may have been away."""
+    told = httpx.get(stack.traefik_metrics_url, timeout=60).text
+    up = re.findall(r'^traefik_service_server_up\{.*url="([^"]+)"\} 1$', told, re.MULTILINE)
+    return {replica.url for replica in stack.replicas} <= set(up)
 
 
 VENDOR_KEY = "canary-vendor-key"

@@ -22,7 +22,7 @@ from app.sql import statements
 from loadtest import ledger_scale
 from tests.ledger_parts import AMBIENT, SCHEMA, Postgres, an_event, an_intent, conforming, query, running_postgres
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 """Two million rows take half a minute on a busy machine."""
 NOW = datetime(2026, 3, 15, 12, tzinfo=UTC)
 

@@ -23,11 +23,11 @@ from tests.test_alerts import ALERTS, DASHBOARDS, FOLDER, RULES, panels, plain
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is missing: apt install prometheus"),
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
 ]
 SECONDS = 2
 """Between scrapes, and between looks at the rules."""
-UNTIL_SECONDS = 60.0
+UNTIL_SECONDS = 120.0
 
 
 class Prometheus:

@@ -25,7 +25,7 @@ from app.cli import _parser
 from loadtest import local_ca, services
 from loadtest.processes import free_port, has_ended
 from loadtest.stack import Stack
-from tests.journey import patient_edge, until
+from tests.journey import patient_edge, sees_all, until
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "runbooks"
@@ -199,6 +199,7 @@ class Site:
             httpx.delete(f"{self.stack.simulator_url}/_sim/faults", timeout=60).raise_for_status()
             parts = ("config_version", "redis", "postgres", "budgets")
             until(lambda: [tuple(status[part] for part in parts) for status in self.statuses()] == whole)
+            until(lambda: sees_all(self.stack))
 
     def _files(self) -> dict[Path, bytes]:
         return {file: file.read_bytes() for file in self.config.rglob("*") if file.is_file()}
