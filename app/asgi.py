@@ -7,6 +7,7 @@ import contextlib
 import gc
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -349,6 +350,25 @@ class Replica:
         )
 
 
+FILES_BESIDE_CALLS = 200
+"""Redis, spans, the spool, the admin port, connections that wait for their next call."""
+
+
+def take_files(calls: int) -> None:
+    """Takes as many open files as may be had: with the 1,024 that programs often start with, 400 streams are all."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):  # macOS has less than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    may = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    needed = 2 * calls + FILES_BESIDE_CALLS
+    if may != resource.RLIM_INFINITY and may < needed:
+        logging.getLogger(__name__).warning(
+            "%d files may be open, and %d calls at once (gateway.overload.max_calls) take %d: raise the hard limit "
+            "(ulimit -Hn, LimitNOFILE), or lower max_calls",
+            may, calls, needed,
+        )  # fmt: skip
+
+
 def serve(options: Options) -> int:
     """Runs a replica to its end: 0 after a drain, 1 when it could not start (the reason is on standard error)."""
     ambient = Ambient()
@@ -366,6 +386,7 @@ def serve(options: Options) -> int:
         return 1
     logging.basicConfig(level=level, handlers=[JsonLog(lines, ambient)], force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    take_files(source.current.settings.overload.max_calls)
 
     async def run() -> None:
         await Replica(options, source, ambient, lines).run()

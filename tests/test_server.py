@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import uvloop
@@ -443,3 +446,15 @@ def test_a_port_that_is_taken_is_named(running: Running) -> None:
 
     with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}"):
         running.run(second())
+
+
+@pytest.mark.parametrize(("calls", "warned"), [(100, False), (900, True)])
+def test_a_replica_takes_the_files_that_its_calls_need_or_says_how_many_it_lacks(calls: int, warned: bool) -> None:
+    asked = f"import resource; from app.asgi import take_files; take_files({calls}); "
+    asked += "print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
+    limited = ["sh", "-c", f'ulimit -Sn 256 && ulimit -Hn 1000 && exec "{sys.executable}" -c "{asked}"']
+    done = subprocess.run(
+        limited, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.split() == ["1000", "1000"]
+    assert ("1000 files may be open, and 900 calls at once" in done.stderr) is warned
