@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -397,6 +398,24 @@ def test_a_ledger_with_a_row_for_each_call_is_no_fault() -> None:
 def test_the_table_says_which_goal_was_missed() -> None:
     text = reporting.table(report(sample("gateway", 0, 2500, 0, cpu_us=400)), bench.CASES)
     assert "goal 4000 missed, floor 2000 met" in text
+
+
+def test_two_replicas_are_set_beside_one_by_the_ratios_within_rounds() -> None:
+    told = reporting.scaling(
+        report(
+            sample("replicas-1", 0, 1000, 0, cpu_us=400), sample("replicas-2", 0, 1500, 0, cpu_us=480),
+            sample("replicas-1", 1, 500, 0, cpu_us=400), sample("replicas-2", 1, 550, 0, cpu_us=480),
+        ),
+        "unary", "replicas-1", "replicas-2",
+    )  # fmt: skip
+    (line,) = told.splitlines()[2:]
+    assert line == "| 64 | 750 answers/s, p95 0 ms | 1,025 answers/s, p95 0 ms | 1.30 | 500 / 600 µs |"
+
+
+def test_a_page_of_two_replicas_needs_both(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        bench.main(["--only", "unary", "replicas-1", "--page", str(tmp_path / "page.md")])
+    assert "--page needs --only unary replicas-1 replicas-2" in capsys.readouterr().err
 
 
 def test_the_plot_is_one_page_that_loads_nothing() -> None:

@@ -44,6 +44,7 @@ from loadtest.bench.parts import (
 from loadtest.bench.report import Facts, Report, Sample
 from loadtest.load import NUMBER, LoadResult, hold_open, request_bytes, run_load
 from loadtest.mock_vendor import AT_ONCE, SLOWLY, STREAM_CHUNKS
+from loadtest.pages import filled
 from loadtest.processes import ROOT
 from loadtest.services import StackError
 
@@ -196,6 +197,10 @@ def run(options: argparse.Namespace) -> int:
         options.json.write_bytes(msgspec.json.format(msgspec.json.encode(report)))
     if options.plot:
         options.plot.write_text(plot.page(report, CASES))
+    if options.page and not reporting.faults(report):
+        said = f"{time.strftime('%Y-%m-%d')}, {report.facts.machine.partition('; chunks')[0]}."
+        part = f"{said}\n\n{reporting.scaling(report, 'unary', *BEHIND)}"
+        options.page.write_text(filled(options.page.read_text(), {"replicas": part}))
     return 1 if reporting.faults(report) else 0
 
 
@@ -269,7 +274,7 @@ def measure(parts: Parts, options: argparse.Namespace, cores: int, notes: list[s
         kinds = ("miss", CACHED), ("meaning", MEANT)
         looks = {case: parts.looks_ms(alias, warm) for case, alias in kinds if case in cases}
     facts = Facts(
-        on=ON.format(ratio=options.trace_ratio) if gateway else "The gateway was not measured.",
+        on=ON.format(ratio=options.trace_ratio) if gateway or behind else "The gateway was not measured.",
         machine=machine(cores, options),
         notes=notes,
         versions=found,
@@ -288,8 +293,10 @@ def _megabytes(used: Usage | None) -> tuple[float, float] | None:
 
 
 def machine(cores: int, options: argparse.Namespace) -> str:
+    shared = set(options.only) & set(BEHIND) and not set(options.only) & set(SUBJECTS) - {"mock"}
+    pinned = "all for everything" if shared else "one for the proxy under test"
     return (
-        f"{platform.system()} {platform.machine()}, {cores} cores, one for the proxy under test; Python "
+        f"{platform.system()} {platform.machine()}, {cores} cores, {pinned}; Python "
         f"{platform.python_version()}, {interpreter.kind()}; {options.rounds} rounds of {options.duration:g} s, "
         f"medians; chunks of streams {options.chunk_interval_ms:g} ms apart."
     )
@@ -329,6 +336,9 @@ def _parser() -> argparse.ArgumentParser:
         "--trace-ratio", type=float, default=0.1, metavar="SHARE", help="of calls that leave spans (default 0.1)"
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures, each sample included")
+    parser.add_argument(
+        "--page", type=Path, metavar="PATH", help=f"write {' beside '.join(BEHIND)}, unary, into this page"
+    )
     parser.add_argument("--plot", type=Path, metavar="PATH", help="write an HTML page with bars")
     parser.add_argument(
         "--only",
@@ -357,6 +367,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.duration <= 0 or options.rounds < 1 or min(options.concurrency) < 1:
         parser.error("--duration, --rounds and --concurrency are above 0")
+    if options.page and not {"unary", *BEHIND} <= set(options.only):
+        parser.error(f"--page needs --only unary {' '.join(BEHIND)}")
     if not hasattr(os, "sched_setaffinity"):
         parser.error("the benchmark pins processes to cores, which it can do on Linux only")
     return run(options)

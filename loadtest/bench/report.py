@@ -160,6 +160,24 @@ def table(report: Report, titles: dict[str, str]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def scaling(report: Report, case: str, one: str, two: str) -> str:
+    """One replica and two beside each other, as a table of Markdown; CPU is of all that serves the call."""
+    lines = ["| connections | one replica | two | answers/s, two to one | CPU a call, one / two |", "|---" * 5 + "|"]
+    for single in report.rows:
+        double = find(report.rows, case, single.concurrency, two)
+        if (single.case, single.subject) != (case, one) or double is None:
+            continue
+        cells = [f"{row.per_second:,.0f} answers/s, p95 {row.p95_us / 1000:.0f} ms" for row in (single, double)]
+        cpu = " / ".join(f"{row.cpu_us + row.children_cpu_us:,.0f}" for row in (single, double))
+        rounds = {
+            s.round: s for s in report.samples if (s.case, s.concurrency, s.subject) == (case, single.concurrency, one)
+        }
+        doubles = [s for s in report.samples if (s.case, s.concurrency, s.subject) == (case, single.concurrency, two)]
+        ratio = f"{median(_ratio(other, rounds[other.round]) for other in doubles if other.round in rounds):.2f}"
+        lines.append(f"| {single.concurrency} | " + " | ".join([*cells, ratio, f"{cpu} µs"]) + " |")
+    return "\n".join(lines)
+
+
 def _pad(cell: str, width: int, column: int) -> str:
     return cell.ljust(width) if column == 1 else cell.rjust(width)
 
