@@ -23,26 +23,20 @@ pattern 27 us. After so many that were none, the rest is left to that. In a shor
 class Mark(Struct, frozen=True):
     """What is looked for: a pattern, and one that holds from `byte` on; that and `word` stand in each of its places."""
 
-    pattern: re.Pattern[bytes]
     word: bytes
+    pattern: re.Pattern[bytes]
     byte: bytes
     there: re.Pattern[bytes]
 
-    def first(self, body: bytes) -> re.Match[bytes] | None:
-        """Where it stands first."""
-        if len(body) >= LONG_BYTES:
-            return _search(self, body, 0)
-        return None if body.find(self.word) == -1 else self.pattern.search(body)
 
-
-_URL = Mark(re.compile(rb";base64,"), b";base64,", b";", re.compile(rb";base64,"))
+_URL = Mark(b";base64,", re.compile(rb";base64,"), b";", re.compile(rb";base64,"))
 _DATA = Mark(
-    re.compile(rb'"data"\s*:\s*"(?=[A-Za-z0-9+/\\]{256})'),
     b'"data"',
+    re.compile(rb'"data"\s*:\s*"(?=[A-Za-z0-9+/\\]{256})'),
     b":",
     re.compile(rb'(?:(?<="data")|(?<="data" )):\s*"(?=[A-Za-z0-9+/\\]{256})'),
 )
-_CACHE = Mark(re.compile(rb'"cache_control"'), b'"cache_control"', b"_", re.compile(rb'(?<="cache)_control"'))
+_CACHE = Mark(b'"cache_control"', re.compile(rb'"cache_control"'), b"_", re.compile(rb'(?<="cache)_control"'))
 
 
 def size(body: bytes) -> tuple[int, int]:
@@ -51,8 +45,11 @@ def size(body: bytes) -> tuple[int, int]:
     Those stand in data URLs (OpenAI's images and files), or as `data` (its audio, all of Anthropic's).
     """
     text_bytes, blobs = len(body), 0
+    short = text_bytes < LONG_BYTES
+    if short and body.find(_URL.word) == -1 and body.find(_DATA.word) == -1:
+        return text_bytes, 0
     for mark in (_URL, _DATA):
-        found = mark.first(body)
+        found = mark.pattern.search(body) if short else _search(mark, body, 0)
         while found is not None and blobs < MOST_BLOBS:
             end = body.find(b'"', found.end())
             if end == -1:
@@ -65,7 +62,7 @@ def size(body: bytes) -> tuple[int, int]:
 
 def marks_cache(body: bytes) -> bool:
     """Whether a request may ask for its prompt to be cached."""
-    return _CACHE.first(body) is not None
+    return body.find(_CACHE.word) != -1 if len(body) < LONG_BYTES else _search(_CACHE, body, 0) is not None
 
 
 def _search(mark: Mark, body: bytes, at: int) -> re.Match[bytes] | None:

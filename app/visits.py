@@ -148,7 +148,7 @@ class Visit(Struct, eq=False):
             return
         self.started = True
         said = b"" if self.method == "HEAD" else body
-        self._connection.transport.write(b"%b%b\r\n%b" % (_STATUS_LINES[status], lines, said))
+        self._connection.transport.write(b"".join((_STATUS_LINES[status], lines, b"\r\n", said)))
         self._end()
 
     def start(self, status: int, head: Head) -> None:

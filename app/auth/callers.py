@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Container, Mapping
-from itertools import repeat
 from urllib.parse import unquote_plus
 
 from app.ambient import same
@@ -18,7 +17,6 @@ EDGE_HEADER = b"x-gateway-edge"
 CERTIFICATE_HEADER = b"x-forwarded-tls-client-cert-info"
 """Traefik's `passTLSClientCert` with the subject's common name: `Subject="CN=billing"`, percent-encoded; where the
 client sent a chain, the leaf first."""
-_LATIN_1 = repeat("latin-1")
 _SUBJECT = re.compile(r'Subject="CN=([^"]+)"(?:,.*)?')
 
 
@@ -69,7 +67,7 @@ class Callers:
 
 def header_map(raw: Mapping[bytes, bytes]) -> dict[bytes, str]:
     """By lower-case name. Of one that was written twice the first counts, as it does for Traefik's limits."""
-    return dict(zip(map(bytes.lower, reversed(raw)), map(bytes.decode, reversed(raw.values()), _LATIN_1), strict=True))
+    return {name.lower(): value.decode("latin-1") for name, value in reversed(raw.items())}
 
 
 def _credential(headers: Mapping[bytes, str]) -> str | None:
