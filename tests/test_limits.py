@@ -162,6 +162,8 @@ def test_a_replica_that_is_killed_in_mid_call_leaks_no_place_and_gets_nothing_ba
 
 SECONDS = st.integers(0, 3_000_000) | st.integers(55_000_000, 65_000_000) | st.integers(0, 70_000_000)
 
+ID_BEGINS = len("call:") + 1
+
 
 class Window:
     """One `tpm` limit under the test's clock, and the model: every charge with its exact time."""
@@ -178,7 +180,7 @@ class Window:
     def reserve(self, amount: int) -> list[int]:
         n = len(self.calls)
         fixed = (RECORD_SECONDS, LEASE_MS, amount, 0, 0, 2 * START_SECOND)
-        answer = self._reserve(self.now_us, [f"call:{n}", "window", "whole"], f"{n}", *fixed, "tpm", self.limit)
+        answer = self._reserve(self.now_us, [f"call:{n}", "window", "whole"], ID_BEGINS, *fixed, "tpm", self.limit)
         if answer[0] == 1:
             self.charges.append([self.now_us, amount])
             self.calls.append(self.charges[-1])
@@ -186,7 +188,7 @@ class Window:
 
     def settle(self, n: int, used: int) -> None:
         """A refund belongs to the moment of the reservation, what was used above it to now."""
-        if not self._settle(self.now_us, [f"call:{n}", "window"], f"{n}", 1, used, 0, "tpm"):
+        if not self._settle(self.now_us, [f"call:{n}", "window"], ID_BEGINS, 1, used, 0, "tpm"):
             return
         charge = self.calls[n]
         if used > charge[1]:
@@ -574,8 +576,9 @@ def test_settling_tells_the_difference_once(server: RedisServer) -> None:
     settle = Script(server, "settle.lua")
     reserve = Script(server, "reserve.lua")
     now_us = START_SECOND * 1_000_000
-    reserve(now_us, ["call:a", "t", "whole"], "a", RECORD_SECONDS, LEASE_MS, 100, 900, 0, 2 * START_SECOND, "tpm", 1000)
-    answers = [settle(now_us, ["call:a", "t"], "a", 1, 130, 400, "tpm") for _ in range(2)]
+    fixed = (ID_BEGINS, RECORD_SECONDS, LEASE_MS, 100, 900, 0, 2 * START_SECOND)
+    reserve(now_us, ["call:a", "t", "whole"], *fixed, "tpm", 1000)
+    answers = [settle(now_us, ["call:a", "t"], ID_BEGINS, 1, 130, 400, "tpm") for _ in range(2)]
     assert answers == [[0, 30, -500], []]
 
 
@@ -598,9 +601,9 @@ def test_a_settlement_after_its_record_ran_out_leaves_the_estimate_and_ends_the_
 def test_a_call_over_midnight_is_settled_on_the_day_of_its_reservation(server: RedisServer) -> None:
     reserve, settle = Script(server, "reserve.lua"), Script(server, "settle.lua")
     midnight = (START_SECOND // DAY_SECONDS + 1) * DAY_SECONDS
-    fixed = ("a", RECORD_SECONDS, LEASE_MS, 100, 0, midnight - DAY_SECONDS, midnight)
+    fixed = (ID_BEGINS, RECORD_SECONDS, LEASE_MS, 100, 0, midnight - DAY_SECONDS, midnight)
     reserve((midnight - 5) * 1_000_000, ["call:a", "first day", WHOLE], *fixed, "daily_tokens", 1000)
-    settle((midnight + 5) * 1_000_000, ["call:a", "first day"], "a", 1, 30, 0, "daily_tokens")
+    settle((midnight + 5) * 1_000_000, ["call:a", "first day"], ID_BEGINS, 1, 30, 0, "daily_tokens")
     assert server.client.get("first day") == "30"
     assert server.client.ttl("first day") > 2 * DAY_SECONDS
 
@@ -659,7 +662,7 @@ def test_a_lapsed_lease_gives_its_concurrency_back_and_keeps_its_charges(server:
     keys = ["calls", "tokens", WHOLE]
 
     def call(name: str, now_ms: int) -> int:
-        fixed = (name, RECORD_SECONDS, LEASE_MS, 100, 0, 0, 2 * START_SECOND)
+        fixed = (ID_BEGINS, RECORD_SECONDS, LEASE_MS, 100, 0, 0, 2 * START_SECOND)
         arguments = ("concurrency", 1, "daily_tokens", 1000)
         return reserve((START_SECOND * 1000 + now_ms) * 1000, [f"call:{name}", *keys], *fixed, *arguments)[0]
 

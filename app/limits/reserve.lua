@@ -4,10 +4,10 @@
 --
 -- KEYS  1 the call's record, then one key per limit, last the mark that daily and monthly counters are whole;
 --       where an answer from before will do, three more: its entry, its lease, its tenant's entries by last use.
--- ARGV  1 call id, 2 seconds that the record lives, 3 milliseconds of a lease, 4 tokens, 5 nano-dollars,
---       6 and 7 the unix seconds from and before which the keys of daily and monthly limits have the right name,
---       then kind and limit per limit; with those three keys, the milliseconds of a lease.
---       An empty call id only looks: nothing is taken, nothing refused. Tokens of -1: an answer from before was found
+-- ARGV  1 where the call's id begins in its record's name, 2 seconds that the record lives, 3 milliseconds of a lease,
+--       4 tokens, 5 nano-dollars, 6 and 7 the unix seconds from and before which the keys of daily and monthly limits
+--       have the right name, then kind and limit per limit; with those three keys, the milliseconds of a lease.
+--       An empty id only looks: nothing is taken, nothing refused. Tokens of -1: an answer from before was found
 --       elsewhere, so one request is taken, and no more.
 -- Gives {1, now_ms, left, left, …}, when taken: what each limit has left now; with those three keys, then the
 --       entry, or as look.lua gives them 1 or 0 for its lease. With an entry one request was taken, and no more.
@@ -23,6 +23,7 @@
 -- `daily_tokens`, `daily_usd`, `monthly_usd`: a counter per day or month; USD are nano-dollars.
 
 local call, number = redis.call, tonumber
+local id = string.sub(KEYS[1], ARGV[1])
 local time = call('TIME')
 local second = number(time[1])
 local now_ms = second * 1000 + math.floor(time[2] / 1000)
@@ -89,7 +90,7 @@ for n = 2, last do
   sums[n], amounts[n], answer[n + 1] = sum, amount, limit - sum
 end
 
-if ARGV[1] == '' then
+if id == '' then
   return answer
 end
 
@@ -128,7 +129,7 @@ for n = 2, last do
   elseif kind == 'rpm' or kind == 'tpm' then
     call('HSET', key, 'sum', sums[n] + amounts[n], time[1], slots[n] + amounts[n])
   elseif kind == 'concurrency' then
-    call('ZADD', key, now_ms + ARGV[3], ARGV[1])
+    call('ZADD', key, now_ms + ARGV[3], id)
     call('EXPIRE', key, 86400)
   elseif slots[n] then
     call('INCRBY', key, amounts[n])
@@ -143,6 +144,6 @@ if entry then
   call('ZADD', KEYS[#KEYS], 'XX', now_ms, KEYS[last + 2])
   answer[last + 2] = entry
 elseif #ARGV % 2 == 0 then
-  answer[last + 2] = call('SET', KEYS[last + 3], ARGV[1], 'NX', 'PX', ARGV[8 + 2 * (last - 1)]) and 1 or 0
+  answer[last + 2] = call('SET', KEYS[last + 3], id, 'NX', 'PX', ARGV[8 + 2 * (last - 1)]) and 1 or 0
 end
 return answer

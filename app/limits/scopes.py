@@ -111,18 +111,16 @@ class Scope(Struct, frozen=True):
     def reserve(self, call_id: str, tokens: int, nanos: int, fetch: Fetch | None = None) -> bytes:
         """The command for reserve.lua; `tokens` ANSWERED where an answer from before was found."""
         call = call_id.encode()
-        size = len(call)
+        size = self.record_bytes + len(call)
         if fetch is None:
-            return self.reserving % (self.record_bytes + size, call, size, call, tokens, nanos)
+            return self.reserving % (size, call, tokens, nanos)
         entry, lease, used = fetch.entry.encode(), fetch.lease.encode(), fetch.used.encode()
-        keys = len(entry), entry, len(lease), lease, len(used), used
-        return self.fetching % (self.record_bytes + size, call, *keys, size, call, tokens, nanos)
+        return self.fetching % (size, call, len(entry), entry, len(lease), lease, len(used), used, tokens, nanos)
 
     def settle(self, call_id: str, requests: int, tokens: int, nanos: int) -> bytes:
         """The command for settle.lua; `requests` 0 gives the call back."""
         call = call_id.encode()
-        size = len(call)
-        return self.settling % (self.record_bytes + size, call, size, call, requests, tokens, nanos)
+        return self.settling % (self.record_bytes + len(call), call, requests, tokens, nanos)
 
     def first(self, count: int) -> Scope:
         """The same with so many of its limits."""
@@ -176,7 +174,8 @@ def _scope(tag: str, found: list[tuple[Limit, int]], scripts: Scripts) -> Scope:
     whole = whole_mark(slot_of(f"{{{tag}}}")) if scripts.apart else WHOLE
     record = f"rl:{{{tag}}}:call:"
     noted = Open(b"$%d\r\n" + record.encode().replace(b"%", b"%%") + b"%b\r\n")
-    call = TEXT, RECORD_SECONDS, LEASE_MS, _AMOUNT, _AMOUNT, starts, ends
+    id_begins = len(record.encode()) + 1
+    call = id_begins, RECORD_SECONDS, LEASE_MS, _AMOUNT, _AMOUNT, starts, ends
     asked = [word for limit in limits for word in (limit.kind, limit.value)]
     kinds = [limit.kind for limit in limits]
     return Scope(
@@ -184,7 +183,7 @@ def _scope(tag: str, found: list[tuple[Limit, int]], scripts: Scripts) -> Scope:
         starts=starts,
         ends=ends,
         record=record,
-        record_bytes=len(record.encode()),
+        record_bytes=id_begins - 1,
         keys=keys,
         reserving=prepared("EVALSHA", scripts.reserve, 2 + len(keys), noted, *keys, whole, *call, *asked),
         fetching=prepared(
@@ -192,7 +191,7 @@ def _scope(tag: str, found: list[tuple[Limit, int]], scripts: Scripts) -> Scope:
             *call, *asked, FETCH_LEASE_MS,
         ),
         settling=prepared(
-            "EVALSHA", scripts.settle, 1 + len(keys), noted, *keys, TEXT, _DIGIT, _AMOUNT, _AMOUNT, *kinds
+            "EVALSHA", scripts.settle, 1 + len(keys), noted, *keys, id_begins, _DIGIT, _AMOUNT, _AMOUNT, *kinds
         ),
         running=tuple(limit.key for limit in limits if limit.kind == "concurrency"),
         whole=whole,
@@ -273,7 +272,9 @@ def _midnight(day: date, zone: ZoneInfo) -> int:
 
 def rates(scope: Scope, left: list[int], now_ms: int) -> Rates:
     """The figures of the tightest limits on requests and on tokens; those that all tenants share are not shown."""
-    return Rates(*_tightest(scope.shown_requests, left, now_ms), *_tightest(scope.shown_tokens, left, now_ms))
+    requests, requests_left, requests_wait = _tightest(scope.shown_requests, left, now_ms)
+    tokens, tokens_left, tokens_wait = _tightest(scope.shown_tokens, left, now_ms)
+    return Rates(requests, requests_left, requests_wait, tokens, tokens_left, tokens_wait)
 
 
 def _tightest(shown: tuple[Placed, ...], left: list[int], now_ms: int) -> tuple[int | None, int | None, float]:

@@ -2,7 +2,8 @@
 -- Puts what a call used in the place of what it had reserved, once: the record goes with it. Its lease ends.
 --
 -- KEYS  as given to the reservation: 1 the call's record, then one key per limit.
--- ARGV  1 call id, 2 requests (1, or 0 to give the call back), 3 tokens and 4 nano-dollars used, then kind per limit.
+-- ARGV  1 where the call's id begins in its record's name, 2 requests (1, or 0 to give the call back), 3 tokens and
+--       4 nano-dollars used, then kind per limit.
 -- Gives {requests, tokens, nano-dollars}: how much more than reserved is charged now, below zero for less;
 --       {} where there is no record: settled before, never reserved, or run out (the estimate stays charged).
 
@@ -17,7 +18,7 @@ end
 for n = 2, #KEYS do
   local key, kind = KEYS[n], ARGV[n + 3]
   if kind == 'concurrency' then
-    call('ZREM', key, ARGV[1])
+    call('ZREM', key, string.sub(KEYS[1], ARGV[1]))
   elseif record then
     local difference = nanos
     if kind == 'rpm' then
