@@ -572,14 +572,15 @@ def test_a_settled_call_leaves_no_record(server: RedisServer) -> None:
     assert records(server) == []
 
 
-def test_settling_tells_the_difference_once(server: RedisServer) -> None:
+def test_a_call_is_settled_once(server: RedisServer) -> None:
     settle = Script(server, "settle.lua")
     reserve = Script(server, "reserve.lua")
     now_us = START_SECOND * 1_000_000
     fixed = (ID_BEGINS, RECORD_SECONDS, LEASE_MS, 100, 900, 0, 2 * START_SECOND)
     reserve(now_us, ["call:a", "t", "whole"], *fixed, "tpm", 1000)
     answers = [settle(now_us, ["call:a", "t"], ID_BEGINS, 1, 130, 400, "tpm") for _ in range(2)]
-    assert answers == [[0, 30, -500], []]
+    assert answers == [1, 0]
+    assert server.client.hget("t", "sum") == "130"
 
 
 def test_a_call_that_was_never_settled_stays_charged_at_its_estimate(server: RedisServer) -> None:

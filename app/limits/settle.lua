@@ -4,8 +4,7 @@
 -- KEYS  as given to the reservation: 1 the call's record, then one key per limit.
 -- ARGV  1 where the call's id begins in its record's name, 2 requests (1, or 0 to give the call back), 3 tokens and
 --       4 nano-dollars used, then kind per limit.
--- Gives {requests, tokens, nano-dollars}: how much more than reserved is charged now, below zero for less;
---       {} where there is no record: settled before, never reserved, or run out (the estimate stays charged).
+-- Gives 1; 0 where there is no record: settled before, never reserved, or run out (the estimate stays charged).
 
 local call, number = redis.call, tonumber
 local record = call('GETDEL', KEYS[1])
@@ -51,7 +50,4 @@ for n = 2, #KEYS do
     end
   end
 end
-if not record then
-  return {}
-end
-return {ARGV[2] - 1, tokens, nanos}
+return record and 1 or 0
