@@ -257,6 +257,24 @@ def test_the_page_tells_what_the_model_says_of_its_constants(tmp_path: Path) -> 
     assert all(value > 0 for value in msgspec.structs.astuple(constants_of(page.read_text())))
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--kept"], "--kept needs --page"),
+        (["--page", "other.md"], "0 places <!-- worked -->"),
+        (["--rounds", "0"], "above 0"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_anything_is_measured(
+    options: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other.md").write_text("a page of something else\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(options)
+    assert said in capsys.readouterr().err
+
+
 def test_the_page_is_kept_of_a_run_that_the_model_held() -> None:
     part = PAGE.read_text().partition("<!-- checks -->\n")[2].partition("<!-- end -->")[0]
     apart = [line.split(" | ")[-1].strip(" |") for line in part.splitlines()[2:]]

@@ -39,6 +39,8 @@ from loadtest.processes import ROOT
 from loadtest.services import StackError
 
 MISSES_BY = 0.35
+PARTS = ("worked", "carried", "measured", "constants", "checks")
+"""Of the page."""
 CALM = 0.3
 """Seconds that a replica waits for its core, for each that it runs: above it, others had too much of it."""
 
@@ -103,7 +105,8 @@ def run(rounds: int, page: Path | None) -> int:
         print(f"The machine is too busy: there were {', '.join(found.unreached)}. Measure again.", file=sys.stderr)
     elif found.waited > CALM:
         print(
-            f"The machine is busy: constants are worth keeping where the replica waits less than {CALM} s.",
+            f"The machine is busy: what is measured, and by how much the model misses, says little where the replica "
+            f"waits more than {CALM} s.",
             file=sys.stderr,
         )
     held = not (missed or found.unreached)
@@ -120,10 +123,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, metavar="PATH", help="write the tables into this page")
     parser.add_argument("--kept", action="store_true", help="measure nothing: by the constants that the page has")
     options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error("--rounds is above 0")
+    if options.page:
+        try:  # before minutes of measuring
+            page = options.page.read_text()
+            filled(page, dict.fromkeys(PARTS, ""))
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
     if options.kept:
         if not options.page:
             parser.error("--kept needs --page")
-        page = options.page.read_text()
         options.page.write_text(filled(page, worked(constants_of(page))))
         return 0
     if not hasattr(os, "sched_setaffinity"):
