@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 import uvloop
 
+from app.api import FrontDoor
 from app.asgi import Replica
-from app.core import Exchange, LedgerEvent
+from app.core import Exchange, LedgerEvent, interrupted
+from app.settlement import event_of, intent_of
 from loadtest import work
 
 KEPT = work.kept()
@@ -61,3 +64,13 @@ def test_a_long_prompt_takes_few_more_steps_than_a_short_one() -> None:
 def test_more_than_a_tenth_either_way_is_a_fault(of_kept: float, found: int) -> None:
     now = work.Work(int(1000 * of_kept), 100, 4)
     assert len(work.faults("unary", now, work.Work(1000, 100, 4))) == found
+
+
+def in_a_dict(function: Callable[..., object]) -> bool:
+    """Whether it makes a call with so many keywords that Python hands them over in a dict."""
+    return any(step.opname == "MAP_ADD" for step in dis.get_instructions(function))
+
+
+def test_nothing_of_a_call_is_made_of_more_keywords_than_python_hands_over_at_once() -> None:
+    assert not any(map(in_a_dict, (FrontDoor._call, event_of, intent_of)))
+    assert in_a_dict(interrupted)  # which no call does, has more
