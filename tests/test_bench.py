@@ -418,6 +418,15 @@ def test_a_page_of_two_replicas_needs_both(capsys: pytest.CaptureFixture[str], t
     assert "--page needs --only unary replicas-1 replicas-2" in capsys.readouterr().err
 
 
+def test_a_page_without_a_place_for_two_replicas_is_refused_before_measuring(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (page := tmp_path / "page.md").write_text("a page of something else\n")
+    with pytest.raises(SystemExit):
+        bench.main(["--only", "unary", "replicas-1", "replicas-2", "--page", str(page)])
+    assert "0 places <!-- replicas -->" in capsys.readouterr().err
+
+
 def test_the_plot_is_one_page_that_loads_nothing() -> None:
     page = plot.page(report(sample("mock", 0, 9, 1), sample("gateway", 0, 5, 3)), bench.CASES)
     assert page.count("<svg") == 3

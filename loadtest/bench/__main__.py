@@ -369,6 +369,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--duration, --rounds and --concurrency are above 0")
     if options.page and not {"unary", *BEHIND} <= set(options.only):
         parser.error(f"--page needs --only unary {' '.join(BEHIND)}")
+    if options.page:
+        try:  # before minutes of measuring
+            filled(options.page.read_text(), {"replicas": ""})
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
     if not hasattr(os, "sched_setaffinity"):
         parser.error("the benchmark pins processes to cores, which it can do on Linux only")
     return run(options)
