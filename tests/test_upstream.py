@@ -518,6 +518,13 @@ async def read_last_event(upstream: Engine, outgoing: Outgoing, *, ended: bool) 
     await got.close(ended=ended)
 
 
+@pytest.fixture
+def long_linger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that stands still for a second does not end it."""
+    monkeypatch.setattr("app.http1.LINGER_SECONDS", 60.0)
+
+
+@pytest.mark.usefixtures("long_linger")
 def test_a_stream_read_to_its_last_event_gives_its_connection_back_when_it_ends(run_http1: Run) -> None:
     async def scenario(upstream: Engine) -> None:
         async with vendor(ending_late) as at:
@@ -539,6 +546,7 @@ def test_a_connection_whose_stream_has_not_ended_yet_is_not_used(run_http1: Run)
     run_http1(scenario)
 
 
+@pytest.mark.usefixtures("long_linger")
 def test_a_stream_that_was_left_ends_its_connection_at_once(run_http1: Run) -> None:
     async def scenario(upstream: Engine) -> None:
         async def behaviour(peer: Peer) -> None:
