@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import signal
@@ -222,8 +223,10 @@ def _claim(port: int) -> bool:
     claim = socket.socket(socket.AF_UNIX)
     try:
         claim.bind(f"\0llm-gateway-port-{port}")
-    except OSError:
+    except OSError as error:
         claim.close()
-        return False
+        if error.errno == errno.EADDRINUSE:
+            return False
+        raise  # else another port would be tried for ever
     claim.detach()  # open for good: nobody closes it, and no child has it
     return True

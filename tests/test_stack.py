@@ -506,3 +506,15 @@ def test_private_keys_are_for_their_owner_only(tmp_path: Path) -> None:
 def test_port_that_is_listened_on_is_not_free() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         assert not is_free(server.getsockname()[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has names beside the file system")
+def test_port_that_was_given_is_nobody_else_s_while_its_process_lives() -> None:
+    def another(*ports: int) -> int:
+        """What another process gets, which ends then; of these alone, if any."""
+        among = f"processes.PORTS = {ports} or processes.PORTS"
+        asked = f"from loadtest import processes; {among}; print(processes.free_port())"
+        return int(subprocess.check_output([sys.executable, "-c", asked], cwd=ROOT, text=True, timeout=60))
+
+    ours, let_go = free_port(), another()
+    assert another(*[ours] * 20, let_go) == let_go
