@@ -194,7 +194,7 @@ class Site:
             for file in self._files().keys() - before.keys():
                 file.unlink()
             for file, content in before.items():
-                if file.read_bytes() != content:
+                if not file.exists() or file.read_bytes() != content:
                     file.write_bytes(content)
             httpx.delete(f"{self.stack.simulator_url}/_sim/faults", timeout=60).raise_for_status()
             parts = ("config_version", "redis", "postgres", "budgets")
