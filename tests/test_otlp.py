@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from typing import Any
 
 import pytest
@@ -13,7 +15,8 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
 
-from app.telemetry import otlp
+from app.telemetry import open_spans, otlp
+from app.telemetry.export import Export
 
 KINDS = {otlp.INTERNAL: SpanKind.INTERNAL, otlp.SERVER: SpanKind.SERVER, otlp.CLIENT: SpanKind.CLIENT}
 TEXT = some.text(some.characters(exclude_categories=["Cs"]), max_size=300)
@@ -79,3 +82,38 @@ def test_an_attribute_is_what_it_says_though_another_is_equal_to_it() -> None:
 def test_what_no_attribute_can_be_is_refused() -> None:
     with pytest.raises(TypeError, match="dict"):
         otlp.resource({"a": {}})
+
+
+def test_text_that_is_no_utf_8_is_written_with_marks_in_its_place() -> None:
+    """As an environment has it: a replica whose OTEL_RESOURCE_ATTRIBUTES had such a name did not start."""
+    written = otlp.request(otlp.resource({"a\udce9": "b\udce9"}), [])
+    (pair,) = ExportTraceServiceRequest.FromString(written).resource_spans[0].resource.attributes
+    assert (pair.key, pair.value.string_value) == ("a?", "b?")
+
+
+def test_a_receiver_that_hangs_holds_no_replica_that_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as receiver:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{receiver.getsockname()[1]}")
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "25")
+        before = set(threading.enumerate())
+        export = Export({})
+        export.put(otlp.span("a", b"\x01" * 16, b"\x02" * 8, b"", False, b"", otlp.INTERNAL, 1, 2, {}))
+        export.close(100)
+        left = set(threading.enumerate()) - before
+        assert left, "it waited for an answer that had not come"
+        connection, _ = receiver.accept()
+        with connection:
+            assert connection.recv(65_536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+            for thread in left:
+                thread.join()
+
+
+def test_opentelemetry_that_is_switched_off_makes_no_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    assert open_spans("replica", "test") is None
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "false")
+    spans = open_spans("replica", "test")
+    assert spans is not None
+    spans.close()

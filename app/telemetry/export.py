@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from threading import Thread
 
 from msgspec import Struct
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -40,6 +41,7 @@ class Export:
         self._processor.on_end(_Spans(spans))
 
     def close(self, flush_ms: int) -> None:
-        """Exports what waits; blocks for a few seconds at most."""
-        self._processor.force_flush(flush_ms)
-        self._processor.shutdown()
+        """Exports what waits, for so long at most: OpenTelemetry itself waits a minute for a receiver that hangs."""
+        closing = Thread(target=self._processor.shutdown, daemon=True)
+        closing.start()
+        closing.join(flush_ms / 1000)

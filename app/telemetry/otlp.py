@@ -80,7 +80,7 @@ def _attribute(name: str, value: Value) -> bytes:
 
 
 def _pair(name: str, value: object) -> bytes:
-    return _field(b"\x0a", name.encode()) + _field(b"\x12", _value(value))
+    return _field(b"\x0a", name.encode(errors="replace")) + _field(b"\x12", _value(value))
 
 
 def _value(value: object) -> bytes:

@@ -25,7 +25,8 @@ AUTH, LIMITS, CACHE, ROUTE = 1, 2, 3, 4
 
 def open_spans(replica: str, environment: str) -> Spans | None:
     """Spans where an OTLP endpoint is configured by the standard variables, else None: then they cost nothing."""
-    return Spans(replica, environment) if any(os.environ.get(name) for name in _ENDPOINTS) else None
+    off = os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+    return Spans(replica, environment) if not off and any(os.environ.get(name) for name in _ENDPOINTS) else None
 
 
 class Spans:
