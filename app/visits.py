@@ -247,6 +247,8 @@ class Connection(asyncio.Protocol):
         self._drained: list[asyncio.Future[None]] = []
         self._head_bytes: int | None = None
         """Of the head that is arriving; None between heads."""
+        self._beside = 0
+        """Bytes that came since the last head was complete, or the last part of a body here."""
         self._reads = True
         self._closes = False
         """No further request is taken."""
@@ -260,6 +262,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._closes:
             return
+        self._beside += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:  # it stays HTTP/1.1, and this request is the last
@@ -272,8 +275,11 @@ class Connection(asyncio.Protocol):
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._refuse(413, RequestTooLarge(f"The head of the request is above {MAX_HEAD_BYTES} bytes."))
-        elif self._head:
+            return
+        if self._head:
             self._head.clear()  # trailers, however many: no headers, for the edge has not looked at them
+        if self._beside > MAX_HEAD_BYTES:  # the parser keeps one without end, and copies it with every read
+            self._refuse(413, RequestTooLarge(f"Beside its body the request is above {MAX_HEAD_BYTES} bytes."))
 
     def eof_received(self) -> bool:
         return False
@@ -320,7 +326,7 @@ class Connection(asyncio.Protocol):
         self.idle_since = self.loop.time()
 
     def on_headers_complete(self) -> None:
-        self._head_bytes = None
+        self._head_bytes, self._beside = None, 0
         parser, target = self._parser, self._target
         version = parser.get_http_version()
         self._arriving = visit = Visit(
@@ -339,6 +345,7 @@ class Connection(asyncio.Protocol):
             self._next.append(visit)
 
     def on_body(self, body: bytes) -> None:
+        self._beside = 0
         visit = self._arriving
         if visit.ended or visit.gone:  # it was answered before this came
             return

@@ -276,6 +276,22 @@ def test_a_trailer_is_no_header(caller: Caller) -> None:
     assert b"x-plain" in caller.say(request("/whole"))  # nor one of the next request
 
 
+def test_a_trailer_without_end_is_refused(caller: Caller) -> None:
+    """The parser keeps it until it is complete: 50 MB of one held the event loop for a minute."""
+    head = b"POST /refuses HTTP/1.1\r\nhost: gateway\r\ntransfer-encoding: chunked\r\n\r\n"
+    assert b" 401 " in caller.say(head + b"2\r\n{}\r\n0\r\nx: ")
+    for _ in range(MAX_HEAD_BYTES // 8192):
+        caller.connection.sendall(b"a" * 8192)
+    caller.connection.sendall(b"a")  # which is beyond
+    assert caller.rest().startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_body_in_many_chunks_is_read_though_they_take_more_bytes_than_a_head_may(caller: Caller) -> None:
+    head = b"POST /whole HTTP/1.1\r\nhost: gateway\r\ntransfer-encoding: chunked\r\n\r\n"
+    assert BODY in caller.say(head + b"1\r\na\r\n" * MAX_HEAD_BYTES + b"0\r\n\r\n")
+    assert BODY in caller.say(request("/whole"))
+
+
 def test_a_client_that_waits_for_100_continue_is_told(caller: Caller) -> None:
     head, _, body = request("/echo", "expect: 100-continue").partition(b"\r\n\r\n")
     caller.connection.sendall(head + b"\r\n\r\n")
