@@ -262,9 +262,10 @@ class Stack:
         )
         self._await(["traefik"], answers=self._answers_through_traefik)
         self._report(f"everything answers after {time.monotonic() - began:.1f} s")
+        watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
+        watcher.start()
+        self._watcher = watcher  # a Ctrl-C until here leaves nothing to join; the ready file says that one may come
         self._write_ready()
-        self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
-        self._watcher.start()
 
     @property
     def _replica_names(self) -> list[str]:
