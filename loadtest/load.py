@@ -335,14 +335,14 @@ async def run_load(
     )
 
 
-async def hold_open(url: str, request: bytes, count: int) -> list[Connection]:
+async def hold_open(url: str, request: bytes, count: int, tls: ssl.SSLContext | None = None) -> list[Connection]:
     """So many answers that have begun; `give_up` ends each. Raises RuntimeError where one has not in LATE_SECONDS."""
     loop = asyncio.get_running_loop()
     parts, tally = urlsplit(url), Tally(count)
     held: list[Connection] = []
     for _ in range(count):
         made = partial(Connection, [Asked(request)], tally, loop.create_future())
-        held.append((await loop.create_connection(made, parts.hostname, parts.port))[1])
+        held.append((await loop.create_connection(made, parts.hostname, parts.port, ssl=tls))[1])
     deadline = loop.time() + LATE_SECONDS
     while not all(one.begun for one in held):
         if loop.time() > deadline:

@@ -17,6 +17,7 @@ import os
 import platform
 import secrets
 import shutil
+import ssl
 import sys
 import tempfile
 import time
@@ -64,7 +65,7 @@ CASES = {
 """What is measured; `meaning` only where it is named, for its model takes 40 MB of the replica."""
 ALONE = ("translated", "miss", "meaning", "hit", "tripped")
 """Cases that the gateway alone can do."""
-SUBJECTS = ("mock", "gateway", "gateway-bare", "traefik", "nginx")
+SUBJECTS = ("mock", "gateway", "gateway-bare", "traefik", "traefik-tls", "nginx")
 PEERS = ("litellm", "portkey")
 BEHIND = ("replicas-1", "replicas-2")
 """One replica and two behind Traefik, on all cores: what a second one brings where the load takes its share of them."""
@@ -142,12 +143,15 @@ class Meter:
         url = subject.url.replace("/chat/completions", "/messages") if case == "translated" else subject.url
         request = request_bytes(url, headers, chat_request(case, secrets.token_hex(4)))
         expected = 429 if case == "tripped" else 200
+        tls = ssl.create_default_context(cafile=subject.ca_file) if subject.ca_file else None
 
         async def loaded() -> tuple[LoadResult, Usage, Usage]:
             slow = SLOW_STREAMS if case == "beside" else 0
-            held = await hold_open(url, request_bytes(url, headers, chat_request("slow")), slow)
+            held = await hold_open(url, request_bytes(url, headers, chat_request("slow")), slow, tls)
             before = usage(subject)
-            load = await run_load(url, request, concurrency=concurrency, duration_seconds=seconds, expected=expected)
+            load = await run_load(
+                url, request, concurrency=concurrency, duration_seconds=seconds, expected=expected, tls=tls
+            )
             after = usage(subject)
             for stream in held:
                 stream.give_up()
@@ -211,6 +215,7 @@ def measure(parts: Parts, options: argparse.Namespace, cores: int, notes: list[s
     peers = [name for name in PEERS if options.peers or name in options.only]
     for name, installed in (
         ("traefik", traefik_installed()),
+        ("traefik-tls", traefik_installed()),
         ("nginx", nginx_program() is not None),
     ):
         if name in wanted and not installed:
@@ -237,6 +242,9 @@ def measure(parts: Parts, options: argparse.Namespace, cores: int, notes: list[s
     if "traefik" in wanted:
         show("starting Traefik")
         subjects.append(parts.start_traefik())
+    if "traefik-tls" in wanted:
+        show("starting Traefik with TLS")
+        subjects.append(parts.start_traefik(tls=True))
     if "nginx" in wanted:
         show("starting nginx")
         subjects.append(parts.start_nginx())

@@ -9,6 +9,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import ssl
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import msgspec
 import psycopg
@@ -56,6 +58,8 @@ class Subject(msgspec.Struct, frozen=True):
     """Whether its children do its work (nginx), and not something beside it (the gateway's shipper)."""
     beside: tuple[int, ...] = ()
     """Processes that do its work with it, with their children."""
+    ca_file: str = ""
+    """Whose certificates its own is trusted by, where it speaks TLS."""
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -279,30 +283,37 @@ class Parts:
             ).fetchone()
         return found[0] if found else None
 
-    def start_traefik(self) -> Subject:
-        """Traefik as a plain reverse proxy: one router, no middleware, no access log, no TLS."""
-        return self._traefik("traefik", [self.mock_url], "/openai/v1/models", "subject")
+    def start_traefik(self, tls: bool = False) -> Subject:
+        """Traefik as a mere reverse proxy: one router, no middleware, no access log; `tls`: with its end of TLS."""
+        name = "traefik-tls" if tls else "traefik"
+        return self._traefik(name, [self.mock_url], "/openai/v1/models", "subject", tls)
 
-    def _traefik(self, name: str, servers: Sequence[str], health: str, place: str) -> Subject:
+    def _traefik(self, name: str, servers: Sequence[str], health: str, place: str, tls: bool = False) -> Subject:
         port = self._port()
-        dynamic = self._folder / f"{name}-dynamic.yml"
-        dynamic.write_text(
-            yaml.safe_dump(
-                {
-                    "http": {
-                        "routers": {"all": {"rule": "PathPrefix(`/`)", "service": "mock"}},
-                        "services": {"mock": {"loadBalancer": {"servers": [{"url": url} for url in servers]}}},
-                    }
-                }
-            )
-        )
+        dynamic: dict[str, Any] = {
+            "http": {
+                "routers": {"all": {"rule": "PathPrefix(`/`)", "service": "mock"}},
+                "services": {"mock": {"loadBalancer": {"servers": [{"url": url} for url in servers]}}},
+            }
+        }
+        file = self._folder / f"{name}-dynamic.yml"
         argv = [services.traefik_program(), f"--entrypoints.web.address=127.0.0.1:{port}"]
-        argv += [f"--providers.file.filename={dynamic}", "--providers.file.watch=false"]
+        ca_file = ""
+        if tls:
+            (folder := self._folder / name).mkdir()
+            certificates = local_ca.ensure(folder)
+            ca_file = str(certificates.ca_file)
+            shown = {"certFile": str(certificates.cert_file), "keyFile": str(certificates.key_file)}
+            dynamic["tls"] = {"stores": {"default": {"defaultCertificate": shown}}}
+            argv += ["--entrypoints.web.http.tls=true"]
+        file.write_text(yaml.safe_dump(dynamic))
+        argv += [f"--providers.file.filename={file}", "--providers.file.watch=false"]
         argv += ["--global.checknewversion=false", "--global.sendanonymoususage=false", "--log.level=ERROR"]
         # One core is what it has; told so, its scheduler does not spread over cores that it may not use.
         env = {**services.plain_environment(os.environ), **({"GOMAXPROCS": "1"} if place == "subject" else {})}
-        child = self._start(_http_service(name, argv, env, port, health), place)
-        return Subject(name, f"http://127.0.0.1:{port}/openai/v1/chat/completions", {}, child.pid)
+        child = self._start(_http_service(name, argv, env, port, health, ca_file), place)
+        url = f"http{'s' if tls else ''}://127.0.0.1:{port}/openai/v1/chat/completions"
+        return Subject(name, url, {}, child.pid, ca_file=ca_file)
 
     def start_edge(self, subject: Subject) -> Subject:
         """Traefik as shipped, with TLS and all its middlewares, before the subject and not on its core."""
@@ -399,7 +410,7 @@ def traefik_installed() -> bool:
 def versions(names: Sequence[str]) -> dict[str, str]:
     """What the measured programs call themselves; empty for those that do not say."""
     commands = {"nginx": [nginx_program() or "nginx", "-v"]}
-    if "traefik" in names:
+    if {"traefik", "traefik-tls"} & set(names):
         commands["traefik"] = [services.traefik_program(), "version"]
     found = {}
     for name in set(names) & commands.keys():
@@ -409,8 +420,11 @@ def versions(names: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _http_service(name: str, argv: Sequence[str], env: Mapping[str, str], port: int, path: str) -> Service:
-    return Service(name, argv, env, lambda: get("127.0.0.1", port, path)[0] == 200)
+def _http_service(
+    name: str, argv: Sequence[str], env: Mapping[str, str], port: int, path: str, ca_file: str = ""
+) -> Service:
+    tls = ssl.create_default_context(cafile=ca_file) if ca_file else None
+    return Service(name, argv, env, lambda: get("127.0.0.1", port, path, tls)[0] == 200)
 
 
 def _nginx_configuration(folder: Path, port: int, upstream: str) -> str:

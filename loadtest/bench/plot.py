@@ -8,7 +8,14 @@ from html import escape
 from loadtest.bench import report as reporting
 from loadtest.bench.report import Report, Row
 
-COLOURS = {"mock": "#9aa0a6", "gateway": "#1a73e8", "gateway-bare": "#8ab4f8", "traefik": "#f29900", "nginx": "#188038"}
+COLOURS = {
+    "mock": "#9aa0a6",
+    "gateway": "#1a73e8",
+    "gateway-bare": "#8ab4f8",
+    "traefik": "#f29900",
+    "traefik-tls": "#fdd663",
+    "nginx": "#188038",
+}
 WIDTH, BAR_HEIGHT, GAP, LABEL_WIDTH, VALUE_WIDTH = 720, 16, 12, 130, 90
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #202124 }
