@@ -23,7 +23,7 @@ import redis
 
 from loadtest.processes import ROOT
 from loadtest.stack import Stack
-from tests.journey import Journey, chat, events, until
+from tests.journey import OVERLAY, Journey, chat, events, until
 from tests.traffic import Traffic, p95
 
 pytestmark = [pytest.mark.drill, pytest.mark.timeout(600)]
@@ -120,7 +120,7 @@ def test_slow_redis_slows_calls_by_no_more_than_its_deadline_and_fails_none(whol
         slowing.set()
         thread.join()
     assert traffic.outcomes() == {"whole"}
-    assert p95(traffic.since(began)) < 2
+    assert p95(traffic.since(began)) < OVERLAY["gateway"]["redis"]["timeout_ms"] / 1000
 
 
 # --- the ledger -----------------------------------------------------------------------------------------------------
