@@ -21,7 +21,7 @@ from litestar.types import ASGIApp
 from app import openapi
 from app.ambient import Ambient, timestamp
 from app.answer_headers import retry_headers
-from app.auth import Callers, allow, allowed, authorize, header_map
+from app.auth import Callers, allow, allowed, authorize, header_map, scope_headers
 from app.bodies import Bodies
 from app.cache import wishes
 from app.config import NAME, Config, ConfigSource, ServiceKey, Tenant
@@ -375,7 +375,7 @@ def app(door: FrontDoor, more: Sequence[HTTPRouteHandler] = ()) -> ASGIApp:
     async def visitor(request: Request) -> tuple[Config, Tenant, dict[str, str]]:
         """The configuration, on whose behalf it is asked, and what the answer says of that tenant's limits."""
         config, now = door.source.current, door.ambient.now()
-        headers = header_map(dict(reversed(request.scope["headers"])))
+        headers = scope_headers(request.scope["headers"])
         try:
             key = await door.callers.identify(config, headers, now)
         except (InvalidApiKey, IssuerUnavailable) as error:

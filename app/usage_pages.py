@@ -20,7 +20,7 @@ from litestar.handlers import HTTPRouteHandler
 
 from app.ambient import Ambient, same
 from app.archive import ArchiveError
-from app.auth import Callers, authorize, header_map, require
+from app.auth import Callers, authorize, require, scope_headers
 from app.config import Config, ConfigSource, Secret, ServiceKey, Tenant
 from app.core import usd
 from app.errors import (
@@ -110,7 +110,7 @@ def tenant_routes(
     async def usage_api(request: Request) -> Response[bytes]:
         """The tenant's own numbers, as JSON."""
         config = source.current
-        headers = header_map(dict(reversed(request.scope["headers"])))
+        headers = scope_headers(request.scope["headers"])
         try:
             key = await callers.identify(config, headers, ambient.now())
         except (InvalidApiKey, IssuerUnavailable) as error:

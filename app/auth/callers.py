@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from urllib.parse import unquote_plus
 
 from app.ambient import same
@@ -68,6 +68,11 @@ class Callers:
 def header_map(raw: Mapping[bytes, bytes]) -> dict[bytes, str]:
     """By lower-case name. Of one that was written twice the first counts, as it does for Traefik's limits."""
     return {name.lower(): value.decode("latin-1") for name, value in reversed(raw.items())}
+
+
+def scope_headers(raw: Sequence[tuple[bytes, bytes]]) -> dict[bytes, str]:
+    """ASGI's headers as `header_map` has them."""
+    return header_map(dict(reversed(raw)))
 
 
 def _credential(headers: Mapping[bytes, str]) -> str | None:

@@ -1,7 +1,4 @@
-"""Spans of a call, built when it is over with explicit times: a tenth of the cost of building them along the way.
-
-Measured: +5..46 µs a call at 10 % sampling against +82..155.
-"""
+"""Spans of a call, built when it is over with explicit times: a tenth of the cost of building them along the way."""
 
 from __future__ import annotations
 

@@ -280,8 +280,8 @@ def carried_table(constants: Constants) -> str:
     )
 
 
-def worked_table(constants: Constants, sizes: Sequence[Traffic] = WORKED) -> str:
-    needs = [need(constants, traffic) for traffic in sizes]
+def worked_table(constants: Constants) -> str:
+    needs = [need(constants, traffic) for traffic in WORKED]
     rows = [
         ("replicas, one core each", [f"{each.replicas:,}" for each in needs]),
         ("of their cores busy", [figure(each.replica_cores) for each in needs]),
@@ -297,5 +297,5 @@ def worked_table(constants: Constants, sizes: Sequence[Traffic] = WORKED) -> str
         ("PostgreSQL's log a second", [size(each.wal_bytes) for each in needs]),
         ("PostgreSQL's cores", [figure(each.postgres_cores) for each in needs]),
     ]
-    head = ["calls a second", *(figure(traffic.calls) for traffic in sizes)]
+    head = ["calls a second", *(figure(traffic.calls) for traffic in WORKED)]
     return drawn([head, *([name, *values] for name, values in rows)])
