@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -37,6 +38,16 @@ def test_hung_up_stream_cancels_the_vendor_in_mid_answer_and_leaves_its_row(jour
     assert (event["status"], event["usage_source"]) == ("client_closed", "estimated")
     assert 0 < event["usage"]["output_tokens"] < 100
     assert event["cost_usd"]["total"] > 0
+
+
+@pytest.mark.drill
+def test_hung_up_stream_cancels_the_vendor_within_a_second(journey: Journey) -> None:
+    journey.fault(kind="hold", after_chunks=6)
+    with _alone(journey) as client, journey.stream(chat("tokens=400"), client) as answer:
+        next(answer.iter_lines())
+    hung_up = time.monotonic()
+    until(lambda: journey.counts()["aborted"] == 1)
+    assert time.monotonic() - hung_up < 1
 
 
 def test_hung_up_waiting_call_cancels_the_vendor_and_leaves_its_row(journey: Journey) -> None:
