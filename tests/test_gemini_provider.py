@@ -365,7 +365,7 @@ def test_a_cut_stream_is_unfinished_until_the_vendor_said_why_it_stopped(
 @given(answers(), st.data())
 def test_mutated_bytes_raise_only_vendor_errors(answer: Json, draw: st.DataObject) -> None:
     for data in (whole(answer), streamed(answer)):
-        place, length = draw.draw(st.integers(0, len(data) - 1)), draw.draw(st.integers(0, 4))
+        place, length = draw.draw(st.integers(0, 10_000)) % len(data), draw.draw(st.integers(0, 4))
         mutated = data[:place] + draw.draw(st.binary(max_size=4)) + data[place + length :]
         raises_only_vendor_errors(mutated)
 

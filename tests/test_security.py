@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from litestar import Litestar
 
@@ -35,6 +35,8 @@ from tests.gateway_parts import ALIAS, STREAM, Rooms, ScriptedAnswer, completion
 from tests.journey import KEY, OTHER_KEY, Journey, token
 from tests.test_auth import CONFIG, NoTokens
 from tests.test_front_door import Client, Source, headers
+from tests.test_responses_relay import streamed as streamed_response
+from tests.test_responses_relay import whole as whole_response
 
 # --- the route table --------------------------------------------------------------------------------------------------
 
@@ -391,6 +393,8 @@ class Endless:
 
     async def open(self, outgoing: Any, connect_seconds: float) -> ScriptedAnswer:
         streams = msgspec.json.decode(outgoing.body, type=dict).get("stream")
+        if outgoing.url.endswith("/responses"):
+            return ScriptedAnswer(streamed_response() if streams else json.dumps(whole_response()).encode())
         return ScriptedAnswer(*STREAM) if streams else ScriptedAnswer(completion())
 
     async def close(self) -> None:
@@ -407,6 +411,8 @@ def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FrontDoor]:
 
 
 @settings(max_examples=400, deadline=None)
+@example(b'{"model": "support-fast", "input": []}', [], "/v1/responses", True)
+@example(b'{"model": "support-fast", "input": "a", "stream": true}', [], "/v1/responses", True)
 @given(body=BODY, sent=HEADERS, path=st.sampled_from(list(ROUTES)), credential=st.booleans())
 def test_no_call_is_answered_500(
     door: FrontDoor, body: bytes, sent: list[tuple[bytes, bytes]], path: str, credential: bool
