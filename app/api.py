@@ -48,10 +48,12 @@ log = logging.getLogger("gateway")
 
 STALLED_SECONDS = 30.0
 """A call that is not over so long after the longest deadline has a client that does not read: it is ended."""
-REFUSAL_SECONDS = 0.01
-"""No call's error leaves sooner after its request came: where a replica answers at once, Traefik cuts one answer in
-some hundreds or thousands, because Go's server closes a request's body when the answer begins, while Go's client may
-still look for the body's end (traefik issue 11767, golang/go issue 40747). No vendor's answer is that fast."""
+ONE_PIECE_BYTES = 16_384
+"""A larger answer may reach Traefik in pieces, in the middle of which it cuts one of some thousands that begin at once:
+Go's server closes a request's body when the answer begins, while Go's client may still look for the body's end (traefik
+issue 11767, golang/go issue 40747). An answer that is one write and this small was never cut, however soon it came."""
+LARGE_SECONDS = 0.01
+"""So long after its request came such a large answer begins at the earliest; 3 ms were enough. Vendors take longer."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _USER_HASH = re.compile(r"[A-Za-z0-9:._-]{1,128}")
 _VERSION = re.compile(r"[\x20-\x7e]{1,128}")
@@ -129,7 +131,7 @@ class FrontDoor:
 
     async def _received(self, dialect: Dialect, visit: Visit) -> Exchange | None:
         """The call, its body counted in `bodies`; None where it is none, or over already. Waits where it has to."""
-        started, received_at = self.ambient.monotonic(), self.ambient.now()
+        received_at = self.ambient.now()
         config = self.source.current
         headers = header_map(visit.raw_headers)
         if visit.method not in dialect.methods:
@@ -141,7 +143,6 @@ class FrontDoor:
                 key = await self.callers.verified(config, headers, received_at)
         except (InvalidApiKey, IssuerUnavailable) as error:
             self.gateway.telemetry.unidentified(error)
-            await self._not_too_soon(visit, started)
             self._refuse(visit, dialect, error)
             return None
         fault: GatewayError | None = None
@@ -168,9 +169,11 @@ class FrontDoor:
             kept = None
         if self.draining or isinstance(exchange.call.fault, RequestTooLarge | Overloaded):
             visit.keep_alive = False
-        if reply.status >= 400:
-            await self._not_too_soon(visit, exchange.call.started)
         if reply.frames is None:
+            if len(reply.first) > ONE_PIECE_BYTES:
+                wait = visit.came_at + LARGE_SECONDS - self.ambient.monotonic()
+                if wait > 0:
+                    await self.ambient.sleep(wait)
             if kept is not None:
                 kept.add(reply.first)
             visit.whole(reply.status, reply.head, reply.first)
@@ -182,12 +185,6 @@ class FrontDoor:
                 if not send(frame):
                     await visit.drained()
         visit.end()
-
-    async def _not_too_soon(self, visit: Visit, started: float) -> None:
-        """Waits, unless the request has waited for its turn so long already. One that is not here whole has not."""
-        wait = (visit.came_at or started) + REFUSAL_SECONDS - self.ambient.monotonic()
-        if wait > 0:
-            await self.ambient.sleep(wait)
 
     def _send_drained(self, exchange: Exchange, visit: Visit) -> None:
         """What a call gets that the drain's limit cut: an error event in a stream, else an error."""

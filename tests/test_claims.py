@@ -165,7 +165,8 @@ def test_faults_of_the_readme_are_those_of_the_simulator() -> None:
 
 def test_figures_of_the_readme_are_those_of_the_code() -> None:
     text = " ".join(PROSE.split())
-    assert f"for {api.REFUSAL_SECONDS * 1000:g} ms (`REFUSAL_SECONDS` in `app/api.py`)" in text
+    large, held = f"{api.ONE_PIECE_BYTES >> 10} KiB", f"{api.LARGE_SECONDS * 1000:g} ms"
+    assert f"above {large} from its cache after {held} (`LARGE_SECONDS` in `app/api.py`)" in text
     assert f"the simulator answers after {SIMULATOR_LATENCY_MS} ms" in text
 
 

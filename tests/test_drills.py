@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -21,6 +23,7 @@ import httpx
 import pytest
 import redis
 
+from loadtest.load import request_bytes, run_load
 from loadtest.processes import ROOT
 from loadtest.stack import Stack
 from tests.journey import OVERLAY, Journey, chat, events, until
@@ -31,6 +34,7 @@ pytestmark = [pytest.mark.drill, pytest.mark.timeout(600)]
 POSTGRES_AWAY_SECONDS = float(os.environ.get("DRILL_POSTGRES_SECONDS", "120"))
 STREAMS = 100
 LORIS = 200
+AT_ONCE = 20_000
 
 
 def running(traffic: Traffic, calls: int = 40) -> None:
@@ -83,6 +87,25 @@ def _serves(journey: Journey, number: int) -> bool:
     with contextlib.suppress(httpx.TransportError):
         return httpx.get(journey.stack.replicas[number].url + "/health/ready", timeout=60).status_code == 200
     return False
+
+
+# --- Traefik --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("prompt", "alias", "status"), [("tokens=20000", "remembered", 200), ("", "nobody", 404)])
+def test_traefik_cuts_no_answer_that_is_there_at_once(whole: Journey, prompt: str, alias: str, status: int) -> None:
+    """A large one from before, in pieces, of which it would cut one in 3,000; and refusals."""
+    body = chat(prompt, alias)
+    if status == 200:
+        until(lambda: whole.post(body).headers["x-cache"] == "HIT (exact)")
+        assert len(whole.post(body).content) > 65_536  # of fewer, sent at once, none was ever cut
+    url = whole.stack.url + "/v1/chat/completions"
+    asking = request_bytes(url, whole.headers(x_request_id=""), json.dumps(body).encode())
+    load = run_load(  # no faster than Traefik lets one key call
+        url, asking, concurrency=16, count=AT_ONCE, expected=status, interval_seconds=0.01, tls=whole.stack.tls()
+    )
+    done = asyncio.run(load)
+    assert (done.completed, done.errors) == (AT_ONCE, {})
 
 
 # --- Redis ----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from msgspec import Struct
 import app.api
 import app.bodies
 from app.ambient import Ambient, Patience
-from app.api import FrontDoor
+from app.api import LARGE_SECONDS, ONE_PIECE_BYTES, FrontDoor
 from app.auth import Callers
 from app.config import Config
 from app.core import Exchange
@@ -25,7 +25,18 @@ from app.dialects import ROUTES
 from app.errors import VendorBroke
 from app.telemetry import JsonLog, Lines
 from app.visits import Head
-from tests.gateway_parts import ALIAS, STREAM, UNENDED, Rooms, ScriptedAnswer, completion, config, frame, request
+from tests.gateway_parts import (
+    ALIAS,
+    STREAM,
+    UNENDED,
+    Clock,
+    Rooms,
+    ScriptedAnswer,
+    completion,
+    config,
+    frame,
+    request,
+)
 from tests.test_auth import KEY, WIDE_KEY, NoTokens
 
 Door = Callable[..., Rooms]
@@ -287,6 +298,33 @@ def test_a_client_that_never_reads_the_end_of_its_answer_is_ended_too(rooms: Doo
 
 
 # --- headers sent twice -----------------------------------------------------------------------------------------------
+
+
+class Still(Clock):
+    """Time goes by in sleep alone, and there without waiting."""
+
+    def monotonic(self) -> float:
+        return 1_000.0 + self.ahead
+
+
+@pytest.mark.parametrize(
+    ("filler", "waited", "slept"),
+    [
+        (0, 0.0, 0.0),
+        (ONE_PIECE_BYTES, 0.0, LARGE_SECONDS),
+        (ONE_PIECE_BYTES, LARGE_SECONDS / 4, LARGE_SECONDS * 3 / 4),
+        (ONE_PIECE_BYTES, 2 * LARGE_SECONDS, 0.0),
+    ],
+)
+def test_an_answer_in_pieces_begins_no_sooner_than_the_edge_has_seen_its_request_end(
+    tmp_path: Path, filler: int, waited: float, slept: float
+) -> None:
+    rooms = Rooms(tmp_path, ScriptedAnswer(completion(system_fingerprint="f" * filler)), ambient=Still())
+    client = Client(request(), headers())
+    client.came_at = rooms.ambient.monotonic() - waited
+    visit(rooms, client)
+    rooms.spool.close()
+    assert (client.status, rooms.ambient.ahead) == (200, pytest.approx(slept))
 
 
 def test_of_two_tenants_the_first_counts(rooms: Door) -> None:

@@ -223,6 +223,8 @@ class Echo(BaseHTTPRequestHandler):
     """Answers with the request's headers as JSON; /v1/stream answers in chunks as the test lets it."""
 
     protocol_version = "HTTP/1.1"
+    wbufsize = -1
+    """An answer is one write: of one that begins at once Traefik cuts what comes after a first write now and then."""
     server: EchoServer
 
     def do_GET(self) -> None:
