@@ -492,7 +492,7 @@ def test_an_answer_from_before_is_of_the_same_tenant_and_surroundings(
 
     async def main() -> None:
         async with running(pipe_to(server)) as first, running(pipe_to(server)) as second:
-            doors, channels = [], []
+            doors, channels, remembering = [], [], []
             for name, pipe in (("r1", first), ("r2", second)):
                 rooms = Rooms(tmp_path / name, ambient=AMBIENT, pipe=pipe, replica=name)
                 rooms.dialogue.upstream = vendor
@@ -503,12 +503,14 @@ def test_an_answer_from_before_is_of_the_same_tenant_and_surroundings(
                     lambda ask, key, data, cache=cache: cache.opened(ask, data, key),
                 )  # fmt: skip
                 channels.append(rooms.channel)
+                remembering.append(cache.semantic)
                 doors.append(FrontDoor(Source(current), rooms.gateway, Callers(NoTokens()), AMBIENT))
             for _ in range(0, CACHED_CASES, AT_ONCE):
                 for channel in channels:  # a replica that has not read it for a second finds nothing
                     await channel.run_once()
                 await asyncio.gather(*(one(chance.choice(doors)) for _ in range(AT_ONCE)))
-            for door in doors:
+            for questions, door in zip(remembering, doors, strict=True):
+                await questions.close()
                 door.gateway.spool.close()
 
     server.client.flushall()
