@@ -94,7 +94,7 @@ def _serves(journey: Journey, number: int) -> bool:
 
 @pytest.mark.parametrize(("prompt", "alias", "status"), [("tokens=20000", "remembered", 200), ("", "nobody", 404)])
 def test_traefik_cuts_no_answer_that_is_there_at_once(whole: Journey, prompt: str, alias: str, status: int) -> None:
-    """A large one from before, in pieces, of which it would cut one in 3,000; and refusals."""
+    """Large ones from before, in pieces: unheld, one in 20,000 was cut, of a bare server one in 3,000. And refusals."""
     body = chat(prompt, alias)
     if status == 200:
         until(lambda: whole.post(body).headers["x-cache"] == "HIT (exact)")

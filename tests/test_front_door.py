@@ -297,7 +297,7 @@ def test_a_client_that_never_reads_the_end_of_its_answer_is_ended_too(rooms: Doo
     assert at.row()["status"] == "success"
 
 
-# --- headers sent twice -----------------------------------------------------------------------------------------------
+# --- answers that are there at once ----------------------------------------------------------------------------------
 
 
 class Still(Clock):
@@ -325,6 +325,9 @@ def test_an_answer_in_pieces_begins_no_sooner_than_the_edge_has_seen_its_request
     visit(rooms, client)
     rooms.spool.close()
     assert (client.status, rooms.ambient.ahead) == (200, pytest.approx(slept))
+
+
+# --- headers sent twice -----------------------------------------------------------------------------------------------
 
 
 def test_of_two_tenants_the_first_counts(rooms: Door) -> None:
